@@ -1,0 +1,285 @@
+"""Dialogues as token ids with a loss mask, both built by the same calls, segment by segment.
+
+What a model sees at inference is a prefix of what it is trained on, because a dialogue is encoded as the
+concatenation of its segments: template text, message text, template text, ... The trained segments are the assistant
+texts, each with the template text that ends its turn. Message text is encoded with control tokens taken as plain
+text, so nobody can type a turn border into a message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import jinja2
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from alignment.dialogue import Dialogue, Message, Messages
+from alignment.errors import DataError, ModelError
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+# Private-use characters around an index stand for a message's text while the template is rendered.
+_MARK = "\ue000{}\ue001"
+_MARKS = re.compile("\ue000(\\d+)\ue001")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDialogue:
+    """Token ids with the mask of those that carry loss.
+
+    Example: user "hi", assistant "yo" in ChatML gives `<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n`
+    untrained, `yo<|im_end|>` trained, `\\n` untrained.
+    """
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+    def __post_init__(self) -> None:
+        assert len(self.input_ids) == len(self.loss_mask)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that carry loss."""
+        return sum(self.loss_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Ids of a stretch of text; `turn` is the index of the assistant message it trains, or None."""
+
+    ids: list[int]
+    turn: int | None = None
+
+
+class ChatFormat(Protocol):
+    """How one model family writes dialogues. Made by `chat_format`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_of_turn_id: int
+
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+        """The ids of a whole dialogue or, where the last turn is a user's, of a prompt up to the response."""
+        ...
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of an assistant text with its end of turn, as they follow a prompt."""
+        ...
+
+
+def encode_prompt(chat: ChatFormat, messages: Messages) -> list[int]:
+    """Ids of everything before a response: the context a model is asked to continue."""
+    assert messages[-1].role == "user", "a prompt ends with a user turn"
+    return [token for segment in chat.segments(messages) for token in segment.ids]
+
+
+def encode_dialogue(chat: ChatFormat, dialogue: Dialogue) -> EncodedDialogue:
+    """Ids and loss mask of a demonstration: all assistant turns are trained, or only the last one.
+
+    Raises DataError where no token would be trained.
+    """
+    last = len(dialogue.messages) - 1
+    ids: list[int] = []
+    mask: list[bool] = []
+    for segment in chat.segments(dialogue.messages):
+        trained = segment.turn is not None and (dialogue.train_on == "all" or segment.turn == last)
+        ids += segment.ids
+        mask += [trained] * len(segment.ids)
+    if not any(mask):
+        raise DataError("the dialogue has no trainable token. It needs an assistant turn with text.")
+    return EncodedDialogue(ids, mask)
+
+
+def decode_response(chat: ChatFormat, ids: Sequence[int]) -> str:
+    """The text of a sampled response, without control tokens and surrounding space."""
+    return chat.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def drop_oldest_turns(messages: Messages) -> Messages | None:
+    """The dialogue without its oldest exchange (the system turn stays), or None where only one exchange is left."""
+    start = 1 if messages[0].role == "system" else 0
+    shorter = messages[:start] + messages[start + 2 :]
+    return shorter if len(shorter) > start else None
+
+
+def preview(chat: ChatFormat, encoded: EncodedDialogue) -> Text:
+    """The dialogue token by token for a terminal: trained tokens green, the others dim, control tokens bold."""
+    special = set(chat.tokenizer.all_special_ids)
+    text = Text()
+    for token, trained in zip(encoded.input_ids, encoded.loss_mask, strict=True):
+        style = ("green" if trained else "dim") + (" bold" if token in special else "")
+        text.append(chat.tokenizer.decode([token]), style=style)
+        text.append("|", style="bright_black")
+    return text
+
+
+def chat_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatFormat:
+    """The format to use: `auto`, `llama2`, `chatml`, or the path of a Jinja template.
+
+    `auto` takes the tokenizer's own template; one that writes Llama 2's tags gives the built-in format, whose ids
+    follow Meta's reference. The chosen template is also set on the tokenizer, so that a saved model carries it.
+
+    Raises ModelError where there is no template, or it cannot be split into turns.
+    """
+    if name == "llama2" or (name == "auto" and "<<SYS>>" in (tokenizer.chat_template or "")):
+        return Llama2Format(tokenizer)
+    if name == "chatml":
+        tokenizer.chat_template = CHATML
+    elif name != "auto":
+        path = Path(name)
+        if not path.is_file():
+            raise ModelError(f'model.chat_template: {name} is no file. Use "auto", "llama2", "chatml" or a Jinja file.')
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the tokenizer has no chat template. Set model.chat_template to chatml, llama2 or the path of a Jinja file."
+        )
+    return JinjaFormat(tokenizer)
+
+
+class JinjaFormat:
+    """Any Jinja chat template that takes `messages` and `add_generation_prompt`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        probe = (Message("user", "u"), Message("assistant", "a"), Message("user", "v"), Message("assistant", "b"))
+        self._check_prefixes(probe)
+        self._closing = self._pieces(probe[:2], generation=False)[-1]
+        self.end_of_turn_id = self._split_closing(self._closing)[0][-1]
+
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+        """See ChatFormat."""
+        generation = messages[-1].role == "user"
+        pieces = self._pieces(messages, generation=generation)
+        segments = [Segment(self._encode_template(pieces[0]))]
+        for index, message in enumerate(messages):
+            content, after = self._encode_text(message.content), pieces[index + 1]
+            if message.role == "assistant":
+                closing, rest = self._split_closing(after)
+                segments += [Segment(content + closing, turn=index), Segment(rest)]
+            else:
+                segments += [Segment(content), Segment(self._encode_template(after))]
+        return segments
+
+    def encode_response(self, text: str) -> list[int]:
+        """See ChatFormat."""
+        return self._encode_text(text) + self._split_closing(self._closing)[0]
+
+    def _pieces(self, messages: Sequence[Message], *, generation: bool) -> list[str]:
+        """The template's own text before, between and after the messages' texts."""
+        marked = [{"role": m.role, "content": _MARK.format(index)} for index, m in enumerate(messages)]
+        try:
+            text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation)
+        except jinja2.TemplateError as error:
+            raise ModelError(f"the chat template refuses this dialogue: {error}") from error
+        *parts, last = _MARKS.split(text)
+        pieces, order = parts[0::2], [int(index) for index in parts[1::2]]
+        if order != list(range(len(messages))):
+            missing = [m.role for i, m in enumerate(messages) if i not in order]
+            what = f"leaves out the {missing[0]} turn" if missing else "changes the order of the turns"
+            raise ModelError(f"the chat template {what}. Use another model.chat_template, or remove that turn.")
+        return [*pieces, last]
+
+    def _check_prefixes(self, probe: Messages) -> None:
+        """A prompt must be a prefix of the dialogue that goes on from it."""
+        whole = self._pieces(probe, generation=False)
+        for turns in (1, 3):
+            prompt = self._pieces(probe[:turns], generation=True)
+            if whole[: turns + 1] != prompt:
+                raise ModelError(
+                    "the chat template writes earlier turns differently once later turns follow, so what is trained "
+                    "would not match what is sampled. Set model.chat_template to chatml or to another Jinja file."
+                )
+
+    def _split_closing(self, piece: str) -> tuple[list[int], list[int]]:
+        """The ids that end an assistant turn (through its first control token), and the ids after them."""
+        ids = self._encode_template(piece)
+        for index, token in enumerate(ids):
+            if token in self._special:
+                return ids[: index + 1], ids[index + 1 :]
+        raise ModelError(
+            f"the chat template ends an assistant turn with {piece!r}, which has no control token: the model could "
+            "not learn to stop. Add the end-of-sequence token to the template."
+        )
+
+    def _encode_template(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _encode_text(self, text: str) -> list[int]:
+        return _encode_plain(self.tokenizer, text)
+
+
+class Llama2Format:
+    """Llama 2-Chat's layout, with the ids of Meta's reference implementation.
+
+    Every exchange is `<s>[INST] user [/INST] answer </s>`; system text stands inside the first user turn between
+    `<<SYS>>` tags. Texts that hold a tag are refused, as the reference does. The space before `</s>` belongs to the end
+    of turn: the reference puts it there in every finished exchange, so a model that is to reach `</s>` learns it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise ModelError("model.chat_template: llama2 needs a tokenizer with BOS and EOS tokens.")
+        self.tokenizer = tokenizer
+        self.tokenizer.chat_template = LLAMA2_JINJA
+        self.end_of_turn_id = tokenizer.eos_token_id
+
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+        """See ChatFormat. Raises DataError where a text holds one of the layout's tags."""
+        for message in messages:
+            if tag := next((tag for tag in LLAMA2_TAGS if tag in message.content), None):
+                raise DataError(f"a {message.role} turn contains {tag}, a tag of the Llama 2 layout. Remove it.")
+        turns = [message.content.strip() for message in messages]
+        offset = 0
+        if messages[0].role == "system":
+            turns[1] = f"<<SYS>>\n{messages[0].content}\n<</SYS>>\n\n{messages[1].content}".strip()
+            offset = 1
+        segments = []
+        for index in range(offset, len(messages), 2):
+            segments.append(Segment([self.tokenizer.bos_token_id, *self._encode(f"[INST] {turns[index]} [/INST]")]))
+            if index + 1 < len(messages):
+                segments.append(Segment(self.encode_response(turns[index + 1]), turn=index + 1))
+        return segments
+
+    def encode_response(self, text: str) -> list[int]:
+        """See ChatFormat."""
+        anchor = self._encode("[/INST]")
+        return self._encode(f"[/INST] {text.strip()} ")[len(anchor) :] + [self.tokenizer.eos_token_id]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+# The same layout for tools that read a saved tokenizer (transformers, vLLM).
+LLAMA2_JINJA = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{% set content = system + message['content'] if loop.first else message['content'] %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of text in the middle of a dialogue: control tokens as plain text, no space put before it.
+
+    SentencePiece tokenizers write a space before whatever they are given; an anchor in front takes it, and its own
+    ids are cut off again.
+    """
+    if not text:
+        return []
+    anchor = tokenizer.encode("\n", add_special_tokens=False)
+    ids = tokenizer.encode("\n" + text, add_special_tokens=False, split_special_tokens=True)
+    if len(anchor) > 1 and ids[: len(anchor)] == anchor:
+        return ids[len(anchor) :]
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -1,0 +1,458 @@
+"""Configuration: the pieces stages share, and a loader that reports every problem of a file in one message."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from alignment.errors import AlignError, ConfigError
+from alignment.sources import find_data, find_model
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+DataSources = Annotated[list[str], BeforeValidator(_as_list)]
+InputKind = Literal["data", "model"]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class ModelSection(Section):
+    """A model to start from. `model=NAME` is short for `model.path=NAME`."""
+
+    path: str
+    """A folder, a run directory, a Hub id, `smollm2-135m-instruct` or `toy`."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of frozen weights and of the arithmetic. `auto`: bfloat16 where the device computes it natively, else
+    float32. Trained weights, optimizer state, losses and score heads are float32 in any case."""
+
+    chat_template: str = "auto"
+    """`auto` (the tokenizer's own), `llama2` (Meta's [INST] layout), `chatml`, or the path of a Jinja file."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time for much less memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) instead of full fine-tuning."""
+
+    r: NonNegativeInt = 0
+    """Rank; 0 trains all weights, as the paper does."""
+
+    alpha: PositiveFloat = 32.0
+    """Scale: the update is alpha / r times the product of the two matrices."""
+
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input, a probability."""
+
+
+class OptimSection(Section):
+    """AdamW and its schedule (Llama 2 Sec. 3.1, 3.2.2, 3.2.3)."""
+
+    lr: PositiveFloat = 2e-5
+    """Peak learning rate."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW moment decay rates. Paper: 0.9, 0.95."""
+
+    eps: PositiveFloat = 1e-5
+    """AdamW epsilon. Paper: 1e-5."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, not on biases and norms. Paper: 0.1."""
+
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm. Paper: 1.0."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+
+    final_lr_fraction: Fraction = 0.1
+    """The cosine ends at this fraction of the peak. Paper: 0.1 for reward models."""
+
+    warmup_fraction: Fraction = 0.03
+    """Linear warm-up, as a fraction of all steps. Paper: 0.03 for reward models."""
+
+    min_warmup_steps: NonNegativeInt = 0
+    """Linear warm-up is at least this many steps (but never more than half of all). Paper: 5 for reward models."""
+
+
+class TrainSection(Section):
+    """Length and batches of a training run."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the training rows."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps, if that comes first."""
+
+    batch_size: PositiveInt = 64
+    """Rows in one optimizer step, over all devices."""
+
+    max_tokens_per_batch: PositiveInt = 4096
+    """Tokens in one micro-batch, padding included: the memory knob. It never changes a step's result."""
+
+    save_every: PositiveInt = 50
+    """Optimizer steps between checkpoints."""
+
+
+class DataSection(Section):
+    """Training and validation rows."""
+
+    train: DataSources
+    """Files, names in ALIGN_DATA_DIR, or Hub ids; one or a list."""
+
+    valid: DataSources = []
+    """The same, held out: for measuring only."""
+
+    max_length: PositiveInt = 4096
+    """Tokens in a row, prompt and response together. Paper: 4096."""
+
+    overlong: Literal["truncate", "drop"] = "truncate"
+    """Rows over `max_length`: drop the oldest turns of the history, or the row. The response is never cut: a row
+    that is too long without its history is dropped and counted."""
+
+    max_rows: PositiveInt | None = None
+    """Use at most this many training rows, chosen by the seed."""
+
+    max_valid_rows: PositiveInt | None = None
+    """Use at most this many validation rows, chosen by the seed."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    """Bad rows: stop before training, or leave them out and count them."""
+
+
+class PromptSection(Section):
+    """Prompts to sample responses for."""
+
+    prompts: DataSources
+    """Files, names in ALIGN_DATA_DIR, or Hub ids with prompt rows; one or a list."""
+
+    max_prompts: PositiveInt | None = None
+    """Use at most this many prompts, chosen by the seed, half of them safety prompts where there are enough."""
+
+    max_prompt_length: PositiveInt = 2048
+    """Prompts over this many tokens lose the oldest turns of their history, or are dropped and counted."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    """Bad rows: stop, or leave them out and count them."""
+
+
+class SamplingSection(Section):
+    """How responses are drawn."""
+
+    num_candidates: PositiveInt = 1
+    """K, responses to each prompt."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Logits are divided by this; 0 takes the most likely token."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens with this probability; 1 is off."""
+
+    top_k: NonNegativeInt = 0
+    """Sample from this many most likely tokens; 0 is off."""
+
+    max_new_tokens: PositiveInt = 256
+    """Tokens in a response at most, its end-of-turn token included."""
+
+    engine: Literal["torch", "vllm"] = "torch"
+    """`torch` is built in; `vllm` needs the extra of that name."""
+
+    max_rows: PositiveInt = 64
+    """Responses decoded side by side: the memory knob of the torch engine."""
+
+
+class RunSection(Section):
+    """Where results go, and the seed."""
+
+    dir: str
+    """Run directory."""
+
+    seed: NonNegativeInt = 0
+    """Seed of everything random."""
+
+    overwrite: bool = False
+    """Throw away what an earlier run left in `run.dir`."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: whatever accelerate finds."""
+
+    report_to: list[str] = []
+    """Experiment trackers of accelerate and transformers, e.g. [tensorboard]."""
+
+
+class StageConfig(Section):
+    """Base of every stage's configuration."""
+
+    stage: ClassVar[str]
+
+    run: RunSection
+
+    def input_names(self) -> Iterator[tuple[str, str, InputKind]]:
+        """(key, name, kind) of every data set and model the stage reads."""
+        yield from _named_inputs(type(self), self.model_dump())
+
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+def load_config(
+    cls: type[Config],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    check_inputs: bool = True,
+) -> Config:
+    """A stage's configuration from a YAML file and `key=value` arguments, which win.
+
+    Raises ConfigError with all problems at once: unknown keys, wrong types, impossible values, missing files.
+    """
+    values = read_yaml(path) if path is not None else {}
+    where = str(path) if path is not None else "command line"
+    return build_config(cls, merge(values, parse_overrides(overrides)), where, check_inputs=check_inputs)
+
+
+def build_config(
+    cls: type[Config],
+    values: Mapping[str, Any],
+    where: str,
+    *,
+    check_inputs: bool = True,
+    made_earlier: Sequence[str] = (),
+) -> Config:
+    """A validated configuration; inputs below the folders of `made_earlier` are taken for granted.
+
+    Raises ConfigError, each line opening with `where`.
+    """
+    config, problems = _validate(cls, values)
+    if check_inputs:
+        problems += _input_problems(cls, values, made_earlier)
+    if config is None or problems:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError where the file is missing or not a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}. It must hold `key: value` lines.")
+    return values
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`["a.b=1", "c=x"]` as nested mappings; values are read as YAML. Raises ConfigError on a missing `=`."""
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f'command line: "{argument}" is not key=value. Write for example train.epochs=2.')
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    return values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping. A plain string below a mapping is the short form of its `path`."""
+    merged = dict(base)
+    for key, value in over.items():
+        before = merged.get(key)
+        if isinstance(value, Mapping):
+            before = {"path": before} if isinstance(before, str) else before
+            value = merge(before if isinstance(before, Mapping) else {}, value)
+        elif isinstance(value, str) and isinstance(before, Mapping) and "path" in before:
+            value = {**before, "path": value}
+        merged[key] = value
+    return merged
+
+
+def to_yaml(config: StageConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every setting, nested sections flattened with dots: the help text."""
+    for name, info in cls.model_fields.items():
+        section = _section_of(info.annotation)
+        if section is not None and get_origin(info.annotation) is not dict:
+            yield from describe(section, f"{prefix}{name}.")
+            continue
+        if info.is_required():
+            default = "required"
+        else:
+            default = _show_default(info.get_default(call_default_factory=True))
+        meaning = " ".join((info.description or "").split())
+        yield f"{prefix}{name}", _show_type(info.annotation), default, meaning
+
+
+def _validate(cls: type[Config], values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """The configuration, or None, with every problem found.
+
+    Rules that look at several keys run only once each key is valid, so a wrong key is taken out and the rest
+    validated again, until nothing new turns up: one round shows a user everything.
+    """
+    problems: dict[str, None] = {}
+    removed: set[tuple[Any, ...]] = set()
+    trial: Any = values
+    for attempt in range(10):
+        try:
+            config = cls.model_validate(trial)
+        except ValidationError as error:
+            fresh = False
+            for item in error.errors():
+                location = tuple(item["loc"])
+                if any(location[: len(path)] == path for path in removed):
+                    continue
+                fresh = True
+                problems[_explain(cls, item)] = None
+                if location and item["type"] != "missing":
+                    trial = _without(trial, location)
+                    removed.add(location)
+            if not fresh:
+                return None, list(problems)
+        else:
+            return (config if attempt == 0 else None), list(problems)
+    return None, list(problems)
+
+
+def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
+    location, kind = item["loc"], item["type"]
+    key = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        parent = _section_at(cls, location[:-1])
+        known = list(parent.model_fields) if parent else []
+        guess = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f'Did you mean "{guess[0]}"?' if guess else f"Known here: {', '.join(known) or 'nothing'}."
+        return f"{key}: unknown key. {hint}"
+    if kind == "missing":
+        return f"{key}: missing. Add it: it has no default."
+    message = item["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}, found {item['input']!r}."
+
+
+def _input_problems(cls: type[BaseModel], values: Any, made_earlier: Sequence[str]) -> list[str]:
+    """What is missing among the data sets and models that a configuration names, valid or not otherwise."""
+    problems = []
+    for key, name, kind in _named_inputs(cls, values):
+        if any(Path(name) == Path(folder) or Path(folder) in Path(name).parents for folder in made_earlier):
+            continue
+        try:
+            find_data(name) if kind == "data" else find_model(name)
+        except AlignError as error:
+            problems.append(f"{key}: {error}")
+    return problems
+
+
+def _named_inputs(cls: type[BaseModel], values: Any, prefix: str = "") -> Iterator[tuple[str, str, InputKind]]:
+    if not isinstance(values, Mapping):
+        return
+    for name, info in cls.model_fields.items():
+        value, key = values.get(name), f"{prefix}{name}"
+        section = _section_of(info.annotation)
+        if section is ModelSection:
+            many = get_origin(info.annotation) is dict and isinstance(value, Mapping)
+            for entry_key, entry in {f"{key}.{k}": v for k, v in value.items()}.items() if many else [(key, value)]:
+                path = entry.get("path") if isinstance(entry, Mapping) else entry
+                if isinstance(path, str):
+                    yield entry_key, path, "model"
+        elif section is not None:
+            yield from _named_inputs(section, value, f"{key}.")
+        elif any(isinstance(part, BeforeValidator) and part.func is _as_list for part in info.metadata):
+            for source in _as_list(value) or []:
+                if isinstance(source, str):
+                    yield key, source, "data"
+
+
+def _without(values: Any, location: tuple[Any, ...]) -> Any:
+    if not location:
+        return values
+    head, *rest = location
+    if isinstance(values, Mapping) and head in values:
+        if not rest:
+            return {key: value for key, value in values.items() if key != head}
+        return {**values, head: _without(values[head], tuple(rest))}
+    if isinstance(values, list) and isinstance(head, int) and head < len(values):
+        return [value for index, value in enumerate(values) if index != head]
+    return values
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (typing.Union, types.UnionType, dict):
+        return next((found for part in get_args(annotation) if (found := _section_of(part))), None)
+    return None
+
+
+def _section_at(cls: type[BaseModel], location: Sequence[Any]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = cls
+    for part in location:
+        if section is None or part not in section.model_fields:
+            return None
+        section = _section_of(section.model_fields[part].annotation)
+    return section
+
+
+def _show_type(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return "|".join(str(value) for value in get_args(annotation))
+    if origin is Annotated:
+        return _show_type(get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return "|".join("null" if part is type(None) else _show_type(part) for part in get_args(annotation))
+    if origin is not None:
+        inner = ", ".join(_show_type(part) for part in get_args(annotation))
+        return f"{getattr(origin, '__name__', origin)}[{inner}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _show_default(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, tuple):
+        value = list(value)
+    return str(value)
+

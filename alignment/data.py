@@ -1,0 +1,244 @@
+"""JSON-lines files and Hub data sets as typed rows, with errors that name file, line, field and remedy."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt, RowError
+from alignment.errors import DataError
+from alignment.sources import find_data
+
+MAX_LINE_BYTES = 4 * 2**20
+MAX_ERRORS_SHOWN = 20
+
+Row = TypeVar("Row", Dialogue, PreferencePair, Prompt)
+OnError = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What was read from one source: `dropped` counts rows by reason, `errors` holds the messages of bad rows."""
+
+    name: str
+    sha256: str
+    num_rows: int
+    num_kept: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "rows": self.num_rows,
+            "kept": self.num_kept,
+            "dropped": dict(self.dropped),
+            **({"errors": self.errors} if self.errors else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[Row]):
+    """Typed rows in file order, with a report for each source."""
+
+    rows: list[Row]
+    sources: list[SourceReport]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file: where it is ("pairs.jsonl:17"), and either its object or what is wrong with it."""
+
+    where: str
+    row: Mapping[str, Any] | None = None
+    problem: str | None = None
+
+
+def load_dialogues(sources: Sequence[str], *, on_error: OnError = "stop") -> Loaded[Dialogue]:
+    """Demonstrations from all sources. Raises DataError with every bad row (the first 20 in full)."""
+    return load_rows(sources, Dialogue.from_json, on_error=on_error)
+
+
+def load_pairs(sources: Sequence[str], *, on_error: OnError = "stop") -> Loaded[PreferencePair]:
+    """Preference pairs from all sources. Raises DataError with every bad row (the first 20 in full)."""
+    return load_rows(sources, PreferencePair.from_json, on_error=on_error)
+
+
+def load_prompts(sources: Sequence[str], *, on_error: OnError = "stop") -> Loaded[Prompt]:
+    """Prompts from all sources. Raises DataError with every bad row (the first 20 in full)."""
+    return load_rows(sources, Prompt.from_json, on_error=on_error)
+
+
+def load_rows(
+    sources: Sequence[str], parse: Callable[[Mapping[str, Any]], Row], *, on_error: OnError = "stop"
+) -> Loaded[Row]:
+    """Rows of all sources through `parse`; a row without `source` gets the name of its file.
+
+    With `on_error="skip"` bad rows are left out, counted and listed in the report. Raises DataError otherwise,
+    and where a source has no usable row.
+    """
+    rows: list[Row] = []
+    reports: list[SourceReport] = []
+    errors: list[str] = []
+    for name in sources:
+        found = find_data(name)
+        stem = str(name).split("/")[-1].split(".jsonl")[0]
+        kept, source_errors, num_rows = [], [], 0
+        for line in read_lines(found):
+            num_rows += 1
+            try:
+                if line.row is None:
+                    raise RowError(line.problem or "unreadable")
+                row = parse(line.row)
+            except RowError as error:
+                source_errors.append(f"{line.where}: {error.problem}")
+                continue
+            kept.append(row if row.source else replace(row, source=stem))
+        if not num_rows:
+            errors.append(f"{name}: has no rows. Give a file with one JSON object a line.")
+        elif not kept and on_error == "skip":
+            errors.append(f"{name}: none of its {num_rows} rows can be used. The first: {source_errors[0]}")
+        dropped = {"unreadable": len(source_errors)} if source_errors else {}
+        reports.append(SourceReport(str(name), _digest(found), num_rows, len(kept), dropped, source_errors))
+        rows.extend(kept)
+        if on_error == "stop":
+            errors.extend(source_errors)
+    if errors:
+        raise DataError(_summary(errors))
+    return Loaded(rows, reports)
+
+
+def read_lines(source: Path | str) -> Iterator[Line]:
+    """Every non-empty line of a file (or row of a Hub data set) as a Line; damage is reported, not raised.
+
+    A `.json` file may hold one list of objects. A truncated archive ends the file with one bad Line.
+    """
+    if isinstance(source, str):
+        yield from _read_hub(source)
+        return
+    if source.name.endswith((".json", ".json.gz")):
+        yield from _read_json_list(source)
+        return
+    opener = gzip.open if source.suffix == ".gz" else open
+    number = 0
+    with opener(source, "rb") as file:
+        while True:
+            number += 1
+            where = f"{source}:{number}"
+            try:
+                raw = file.readline(MAX_LINE_BYTES + 1)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                problem = f"the archive is damaged or cut off ({error}). Fetch or write the file again."
+                yield Line(where, problem=problem)
+                return
+            if not raw:
+                return
+            if len(raw) > MAX_LINE_BYTES:
+                yield Line(where, problem=f"the line is longer than {MAX_LINE_BYTES >> 20} MiB. Split or drop it.")
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(MAX_LINE_BYTES)
+                continue
+            if raw.strip():
+                yield _parse_line(where, raw)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes JSON lines (gzip where the name ends in .gz) through a temporary sibling; returns the number of rows."""
+    temporary = path.with_name(path.name + ".tmp")
+    opener = gzip.open if path.suffix == ".gz" else open
+    count = 0
+    with opener(temporary, "wt", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    temporary.replace(path)
+    return count
+
+
+def first_user_message(messages: Messages) -> str:
+    """The text by which a conversation is told from others when data is split."""
+    return next(message.content for message in messages if message.role == "user")
+
+
+def split_by_prompt(rows: Sequence[Row], *, valid_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Train and validation rows; all rows that share their first user message fall on the same side."""
+
+    def in_valid(row: Row) -> bool:
+        messages = row.prompt if isinstance(row, PreferencePair) else row.messages
+        key = f"{seed}:{first_user_message(messages)}".encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64 < valid_fraction
+
+    train, valid = [], []
+    for row in rows:
+        (valid if in_valid(row) else train).append(row)
+    return train, valid
+
+
+def count_by(rows: Iterable[Any], name: str) -> dict[str, int]:
+    """How many rows have each value of an attribute, most frequent first."""
+    return dict(Counter(str(getattr(row, name)) for row in rows).most_common())
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(source: Path | str) -> str:
+    return file_sha256(source) if isinstance(source, Path) else ""
+
+
+def _parse_line(where: str, raw: bytes) -> Line:
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Line(where, problem=f"not UTF-8 at byte {error.start} ({raw[error.start]:#04x}). Save it as UTF-8.")
+    except json.JSONDecodeError as error:
+        return Line(where, problem=f"not JSON: {error.msg} at column {error.colno}. One object a line.")
+    if not isinstance(value, dict):
+        return Line(where, problem=f"a {type(value).__name__}, not an object. One object a line.")
+    return Line(where, row=value)
+
+
+def _read_json_list(path: Path) -> Iterator[Line]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            values = json.load(file)
+    except (ValueError, EOFError, OSError) as error:
+        yield Line(str(path), problem=f"not a JSON list: {error}")
+        return
+    for index, value in enumerate(values if isinstance(values, list) else [values]):
+        row = value if isinstance(value, dict) else None
+        yield Line(f"{path}[{index}]", row=row, problem=None if row else "not an object")
+
+
+def _read_hub(name: str) -> Iterator[Line]:
+    import datasets
+
+    repository, _, split = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, split=split or "train")
+    except Exception as error:  # the Hub client raises many kinds; all mean that the data cannot be had
+        raise DataError(
+            f"{name}: not a file here, and not loaded from the Hub ({type(error).__name__}: {error}). "
+            "Check the spelling, the network and HF_HUB_OFFLINE, or set ALIGN_DATA_DIR."
+        ) from error
+    for index, row in enumerate(rows):
+        yield Line(f"{name}[{index}]", row=row)
+
+
+def _summary(errors: list[str]) -> str:
+    shown = "\n".join(errors[:MAX_ERRORS_SHOWN])
+    more = len(errors) - MAX_ERRORS_SHOWN
+    return shown + (f"\n... and {more} more. `align data check FILE` lists all." if more > 0 else "")

@@ -1,0 +1,276 @@
+"""Dialogues, preference pairs, prompts and candidates: what the stages exchange, with their JSON forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Role = Literal["system", "user", "assistant"]
+Rating = Literal["significantly_better", "better", "slightly_better", "negligibly_better"]
+TrainOn = Literal["all", "last"]
+
+RATINGS: tuple[str, ...] = get_args(Rating)
+
+
+class RowError(ValueError):
+    """One row of data is wrong. `problem` names the field, what was found and what to do."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a dialogue."""
+
+    role: Role
+    content: str
+
+    def to_json(self) -> dict[str, str]:
+        """`{"role": ..., "content": ...}`."""
+        return {"role": self.role, "content": self.content}
+
+
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialogue:
+    """A demonstration: turns that end with an assistant turn.
+
+    `train_on` says which assistant turns carry loss: all of them, or the last one only (Ghost Attention,
+    Llama 2 Sec. 3.3).
+    """
+
+    messages: Messages
+    train_on: TrainOn = "all"
+    source: str = ""
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Dialogue:
+        """Raises RowError where a field is missing or of the wrong form."""
+        messages = parse_messages(_require(row, "messages"), "messages", last_role="assistant")
+        train_on = row.get("train_on", "all")
+        if train_on not in get_args(TrainOn):
+            raise RowError(f'"train_on" is {_show(train_on)}. Use "all" or "last".')
+        return cls(messages=messages, train_on=train_on, source=str(row.get("source") or ""))
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as written to a file; `train_on` and `source` only where they say something."""
+        row: dict[str, Any] = {"messages": [message.to_json() for message in self.messages]}
+        if self.train_on != "all":
+            row["train_on"] = self.train_on
+        return _with_source(row, self.source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Everything before a response: history and system message included, ending with a user turn.
+
+    `is_safety` marks prompts of the safety set, for which the gate always takes the safety score.
+    """
+
+    messages: Messages
+    is_safety: bool = False
+    source: str = ""
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Prompt:
+        """Raises RowError where a field is missing or of the wrong form."""
+        return cls(
+            messages=parse_messages(_require(row, "prompt"), "prompt", last_role="user"),
+            is_safety=_optional_bool(row, "is_safety") or False,
+            source=str(row.get("source") or ""),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as written to a file."""
+        row: dict[str, Any] = {"prompt": [message.to_json() for message in self.messages]}
+        if self.is_safety:
+            row["is_safety"] = True
+        return _with_source(row, self.source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """Two responses to one prompt, of which a person preferred `chosen` (Llama 2 Sec. 3.2.1).
+
+    `rating` is how strongly; `chosen_safe` and `rejected_safe` are the safety labels, `None` where nobody judged.
+    """
+
+    prompt: Messages
+    chosen: str
+    rejected: str
+    rating: Rating | None = None
+    chosen_safe: bool | None = None
+    rejected_safe: bool | None = None
+    is_safety: bool = False
+    source: str = ""
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> PreferencePair:
+        """Reads our rows and TRL's conversational preference rows, with or without a separate `prompt`.
+
+        Raises RowError where a field is missing or of the wrong form, a response is empty, or the two responses
+        are the same.
+        """
+        if "prompt" not in row and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
+            row = {**row, **_split_shared_prompt(row["chosen"], row["rejected"])}
+        prompt = parse_messages(_require(row, "prompt"), "prompt", last_role="user")
+        chosen, rejected = (_parse_response(row, name) for name in ("chosen", "rejected"))
+        if chosen == rejected:
+            raise RowError('"chosen" and "rejected" are the same text. Remove the pair: it says nothing.')
+        rating = row.get("rating")
+        if rating is not None and rating not in RATINGS:
+            raise RowError(f'"rating" is {_show(rating)}. Use one of {", ".join(RATINGS)}, or leave it out.')
+        return cls(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            rating=rating,
+            chosen_safe=_optional_bool(row, "chosen_safe"),
+            rejected_safe=_optional_bool(row, "rejected_safe"),
+            is_safety=_optional_bool(row, "is_safety") or False,
+            source=str(row.get("source") or ""),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as written to a file; fields nobody filled are left out."""
+        row: dict[str, Any] = {
+            "prompt": [message.to_json() for message in self.prompt],
+            "chosen": [{"role": "assistant", "content": self.chosen}],
+            "rejected": [{"role": "assistant", "content": self.rejected}],
+        }
+        for name in ("rating", "chosen_safe", "rejected_safe"):
+            if (value := getattr(self, name)) is not None:
+                row[name] = value
+        if self.is_safety:
+            row["is_safety"] = True
+        return _with_source(row, self.source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One of K sampled responses to a prompt, with everything measured on it (Llama 2 Sec. 3.2.3).
+
+    `helpfulness` and `safety` are raw reward-model scores (logits), `reward` the gated score the choice is made by.
+    """
+
+    prompt: Prompt
+    response: str
+    index: int
+    helpfulness: float | None = None
+    safety: float | None = None
+    reward: float | None = None
+    finish_reason: str = "stop"
+    round: int = 0
+    seed: int = 0
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Candidate:
+        """Raises RowError where a field is missing or of the wrong form."""
+        return cls(
+            prompt=Prompt.from_json(row),
+            response=_parse_response(row, "response"),
+            **{name: row[name] for name in _CANDIDATE_FIELDS if name in row},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as written to a file."""
+        row = self.prompt.to_json()
+        row["response"] = [{"role": "assistant", "content": self.response}]
+        for name in _CANDIDATE_FIELDS:
+            if (value := getattr(self, name)) is not None:
+                row[name] = value
+        return row
+
+
+_CANDIDATE_FIELDS = ("index", "helpfulness", "safety", "reward", "finish_reason", "round", "seed")
+
+
+def parse_messages(value: Any, name: str, *, last_role: str) -> Messages:
+    """Checks roles and contents: an optional system turn, then user and assistant in turn, ending with `last_role`.
+
+    Raises RowError, naming `name` and the turn.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        hint = (
+            ' A plain string is TRL\'s non-conversational form: convert it with "align data convert --from trl".'
+            if isinstance(value, str)
+            else ""
+        )
+        raise RowError(f'"{name}" is {_show(value)}. It must be a list of {{"role", "content"}} objects.{hint}')
+    if not value:
+        raise RowError(f'"{name}" is empty. It needs at least one turn.')
+    messages = []
+    for index, turn in enumerate(value):
+        where = f'"{name}[{index}]"'
+        if not isinstance(turn, Mapping):
+            raise RowError(f'{where} is {_show(turn)}. It must be an object with "role" and "content".')
+        role, content = turn.get("role"), turn.get("content")
+        if role not in get_args(Role):
+            raise RowError(f'{where} has role {_show(role)}. Use "system", "user" or "assistant".')
+        if not isinstance(content, str):
+            raise RowError(f"{where} has content {_show(content)}. It must be text.")
+        if not content.strip() and role != "system":
+            raise RowError(f"{where} ({role}) is empty. Every user and assistant turn needs text.")
+        messages.append(Message(role, content))
+    turns = messages[1:] if messages[0].role == "system" else messages
+    for index, message in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if message.role != expected:
+            position = index + len(messages) - len(turns)
+            raise RowError(
+                f'"{name}[{position}]" is a {message.role} turn where a {expected} turn must stand. '
+                "After an optional system turn, user and assistant alternate, user first."
+            )
+    if messages[-1].role != last_role:
+        raise RowError(f'"{name}" ends with a {messages[-1].role} turn. The last turn must be {last_role}.')
+    return tuple(messages)
+
+
+def _parse_response(row: Mapping[str, Any], name: str) -> str:
+    value = _require(row, name)
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], Mapping):
+        role, text = value[0].get("role"), value[0].get("content")
+        if role != "assistant" or not isinstance(text, str):
+            raise RowError(f'"{name}" is {_show(value)}. It must be one assistant message with text.')
+    else:
+        raise RowError(f'"{name}" is {_show(value)}. It must be a list with one assistant message.')
+    if not text.strip():
+        raise RowError(f'"{name}" is empty. Every response needs text.')
+    return text
+
+
+def _split_shared_prompt(chosen: list[Any], rejected: list[Any]) -> dict[str, list[Any]]:
+    """TRL's implicit prompt: the turns both conversations share are the prompt, the last turn is the response."""
+    if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
+        raise RowError('"prompt" is missing, and "chosen" and "rejected" do not share all turns but the last.')
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def _require(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        found = ", ".join(sorted(map(str, row))) or "nothing"
+        raise RowError(f'"{name}" is missing; the row has: {found}.')
+    return row[name]
+
+
+def _optional_bool(row: Mapping[str, Any], name: str) -> bool | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RowError(f'"{name}" is {_show(value)}. It must be true or false, or be left out.')
+    return value
+
+
+def _with_source(row: dict[str, Any], source: str) -> dict[str, Any]:
+    return {**row, "source": source} if source else row
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

