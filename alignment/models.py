@@ -140,17 +140,6 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path)
     write_folder(path, fill)
 
 
-def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
-    """The type matrix products run in; `auto` is bfloat16 where the device has instructions for it."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    native = native or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if device.type == "cpu" and native else torch.float32
-
-
 def model_folder(name: str) -> Path | str:
     """A folder (or Hub id) that `from_pretrained` takes; built-in models are put into the cache first."""
     found = find_model(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import time
@@ -13,12 +12,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignment.config import StageConfig, to_yaml
 from alignment.data import SourceReport, file_sha256
 from alignment.errors import RunError
 from alignment.metrics import MetricsLog
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 COMPLETE_MARK = "complete"
@@ -67,6 +69,20 @@ class Run:
         """Where the produced model goes."""
         return self.path / "model"
 
+    def dtype(self, device: torch.device, name: str) -> torch.dtype:
+        """The type to compute in; a resumed run keeps what it began with, whatever `auto` would say now."""
+        import torch
+
+        from alignment import hardware
+
+        if "compute_dtype" not in self._manifest:
+            self.note(compute_dtype=str(hardware.compute_dtype(device, name)).removeprefix("torch."))
+        return getattr(torch, self._manifest["compute_dtype"])
+
+    def noted(self, name: str) -> Any:
+        """An entry of the manifest, or None; a resumed run finds those of its first part."""
+        return self._manifest.get(name)
+
     def note_sources(self, sources: Iterable[SourceReport]) -> None:
         """Records inputs with hashes, rows kept and rows dropped by reason."""
         self.note(inputs=[source.to_json() for source in sources])
@@ -83,8 +99,10 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Writes `result.json` with time and peak memory, then marks the run finished; returns the result."""
+        from alignment import hardware  # imports torch, which the command line's quick answers do without
+
         elapsed = self._manifest.get("elapsed_seconds", 0.0) + time.monotonic() - self._started
-        full = {**result, "time_seconds": round(elapsed, 1), "peak_memory_gb": round(peak_memory_gb(), 2)}
+        full = {**result, "time_seconds": round(elapsed, 1), "peak_memory_gb": round(hardware.peak_memory_gb(), 2)}
         if self.writes:
             write_json(self.path / "result.json", full)
             self.note(status="finished", elapsed_seconds=round(elapsed, 1))
@@ -183,30 +201,6 @@ def mark_complete(checkpoint: Path) -> None:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     write_text(checkpoint / COMPLETE_MARK, "")
-
-
-def peak_memory_gb() -> float:
-    """Peak resident memory since `reset_peak_memory` (or the start), in GB of 1e9 bytes; plus the CUDA peak."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                peak = int(line.split()[1]) * 1024
-    import torch
-
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    return peak / 1e9
-
-
-def reset_peak_memory() -> None:
-    """Starts the peak anew, where the system allows it (Linux), so that each stage reports its own."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, Any], resume: bool) -> None:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Supervised fine-tuning with prompt tokens masked, and Ghost Attention."""

@@ -1,0 +1,257 @@
+"""What SFT and reward models share on top of transformers' Trainer: whole global batches, split by length.
+
+One item of the Trainer's data is one optimizer step: the rows of a global batch. Each process takes its share, sorts
+it by length into micro-batches under a token budget and sums their losses, divided by the weight of the global batch.
+So neither the budget nor the number of processes changes a step. The order of rows is a function of the seed, so a
+resumed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
+
+from alignment.prefix_batch import PrefixBatch
+from alignment.progress import ProgressBar
+from alignment.runs import Run, mark_complete
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of a global batch: its rows as tensors, what the loss needs besides, and its weight in the batch.
+
+    `weight` counts what the loss averages over (tokens for SFT, pairs for reward models); 0 takes no part.
+    """
+
+    batch: PrefixBatch
+    targets: dict[str, Tensor]
+    weight: float
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.targets.items()}
+        return MicroBatch(self.batch.to(device), moved, self.weight)
+
+
+# Loss summed (not averaged) over a micro-batch, with sums of metrics over the same weight.
+LossFunction = Callable[[nn.Module, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+# The micro-batches of some rows of the data set, given by index.
+Batcher = Callable[[Sequence[int]], Iterator[MicroBatch]]
+
+
+class StepSchedule(Dataset):
+    """Row indices of every optimizer step: `epochs` shuffled passes over `num_rows`, the last step possibly smaller."""
+
+    def __init__(
+        self, num_rows: int, *, batch_size: int, epochs: float, seed: int, max_steps: int | None = None
+    ) -> None:
+        total = math.ceil(num_rows * epochs)
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        while len(order) < total:
+            order += torch.randperm(num_rows, generator=generator).tolist()
+        order = order[:total]
+        steps = [order[start : start + batch_size] for start in range(0, total, batch_size)]
+        self.steps = steps[:max_steps]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self.steps[index]
+
+
+class GlobalBatchMixin:
+    """Put before a Trainer class: `class RewardTrainer(GlobalBatchMixin, Trainer)`. Set up with `use_steps`."""
+
+    def use_steps(self, schedule: StepSchedule, batcher: Batcher, loss_function: LossFunction) -> None:
+        """Gives the trainer its steps, how to batch rows, and the loss."""
+        self._schedule, self._batcher, self._loss_function = schedule, batcher, loss_function
+        self.step_metrics: dict[str, float] = {}
+
+    def get_train_dataloader(self) -> DataLoader:
+        """All processes see all steps; each takes its own share of the rows in `training_step`."""
+        generator = torch.Generator().manual_seed(0)
+        return DataLoader(self._schedule, batch_size=None, collate_fn=_as_is, generator=generator)
+
+    def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a whole global batch; returns its mean loss."""
+        model.train()
+        accelerator = self.accelerator
+        share = inputs[accelerator.process_index :: accelerator.num_processes]
+        parts = list(self._batcher(share or inputs[:1]))
+        weights = [part.weight if share else 0.0 for part in parts]
+        total, count = sum(weights), len(parts)
+        if accelerator.num_processes > 1:
+            sums = accelerator.gather(torch.tensor([[total, count]], device=accelerator.device))
+            total, count = float(sums[:, 0].sum()), int(sums[:, 1].max())
+        sums_by_name: dict[str, Tensor] = {}
+        loss_sum = torch.zeros((), device=accelerator.device)
+        # Processes run equally many passes (FSDP gathers weights in each): the missing ones weigh nothing.
+        for index in range(count):
+            part = parts[min(index, len(parts) - 1)].to(accelerator.device)
+            takes_part = bool(share) and index < len(parts)
+            last = index == count - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    loss, metrics = self._loss_function(model, part)
+                scale = accelerator.num_processes / total if takes_part else 0.0
+                accelerator.backward(loss * scale)
+            if takes_part:
+                loss_sum += loss.detach()
+                for name, value in metrics.items():
+                    sums_by_name[name] = sums_by_name.get(name, 0) + value.detach().float()
+        names = sorted(sums_by_name)
+        if accelerator.num_processes > 1:
+            names = sorted({name for found in _gather_objects(names) for name in found})
+        stacked = torch.stack([loss_sum, *(sums_by_name.get(name, torch.zeros_like(loss_sum)) for name in names)])
+        stacked = accelerator.reduce(stacked, reduction="sum") / total
+        self.step_metrics = {"loss": stacked[0].item(), **dict(zip(names, stacked[1:].tolist(), strict=True))}
+        return stacked[0]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Trainer's estimate needs padded tensors; ours have none."""
+        return 0
+
+
+class RunCallback(TrainerCallback):
+    """Writes every step to the run's metrics, marks checkpoints complete, and moves the progress bar."""
+
+    def __init__(self, run: Run, title: str, metric_prefix: str, trainer: GlobalBatchMixin) -> None:
+        self.run, self.title, self.prefix, self.trainer = run, title, metric_prefix, trainer
+        self.bar: ProgressBar | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drops what was logged beyond the checkpoint."""
+        if self.run.writes:
+            self.run.metrics.truncate_after(state.global_step)
+        shown = state.is_world_process_zero
+        self.bar = ProgressBar(self.title, state.max_steps, shown=shown, start=state.global_step)
+        self.bar.__enter__()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """One row of metrics a step."""
+        if "learning_rate" not in logs or self.bar is None:
+            return
+        values = {**self.trainer.step_metrics, "lr": logs["learning_rate"], "grad_norm": float(logs["grad_norm"])}
+        self.run.log(state.global_step, {f"{self.prefix}/{name}": value for name, value in values.items()})
+        self.bar.advance(1, f"loss {values['loss']:.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The mark goes last: a checkpoint without it is not resumed from."""
+        if self.run.writes:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
+
+
+def use_run(trainer: Any, run: Run, title: str, metric_prefix: str) -> None:
+    """Replaces Trainer's own printing and progress by the run's metrics and bar."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RunCallback(run, title, metric_prefix, trainer))
+
+
+def training_arguments(
+    run: Run,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    schedule: str,
+    final_lr_fraction: float,
+    warmup_fraction: float,
+    min_warmup_steps: int,
+    num_steps: int,
+    save_every: int,
+    seed: int,
+    bf16: bool,
+    use_cpu: bool,
+    gradient_checkpointing: bool,
+    report_to: Sequence[str],
+) -> dict[str, Any]:
+    """Keyword arguments for TrainingArguments (or SFTConfig) that make Trainer take our steps as they are."""
+    name, extra = scheduler_name(schedule, final_lr_fraction)
+    return {
+        "output_dir": str(run.path / "checkpoints"),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1,
+        "learning_rate": lr,
+        "adam_beta1": betas[0],
+        "adam_beta2": betas[1],
+        "adam_epsilon": eps,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "lr_scheduler_type": name,
+        "lr_scheduler_kwargs": extra,
+        "warmup_steps": num_warmup_steps(num_steps, warmup_fraction, min_warmup_steps),
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": list(report_to) or "none",
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": bf16,
+        "use_cpu": use_cpu,
+        "gradient_checkpointing": gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def scheduler_name(schedule: str, final_lr_fraction: float) -> tuple[str, dict[str, Any]]:
+    """transformers' scheduler of a schedule, with its arguments."""
+    if schedule == "cosine":
+        return "cosine_with_min_lr", {"min_lr_rate": final_lr_fraction}
+    return "constant_with_warmup", {}
+
+
+def num_warmup_steps(num_steps: int, fraction: float, at_least: int) -> int:
+    """Steps of linear warm-up: the fraction rounded up, `at_least`, and never more than half of all steps."""
+    return min(max(math.ceil(fraction * num_steps), at_least), num_steps // 2)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    *,
+    schedule: str,
+    final_lr_fraction: float,
+    warmup_fraction: float,
+    min_warmup_steps: int,
+    num_steps: int,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The same schedule for our own loops."""
+    name, extra = scheduler_name(schedule, final_lr_fraction)
+    warmup = num_warmup_steps(num_steps, warmup_fraction, min_warmup_steps)
+    return get_scheduler(name, optimizer, warmup, num_steps, scheduler_specific_kwargs=extra)
+
+
+def _as_is(item: list[int]) -> list[int]:
+    return item
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

@@ -1,0 +1,78 @@
+"""Settings of the `rm` stage and of `align score`. Defaults are the paper's where it gives a number."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from alignment.config import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptimSection,
+    PositiveInt,
+    StageConfig,
+    TrainSection,
+)
+from alignment.dialogue import Rating
+
+Margins = dict[Rating, NonNegativeFloat]
+
+# Llama 2 Table 27, in the order significantly better ... negligibly better.
+MARGIN_TABLES: dict[str, Margins] = {
+    "none": {},
+    "small": {"significantly_better": 1.0, "better": 2 / 3, "slightly_better": 1 / 3, "negligibly_better": 0.0},
+    "large": {"significantly_better": 3.0, "better": 2.0, "slightly_better": 1.0, "negligibly_better": 0.0},
+}
+
+
+class RewardOptim(OptimSection):
+    """AdamW with Llama 2's reward-model numbers (Sec. 3.2.2)."""
+
+    lr: float = 1e-5
+    """Peak learning rate. Paper: 1e-5 (5e-6 for 70B)."""
+
+    min_warmup_steps: NonNegativeInt = 5
+    """Linear warm-up is at least this many steps (but never more than half of all). Paper: 5."""
+
+
+class RewardTrain(TrainSection):
+    """Length and batches (Llama 2 Sec. 3.2.2)."""
+
+    epochs: float = 1.0
+    """Passes over the pairs. Paper: 1, more overfits."""
+
+    batch_size: PositiveInt = 512
+    """Pairs in one optimizer step, over all devices. Paper: 512."""
+
+
+class RewardModelConfig(StageConfig):
+    """A reward model from binary preferences (Llama 2 Sec. 3.2)."""
+
+    stage: ClassVar[str] = "rm"
+
+    kind: Literal["helpfulness", "safety"]
+    """Which of the two aims. `safety` adds the auxiliary loss on labelled responses."""
+
+    model: ModelSection
+    """A chat model to start from; its output matrix is replaced by a scalar head."""
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    margin: Literal["none", "small", "large"] | Margins = "small"
+    """Margin by rating: a table of the paper, or numbers of your own by rating. Paper: small (Table 27)."""
+
+    unrated_margin: NonNegativeFloat = 0.0
+    """Margin of pairs without a rating. Our choice: 0, which claims no strength nobody stated."""
+
+    veto: Literal["drop", "flip", "keep"] = "drop"
+    """Pairs whose chosen response is labelled unsafe and the other safe. Paper: left out."""
+
+    safety_loss_weight: NonNegativeFloat | None = None
+    """Weight of the auxiliary safety loss; null is 1 for `kind=safety` and 0 for `kind=helpfulness`."""
+
+    centering_weight: NonNegativeFloat = 0.0
+    """Weight of the score-centring loss; 0 is off, as in the paper."""
+
+    optim: RewardOptim = RewardOptim()
+    train: RewardTrain = RewardTrain()

@@ -1,0 +1,63 @@
+"""Dialogues as training examples: token ids with a loss mask, cut at turn borders where they are too long."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from alignment.chat import ChatFormat, EncodedDialogue, drop_oldest_turns, encode_dialogue
+from alignment.dialogue import Dialogue
+from alignment.prefix_batch import Branch, Tree, collate, micro_batches
+from alignment.training import MicroBatch
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded dialogues in order, the source of each, and what did not fit: `cut` lost old turns, `dropped` is out."""
+
+    encoded: list[EncodedDialogue]
+    sources: list[str]
+    cut: int
+    dropped: dict[str, int]
+
+
+def make_examples(
+    chat: ChatFormat, dialogues: Sequence[Dialogue], *, max_length: int, overlong: Literal["truncate", "drop"]
+) -> Examples:
+    """Encodes dialogues. Over `max_length` tokens, the oldest exchanges go first; a response is never cut.
+
+    A dialogue trained on its last answer only (Ghost Attention) keeps its first turn, which holds the instruction:
+    it is dropped instead.
+    """
+    encoded, sources = [], []
+    cut = 0
+    dropped: Counter[str] = Counter()
+    for dialogue in dialogues:
+        shorter: Dialogue | None = dialogue
+        example = encode_dialogue(chat, dialogue)
+        may_cut = overlong == "truncate" and dialogue.train_on == "all"
+        while shorter is not None and len(example.input_ids) > max_length:
+            messages = drop_oldest_turns(shorter.messages) if may_cut else None
+            shorter = replace(shorter, messages=messages) if messages else None
+            if shorter is not None:
+                example = encode_dialogue(chat, shorter)
+        if shorter is None:
+            dropped["too_long"] += 1
+            continue
+        cut += shorter is not dialogue
+        encoded.append(example)
+        sources.append(dialogue.source)
+    return Examples(encoded, sources, cut, dict(dropped))
+
+
+def dialogue_batches(
+    examples: Sequence[EncodedDialogue], indices: Sequence[int], *, max_tokens: int
+) -> Iterator[MicroBatch]:
+    """Micro-batches of the dialogues at `indices`, one dialogue a row; the weight counts trained tokens."""
+    chosen = [examples[index] for index in indices]
+    for group in micro_batches(chosen, lambda example: len(example.input_ids), max_tokens=max_tokens):
+        rows = [[Tree([], [Branch(chosen[i].input_ids, chosen[i].loss_mask)])] for i in group]
+        batch = collate(rows)
+        yield MicroBatch(batch, {}, weight=float(batch.num_targets))
