@@ -110,6 +110,19 @@ def drop_oldest_turns(messages: Messages) -> Messages | None:
     return shorter if len(shorter) > start else None
 
 
+def fit_prompt(
+    chat: ChatFormat, messages: Messages, room: int, *, may_cut: bool = True
+) -> tuple[list[int] | None, bool]:
+    """Ids of a prompt within `room` tokens, without its oldest turns where need be; None where nothing fits."""
+    shorter: Messages | None = messages
+    while shorter is not None:
+        ids = encode_prompt(chat, shorter)
+        if len(ids) <= room:
+            return ids, shorter is not messages
+        shorter = drop_oldest_turns(shorter) if may_cut else None
+    return None, False
+
+
 def preview(chat: ChatFormat, encoded: EncodedDialogue) -> Text:
     """The dialogue token by token for a terminal: trained tokens green, the others dim, control tokens bold."""
     special = set(chat.tokenizer.all_special_ids)
@@ -154,7 +167,13 @@ class JinjaFormat:
         probe = (Message("user", "u"), Message("assistant", "a"), Message("user", "v"), Message("assistant", "b"))
         self._check_prefixes(probe)
         self._closing = self._pieces(probe[:2], generation=False)[-1]
-        self.end_of_turn_id = self._split_closing(self._closing)[0][-1]
+        closing = self._split_closing(self._closing)[0]
+        if self._split_closing(self._pieces(probe, generation=False)[2])[0] != closing:
+            raise ModelError(
+                "the chat template ends an earlier assistant turn differently from the last one, so a model would learn "
+                "two ways to stop. Set model.chat_template to chatml or to another Jinja file."
+            )
+        self.end_of_turn_id = closing[-1]
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """See ChatFormat."""

@@ -44,7 +44,7 @@ class ModelSection(Section):
     """A folder, a run directory, a Hub id, `smollm2-135m-instruct` or `toy`."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of frozen weights and of the arithmetic. `auto`: bfloat16 where the device computes it natively, else
+    """Type of frozen weights and of the arithmetic. `auto`: bfloat16 where the device computes it faster, else
     float32. Trained weights, optimizer state, losses and score heads are float32 in any case."""
 
     chat_template: str = "auto"
@@ -182,11 +182,8 @@ class SamplingSection(Section):
     max_new_tokens: PositiveInt = 256
     """Tokens in a response at most, its end-of-turn token included."""
 
-    engine: Literal["torch", "vllm"] = "torch"
-    """`torch` is built in; `vllm` needs the extra of that name."""
-
     max_rows: PositiveInt = 64
-    """Responses decoded side by side: the memory knob of the torch engine."""
+    """Responses decoded side by side: the memory knob."""
 
 
 class RunSection(Section):
@@ -317,12 +314,16 @@ def describe(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str,
         if section is not None and get_origin(info.annotation) is not dict:
             yield from describe(section, f"{prefix}{name}.")
             continue
-        if info.is_required():
-            default = "required"
-        else:
-            default = _show_default(info.get_default(call_default_factory=True))
-        meaning = " ".join((info.description or "").split())
+        required = info.is_required()
+        default = "required" if required else _show_default(info.get_default(call_default_factory=True))
+        meaning = " ".join(_description(cls, name).split())
         yield f"{prefix}{name}", _show_type(info.annotation), default, meaning
+
+
+def _description(cls: type[BaseModel], name: str) -> str:
+    """The docstring of a setting, or that of the base class whose default it changes."""
+    sections = (base for base in cls.__mro__ if issubclass(base, BaseModel) and name in base.model_fields)
+    return next((text for base in sections if (text := base.model_fields[name].description)), "")
 
 
 def _validate(cls: type[Config], values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt, RowError
+from alignment.dialogue import Candidate, Dialogue, Messages, PreferencePair, Prompt, RowError
 from alignment.errors import DataError
 from alignment.sources import find_data
 
 MAX_LINE_BYTES = 4 * 2**20
 MAX_ERRORS_SHOWN = 20
 
-Row = TypeVar("Row", Dialogue, PreferencePair, Prompt)
+Row = TypeVar("Row", Dialogue, PreferencePair, Prompt, Candidate)
 OnError = Literal["stop", "skip"]
 
 
@@ -102,7 +103,7 @@ def load_rows(
             except RowError as error:
                 source_errors.append(f"{line.where}: {error.problem}")
                 continue
-            kept.append(row if row.source else replace(row, source=stem))
+            kept.append(replace(row, source=stem) if getattr(row, "source", None) == "" else row)
         if not num_rows:
             errors.append(f"{name}: has no rows. Give a file with one JSON object a line.")
         elif not kept and on_error == "skip":
@@ -156,11 +157,14 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     temporary = path.with_name(path.name + ".tmp")
     opener = gzip.open if path.suffix == ".gz" else open
     count = 0
-    with opener(temporary, "wt", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    temporary.replace(path)
+    try:
+        with opener(temporary, "wt", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return count
 
 
@@ -183,6 +187,13 @@ def split_by_prompt(rows: Sequence[Row], *, valid_fraction: float, seed: int) ->
     return train, valid
 
 
+def pick(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows, chosen by the seed, in file order."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+
+
 def count_by(rows: Iterable[Any], name: str) -> dict[str, int]:
     """How many rows have each value of an attribute, most frequent first."""
     return dict(Counter(str(getattr(row, name)) for row in rows).most_common())
@@ -202,9 +213,12 @@ def _parse_line(where: str, raw: bytes) -> Line:
     try:
         value = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Line(where, problem=f"not UTF-8 at byte {error.start} ({raw[error.start]:#04x}). Save it as UTF-8.")
+        byte = error.object[error.start]
+        return Line(where, problem=f"not UTF-8 at byte {error.start} ({byte:#04x}). Save it as UTF-8.")
     except json.JSONDecodeError as error:
         return Line(where, problem=f"not JSON: {error.msg} at column {error.colno}. One object a line.")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of nested brackets
+        return Line(where, problem=f"not usable JSON: {error}. One object a line.")
     if not isinstance(value, dict):
         return Line(where, problem=f"a {type(value).__name__}, not an object. One object a line.")
     return Line(where, row=value)
@@ -215,12 +229,12 @@ def _read_json_list(path: Path) -> Iterator[Line]:
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             values = json.load(file)
-    except (ValueError, EOFError, OSError) as error:
-        yield Line(str(path), problem=f"not a JSON list: {error}")
+    except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
+        yield Line(str(path), problem=f"not a JSON list: {error}. A file with one object a line ends with .jsonl.")
         return
     for index, value in enumerate(values if isinstance(values, list) else [values]):
         row = value if isinstance(value, dict) else None
-        yield Line(f"{path}[{index}]", row=row, problem=None if row else "not an object")
+        yield Line(f"{path}[{index}]", row=row, problem=f"a {type(value).__name__}, not an object")
 
 
 def _read_hub(name: str) -> Iterator[Line]:

@@ -52,7 +52,7 @@ class Dialogue:
     def from_json(cls, row: Mapping[str, Any]) -> Dialogue:
         """Raises RowError where a field is missing or of the wrong form."""
         messages = parse_messages(_require(row, "messages"), "messages", last_role="assistant")
-        train_on = row.get("train_on", "all")
+        train_on = "all" if row.get("train_on") is None else row["train_on"]
         if train_on not in get_args(TrainOn):
             raise RowError(f'"train_on" is {_show(train_on)}. Use "all" or "last".')
         return cls(messages=messages, train_on=train_on, source=str(row.get("source") or ""))
@@ -116,7 +116,7 @@ class PreferencePair:
         Raises RowError where a field is missing or of the wrong form, a response is empty, or the two responses
         are the same.
         """
-        if "prompt" not in row and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
+        if row.get("prompt") is None and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
             row = {**row, **_split_shared_prompt(row["chosen"], row["rejected"])}
         prompt = parse_messages(_require(row, "prompt"), "prompt", last_role="user")
         chosen, rejected = (_parse_response(row, name) for name in ("chosen", "rejected"))
@@ -170,12 +170,10 @@ class Candidate:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Candidate:
-        """Raises RowError where a field is missing or of the wrong form."""
-        return cls(
-            prompt=Prompt.from_json(row),
-            response=_parse_response(row, "response"),
-            **{name: row[name] for name in _CANDIDATE_FIELDS if name in row},
-        )
+        """Raises RowError where a field is missing or of the wrong form. A response from elsewhere has index 0."""
+        measured = {name: value for name in _CANDIDATE_FIELDS if (value := _measured(row, name)) is not None}
+        response = _parse_response(row, "response", may_be_empty=True)
+        return cls(prompt=Prompt.from_json(row), response=response, **{"index": 0, **measured})
 
     def to_json(self) -> dict[str, Any]:
         """The row as written to a file."""
@@ -187,7 +185,15 @@ class Candidate:
         return row
 
 
-_CANDIDATE_FIELDS = ("index", "helpfulness", "safety", "reward", "finish_reason", "round", "seed")
+_CANDIDATE_FIELDS: dict[str, tuple[type, ...]] = {
+    "index": (int,),
+    "helpfulness": (float, int),
+    "safety": (float, int),
+    "reward": (float, int),
+    "finish_reason": (str,),
+    "round": (int,),
+    "seed": (int,),
+}
 
 
 def parse_messages(value: Any, name: str, *, last_role: str) -> Messages:
@@ -216,6 +222,7 @@ def parse_messages(value: Any, name: str, *, last_role: str) -> Messages:
             raise RowError(f"{where} has content {_show(content)}. It must be text.")
         if not content.strip() and role != "system":
             raise RowError(f"{where} ({role}) is empty. Every user and assistant turn needs text.")
+        _check_characters(content, where)
         messages.append(Message(role, content))
     turns = messages[1:] if messages[0].role == "system" else messages
     for index, message in enumerate(turns):
@@ -231,7 +238,7 @@ def parse_messages(value: Any, name: str, *, last_role: str) -> Messages:
     return tuple(messages)
 
 
-def _parse_response(row: Mapping[str, Any], name: str) -> str:
+def _parse_response(row: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:
     value = _require(row, name)
     if isinstance(value, str):
         text = value
@@ -241,9 +248,19 @@ def _parse_response(row: Mapping[str, Any], name: str) -> str:
             raise RowError(f'"{name}" is {_show(value)}. It must be one assistant message with text.')
     else:
         raise RowError(f'"{name}" is {_show(value)}. It must be a list with one assistant message.')
-    if not text.strip():
+    if not text.strip() and not may_be_empty:
         raise RowError(f'"{name}" is empty. Every response needs text.')
+    _check_characters(text, f'"{name}"')
     return text
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON can spell half of a character (a lone surrogate), which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise RowError(f"{where} has half a character ({found} alone). Write the whole one, or remove it.") from None
 
 
 def _split_shared_prompt(chosen: list[Any], rejected: list[Any]) -> dict[str, list[Any]]:
@@ -264,6 +281,13 @@ def _optional_bool(row: Mapping[str, Any], name: str) -> bool | None:
     value = row.get(name)
     if value is not None and not isinstance(value, bool):
         raise RowError(f'"{name}" is {_show(value)}. It must be true or false, or be left out.')
+    return value
+
+
+def _measured(row: Mapping[str, Any], name: str) -> Any:
+    value, types = row.get(name), _CANDIDATE_FIELDS[name]
+    if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+        raise RowError(f'"{name}" is {_show(value)}. It must be {"text" if str in types else "a number"}.')
     return value
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +27,9 @@ from alignment.chat import ChatFormat, chat_format
 from alignment.data import file_sha256
 from alignment.errors import ModelError
 from alignment.runs import write_folder
-from alignment.sources import find_model
+from alignment.sources import cached_folder, find_model
+from alignment.toy import TOY_VERSION
+from alignment.toy_model import make_toy_model
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -144,19 +144,10 @@ def model_folder(name: str) -> Path | str:
     """A folder (or Hub id) that `from_pretrained` takes; built-in models are put into the cache first."""
     found = find_model(name)
     if found == DEMO_MODEL:
-        return _cached(DEMO_MODEL, _make_demo_model)
+        return cached_folder(DEMO_MODEL, _make_demo_model)
     if found == "toy":
-        from alignment.toy import make_toy_model
-
-        return _cached("toy", make_toy_model)
+        return cached_folder(f"toy-model-{TOY_VERSION}", make_toy_model)
     return found
-
-
-def cache_dir() -> Path:
-    """ALIGN_CACHE_DIR, else `align` below XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get("ALIGN_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align"
 
 
 def _from_pretrained(cls: type, folder: Path | str, name: str, dtype: torch.dtype, **extra: object) -> PreTrainedModel:
@@ -189,21 +180,6 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
         if name and name not in used and name not in (tokenizer.chat_template or ""):
             return name
     raise ModelError("the tokenizer has no control token to pad with. Add one, e.g. <pad>, and save the tokenizer.")
-
-
-def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    folder = cache_dir() / name
-    if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            made = Path(scratch) / name
-            make(made)
-            try:
-                made.replace(folder)
-            except OSError:  # another process was faster
-                if not (folder / "config.json").is_file():
-                    raise
-    return folder
 
 
 def _make_demo_model(folder: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -99,7 +99,7 @@ class PrefixBatch:
         """True where a query (row of the last two axes) sees a key. Padding sees itself only, so no row is empty."""
         return tree_attention_mask(self.tree_ids, self.branch_ids)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> PrefixBatch:
         """The same batch on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 

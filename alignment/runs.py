@@ -21,6 +21,7 @@ from alignment.metrics import MetricsLog
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 COMPLETE_MARK = "complete"
@@ -118,29 +119,20 @@ class Run:
             write_json(self.path / "manifest.json", self._manifest)
 
 
-def open_run(config: StageConfig, *, resume: bool = False, is_main: bool = True) -> Run:
-    """Makes the run directory and writes `config.yaml` and `manifest.json`.
+def open_run(config: StageConfig, *, resume: bool = False, state: PartialState | None = None) -> Run:
+    """Makes the run directory and writes `config.yaml` and `manifest.json`; all processes call it.
 
     Raises RunError where the directory holds a finished run, an unfinished one and `resume` was not asked for,
     one with other settings, or files that no run wrote.
     """
     path = Path(config.run.dir)
-    manifest = read_manifest(path)
-    if config.run.overwrite and not resume:
-        if is_main:
-            _remove_old(path, manifest)
-        manifest = None
-    if manifest is not None:
-        _check_may_resume(path, config, manifest, resume)
-    elif path.is_dir() and any(path.iterdir()) and not config.run.overwrite:
-        raise RunError(f"{path}: not empty and not a run directory. Give another run.dir.")
-    run = Run(path, config.stage, writes=is_main, resumed=manifest is not None)
+    is_main = state is None or state.is_main_process
     if is_main:
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "config.yaml", to_yaml(config))
-        for leftover in path.glob("*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    run._manifest = manifest or {}
+        _make_ready(path, config, resume)
+    if state is not None:
+        state.wait_for_everyone()
+    run = Run(path, config.stage, writes=is_main, resumed=resume)
+    run._manifest = read_manifest(path) or {}
     run.note(
         stage=config.stage,
         status="running",
@@ -203,6 +195,21 @@ def mark_complete(checkpoint: Path) -> None:
     write_text(checkpoint / COMPLETE_MARK, "")
 
 
+def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
+    manifest = read_manifest(path)
+    occupied = path.is_dir() and any(path.iterdir())
+    if manifest is None and occupied:
+        raise RunError(f"{path}: not empty and not a run directory. Give another run.dir.")
+    if config.run.overwrite and not resume:
+        shutil.rmtree(path, ignore_errors=True)
+    elif manifest is not None:
+        _check_may_resume(path, config, manifest, resume)
+    path.mkdir(parents=True, exist_ok=True)
+    for leftover in path.glob("*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    write_text(path / "config.yaml", to_yaml(config))
+
+
 def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, Any], resume: bool) -> None:
     if manifest.get("status") == "finished":
         raise RunError(f"{path}: holds a finished run. Give another run.dir, or run.overwrite=true to replace it.")
@@ -215,12 +222,6 @@ def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, An
             f"{path}: the unfinished run has other settings ({', '.join(sorted(changed))}). "
             "Resume with the same, or run.overwrite=true to start anew."
         )
-
-
-def _remove_old(path: Path, manifest: Mapping[str, Any] | None) -> None:
-    if manifest is None and path.is_dir() and any(path.iterdir()):
-        raise RunError(f"{path}: not empty and not a run directory; it is not removed. Give another run.dir.")
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def _model_hashes(config: StageConfig) -> dict[str, str]:

@@ -1,10 +1,12 @@
-"""Where a named model or data set is, without loading it: paths, run directories, ALIGN_DATA_DIR, Hub ids."""
+"""Where a named model or data set is, without loading it: paths, run directories, ALIGN_DATA_DIR, Hub ids, the cache."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from alignment.errors import DataError, ModelError
@@ -20,12 +22,42 @@ def data_dir() -> Path | None:
     return Path(value) if value else None
 
 
+def cache_dir() -> Path:
+    """ALIGN_CACHE_DIR, else `align` below XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("ALIGN_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align"
+
+
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache; where it is absent, `make` fills a temporary one that is then renamed.
+
+    So a folder that exists is complete, also when several processes ask for it at once.
+    """
+    folder = cache_dir() / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch) / name
+            make(made)
+            try:
+                made.replace(folder)
+            except OSError:  # another process was faster
+                if not folder.is_dir():
+                    raise
+    return folder
+
+
 def find_data(name: str) -> Path | str:
     """The file of a data source, or the name itself where it is a Hub id (`owner/name` or `owner/name:split`).
 
-    Looked up in this order: a path, a name in ALIGN_DATA_DIR (with or without its ending), a Hub id.
-    Raises DataError with the nearest names where nothing fits.
+    Looked up in this order: the toy data (`toy:sft.train`), a path, a name in ALIGN_DATA_DIR (with or without its
+    ending), a Hub id. Raises DataError with the nearest names where nothing fits.
     """
+    if name.startswith("toy:"):
+        from alignment.toy import toy_file
+
+        return toy_file(name.removeprefix("toy:"))
     path = Path(name).expanduser()
     if path.is_file():
         return path

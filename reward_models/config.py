@@ -11,6 +11,7 @@ from alignment.config import (
     NonNegativeFloat,
     NonNegativeInt,
     OptimSection,
+    PositiveFloat,
     PositiveInt,
     StageConfig,
     TrainSection,
@@ -30,7 +31,7 @@ MARGIN_TABLES: dict[str, Margins] = {
 class RewardOptim(OptimSection):
     """AdamW with Llama 2's reward-model numbers (Sec. 3.2.2)."""
 
-    lr: float = 1e-5
+    lr: PositiveFloat = 1e-5
     """Peak learning rate. Paper: 1e-5 (5e-6 for 70B)."""
 
     min_warmup_steps: NonNegativeInt = 5
@@ -40,7 +41,7 @@ class RewardOptim(OptimSection):
 class RewardTrain(TrainSection):
     """Length and batches (Llama 2 Sec. 3.2.2)."""
 
-    epochs: float = 1.0
+    epochs: PositiveFloat = 1.0
     """Passes over the pairs. Paper: 1, more overfits."""
 
     batch_size: PositiveInt = 512

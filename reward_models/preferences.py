@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from alignment.chat import ChatFormat, drop_oldest_turns, encode_prompt
-from alignment.dialogue import Messages, PreferencePair
+from alignment.chat import ChatFormat, fit_prompt
+from alignment.dialogue import PreferencePair
 from alignment.prefix_batch import Branch, Tree, collate, micro_batches
 from alignment.training import MicroBatch
 
@@ -94,19 +94,6 @@ def encode_pairs(
         tree = Tree(prompt, [Branch(ids) for ids in responses])
         encoded.append(EncodedPair(tree, margin, pair.chosen_safe, pair.rejected_safe, pair))
     return EncodedPairs(encoded, cut, dict(dropped))
-
-
-def fit_prompt(
-    chat: ChatFormat, messages: Messages, room: int, *, may_cut: bool = True
-) -> tuple[list[int] | None, bool]:
-    """Ids of a prompt within `room` tokens, without its oldest turns where need be; None where nothing fits."""
-    shorter: Messages | None = messages
-    while shorter is not None:
-        ids = encode_prompt(chat, shorter)
-        if len(ids) <= room:
-            return ids, shorter is not messages
-        shorter = drop_oldest_turns(shorter) if may_cut else None
-    return None, False
 
 
 def pair_batches(pairs: Sequence[EncodedPair], indices: Sequence[int], *, max_tokens: int) -> Iterator[MicroBatch]:

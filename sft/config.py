@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from alignment.config import (
     DataSection,
+    Fraction,
     LoraSection,
     ModelSection,
+    NonNegativeFloat,
     OptimSection,
+    PositiveFloat,
     PositiveInt,
     PromptSection,
     SamplingSection,
@@ -21,14 +24,14 @@ from alignment.config import (
 class SFTOptim(OptimSection):
     """AdamW with Llama 2's fine-tuning numbers (Sec. 3.1)."""
 
-    lr: float = 2e-5
+    lr: PositiveFloat = 2e-5
     """Peak learning rate. Paper: 2e-5."""
 
 
 class SFTTrain(TrainSection):
     """Length and batches (Llama 2 Sec. 3.1)."""
 
-    epochs: float = 2.0
+    epochs: PositiveFloat = 2.0
     """Passes over the demonstrations. Paper: 2."""
 
     batch_size: PositiveInt = 64
@@ -61,20 +64,20 @@ class GattPrompts(PromptSection):
 class GattSampling(SamplingSection):
     """How the answers of the dialogues are drawn."""
 
-    temperature: float = 0.9
+    temperature: NonNegativeFloat = 0.9
     max_new_tokens: PositiveInt = 128
 
 
 class GattInstructions(Section):
     """What the instruction to be kept asks for (Llama 2 Sec. 3.3)."""
 
-    kinds: list[str] = ["hobby", "language", "figure"]
+    kinds: list[Literal["hobby", "language", "figure"]] = ["hobby", "language", "figure"]
     """Kinds that are drawn from: `hobby`, `language`, `figure`. Paper: all three."""
 
-    combine_rate: float = 0.3
+    combine_rate: Fraction = 0.3
     """Share of instructions that join two kinds ("act as X and answer in Y")."""
 
-    shorten_rate: float = 0.5
+    shorten_rate: Fraction = 0.5
     """Share of dialogues trained with the shortened form ("Figure: Napoleon."). Paper: half."""
 
 

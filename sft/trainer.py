@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from alignment.chat import EncodedDialogue
-from alignment.data import load_dialogues
+from alignment.data import load_dialogues, pick
 from alignment.errors import DataError
 from alignment.logprobs import response_logprobs
 from alignment.models import add_lora, load_chat_model, save_model
@@ -34,7 +34,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     device = state.device
     train_data = load_dialogues(config.data.train, on_error=config.data.on_error)
     valid_data = load_dialogues(config.data.valid, on_error=config.data.on_error)
-    run_dir = open_run(config, resume=resume, is_main=state.is_main_process)
+    run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*train_data.sources, *valid_data.sources])
 
     dtype = run_dir.dtype(device, config.model.dtype)
@@ -154,14 +154,6 @@ def evaluate(
         "by_source": {source: sums[source] / tokens[source] for source in sums},
         "tokens": sum(tokens.values()),
     }
-
-
-def pick(rows: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
-    """At most `limit` rows, chosen by the seed, in file order."""
-    if limit is None or len(rows) <= limit:
-        return list(rows)
-    generator = torch.Generator().manual_seed(seed)
-    return [rows[index] for index in sorted(torch.randperm(len(rows), generator=generator)[:limit].tolist())]
 
 
 def _as_dataset(examples: Sequence[EncodedDialogue]) -> datasets.Dataset:

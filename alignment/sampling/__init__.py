@@ -1,4 +1,4 @@
-"""Sampling K responses a prompt: one interface, the built-in torch engine, vLLM as an extra."""
+"""Sampling K responses a prompt: one interface and the built-in torch engine."""
 
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
 

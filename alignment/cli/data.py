@@ -1,0 +1,218 @@
+"""`align data check | preview | convert`: look at data files before anything is trained on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from alignment.converters import CONVERTERS, ConversionSummary, convert_file
+from alignment.data import read_lines
+from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, guess_layout, parse_row
+from alignment.dialogue import Candidate, Dialogue, PreferencePair, RowError
+from alignment.errors import DataError, ModelError
+from alignment.sources import find_data
+
+if TYPE_CHECKING:
+    from alignment.chat import ChatFormat, EncodedDialogue
+
+app = typer.Typer(no_args_is_help=True)
+
+BAR_WIDTH = 12
+MAX_REASONS_SHOWN = 20
+MAX_VALUES_SHOWN = 10  # of a field, on one line
+
+
+@app.command()
+def check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, names in ALIGN_DATA_DIR, or Hub ids.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what files hold, and every bad row. Exit code 0 where all rows are good, 2 otherwise."""
+    report = check_files(files)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), ensure_ascii=False, indent=2))
+    else:
+        console = Console(highlight=False)
+        for file in report.files:
+            _print_file(console, file)
+        if report.overlaps:
+            _print_overlaps(console, report.overlaps)
+    if not report.is_good:
+        raise typer.Exit(2)
+
+
+@app.command()
+def preview(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A data file, a name in ALIGN_DATA_DIR, or a Hub id.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer: folder, run, Hub id or built-in name.")],
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show, from the first.")] = 3,
+    chat_template: Annotated[str, typer.Option(help="auto, llama2, chatml or a Jinja file.")] = "auto",
+) -> None:
+    """Show rows as a model sees them, token by token: green carries loss, dim does not."""
+    from alignment.chat import chat_format
+    from alignment.chat import preview as token_text
+    from alignment.models import load_tokenizer, model_folder
+
+    shown = list(islice(_typed_rows(file), rows))
+    if not shown:
+        raise DataError(f"{file}: has no rows.")
+    chat = chat_format(load_tokenizer(model_folder(model)), chat_template)
+    console = Console(highlight=False)
+    for where, row in shown:
+        console.rule(where, align="left", style="bright_black")
+        try:
+            parts = _encode(chat, row)
+        except (DataError, ModelError) as error:  # the chat format cannot know which row it was given
+            raise type(error)(f"{where}: {error}") from error
+        for name, encoded in parts.items():
+            trained = f", {encoded.num_trained} trained" if isinstance(row, Dialogue) else ""
+            console.print(f"{name} ({len(encoded.input_ids)} tokens{trained})", style="bold", markup=False)
+            console.print(token_text(chat, encoded), soft_wrap=True)
+
+
+@app.command()
+def convert(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A data file, a name in ALIGN_DATA_DIR, or a Hub id.")],
+    layout: Annotated[str, typer.Option("--from", metavar="LAYOUT", help=f"One of {', '.join(CONVERTERS)}.")],
+    out: Annotated[Path, typer.Option(metavar="F.jsonl", help="The file to write; .jsonl.gz compresses.")],
+    aim: Annotated[
+        Literal["helpfulness", "safety"],
+        typer.Option(help="pku-saferlhf: the judgement by which a response is the chosen one."),
+    ] = "helpfulness",
+    rating_bins: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="oasst, ultrafeedback: rate pairs by how far apart their ranks or scores are. Below A: negligibly_better; "
+            "from A: slightly_better; from B: better; from C: significantly_better. Unrated without it.",
+        ),
+    ] = None,
+) -> None:
+    """Turn a public data layout into rows for `align`, leaving out and counting what cannot be used."""
+    bins = _parse_bins(rating_bins) if rating_bins is not None else None
+    summary = convert_file(file, layout, out, aim=aim, rating_bins=bins)
+    _print_summary(Console(highlight=False), summary, out)
+
+
+def _print_file(console: Console, file: FileReport) -> None:
+    def line(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, soft_wrap=True)
+
+    bad = f", {file.num_bad:,} of them bad" if file.num_bad else ""
+    line(f"{file.name}: {file.num_rows:,} rows of {file.kind or 'no known kind'}{bad}", "bold")
+    if file.lengths:
+        line(f"  user turns          {_counts(file.user_turns)}")
+        line(f"  with a system turn  {file.num_with_system:,}")
+        if file.kind != "demonstrations":
+            line(f"  marked is_safety    {file.num_safety:,}")
+        if file.kind == "pairs":
+            line(f"  ratings             {_counts(file.ratings)}")
+            line(f"  safety bins         {_counts(file.safety_bins)}")
+            line(f"  chosen is longer    {file.chosen_longer_rate:.1%}")
+        line(f"  exact repeats       {file.num_duplicates:,}")
+        if file.kind != "candidates":
+            line(f"  share their prompt  {file.num_shared_prompts:,}")
+        if set(file.sources) != {""}:
+            line(f"  sources             {_counts(file.sources)}")
+        if file.unread_fields:
+            line(f"  fields not read     {', '.join(file.unread_fields)}")
+        console.print(_length_table(file.lengths))
+    for warning in file.warnings:
+        line(f"  note: {warning}", "yellow")
+    for problem in file.problems:
+        line(problem, "red")
+    if file.looks_like and file.num_bad == file.num_rows:
+        line(f"This looks like the {file.looks_like} layout. Convert it:", "yellow")
+        line(f"  align data convert {file.name} --from {file.looks_like} --out NEW.jsonl", "yellow")
+    console.print()
+
+
+def _counts(counts: Mapping[object, int]) -> str:
+    shown = ", ".join(f"{name or '(none)'}: {rows:,}" for name, rows in islice(counts.items(), MAX_VALUES_SHOWN))
+    return shown + (f" and {len(counts) - MAX_VALUES_SHOWN} more" if len(counts) > MAX_VALUES_SHOWN else "")
+
+
+def _length_table(lengths: Mapping[str, Lengths]) -> Table:
+    """Percentiles and histograms of all kinds of text side by side."""
+    table = Table(box=None, pad_edge=False)
+    for header in ("  words", *lengths):
+        table.add_column(header, no_wrap=True)
+    for name in ("min", "median", "p95", "max"):
+        table.add_row(f"  {name}", *(f"{getattr(found, name):,}" for found in lengths.values()))
+    starts = sorted({start for found in lengths.values() for start in found.histogram})
+    for index, start in enumerate(starts):
+        end = f" to {starts[index + 1] - 1}" if index + 1 < len(starts) else " and more"
+        table.add_row(f"  {start}{end}", *(_bar(found.histogram, start) for found in lengths.values()))
+    return table
+
+
+def _bar(histogram: Mapping[int, int], start: int) -> str:
+    count = histogram.get(start, 0)
+    return f"{'#' * -(-BAR_WIDTH * count // max(histogram.values()))} {count:,}".strip() if count else ""
+
+
+def _print_overlaps(console: Console, overlaps: list[Overlap]) -> None:
+    found = [overlap for overlap in overlaps if overlap.num_same_first_message]
+    for overlap in found:
+        text = (
+            f"{overlap.second}: {overlap.num_same_first_message:,} rows open with the same user message as a row of "
+            f"{overlap.first}, {overlap.num_same_prompt:,} have its whole prompt"
+        )
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
+    if not found:
+        console.print("No prompt of one file opens with the same user message as one of another.")
+
+
+def _typed_rows(file: str) -> Iterator[tuple[str, TypedRow]]:
+    for line in read_lines(find_data(file)):
+        try:
+            if line.row is None:
+                raise RowError(line.problem or "unreadable")
+            yield line.where, parse_row(line.row)
+        except RowError as error:
+            layout = guess_layout(line.row) if line.row else None
+            hint = f" It looks like {layout}: see `align data convert --help`." if layout else ""
+            raise DataError(f"{line.where}: {error.problem}{hint}") from error
+
+
+def _encode(chat: ChatFormat, row: TypedRow) -> dict[str, EncodedDialogue]:
+    """The parts of a row by name; in pairs and candidates the responses count as trained, the prompt does not."""
+    from alignment.chat import EncodedDialogue, encode_dialogue, encode_prompt
+
+    if isinstance(row, Dialogue):
+        return {"dialogue": encode_dialogue(chat, row)}
+    responses: dict[str, str] = {}
+    if isinstance(row, PreferencePair):
+        prompt, responses = row.prompt, {"chosen": row.chosen, "rejected": row.rejected}
+    elif isinstance(row, Candidate):
+        prompt, responses = row.prompt.messages, {"response": row.response}
+    else:
+        prompt = row.messages
+    ids = {"prompt": encode_prompt(chat, prompt)}
+    ids |= {name: chat.encode_response(text) for name, text in responses.items()}
+    return {name: EncodedDialogue(tokens, [name != "prompt"] * len(tokens)) for name, tokens in ids.items()}
+
+
+def _parse_bins(text: str) -> tuple[float, float, float]:
+    try:
+        a, b, c = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise DataError(f'--rating-bins is "{text}". Give three numbers, e.g. 1,2,3.') from error
+    return a, b, c
+
+
+def _print_summary(console: Console, summary: ConversionSummary, out: Path) -> None:
+    left_out = sum(summary.dropped.values())
+    console.print(f"{out}: {summary.num_written:,} rows from {summary.num_read:,}; {left_out:,} left out", markup=False)
+    for reason, rows in islice(summary.dropped.items(), MAX_REASONS_SHOWN):
+        text = f"  {rows:,} x {reason} (first: {summary.first_dropped[reason]})"
+        console.print(text, markup=False, soft_wrap=True)
+    if len(summary.dropped) > MAX_REASONS_SHOWN:
+        console.print(f"  ... and {len(summary.dropped) - MAX_REASONS_SHOWN} more reasons")

@@ -1,0 +1,196 @@
+"""`align`: one command a stage, pipelines, scoring, sampling, chat and data tools.
+
+Exit codes: 0 done, 2 the user's mistake (a message, no traceback), 1 a bug. Help does not import torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alignment.cli import data
+from alignment.cli.stages import STAGES, Stage, prepare_libraries
+from alignment.errors import AlignError, ConfigError
+
+app = typer.Typer(
+    name="align",
+    help="Llama 2-Chat's post-training: SFT, Ghost Attention, two reward models, rejection sampling, PPO, evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data.app, name="data", help="Check, preview and convert data files.")
+
+
+class StageCommand(typer.core.TyperCommand):
+    """A command whose help ends with its settings: key, type, default, meaning with unit and the paper's value."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The usual help, then the settings."""
+        super().format_help(ctx, formatter)
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        from alignment.config import describe
+
+        table = Table(title="Settings (KEY=VALUE, or YAML)", title_justify="left", box=None, pad_edge=False)
+        table.add_column("key", no_wrap=True)
+        table.add_column("type")
+        table.add_column("default")
+        table.add_column("meaning", ratio=1)
+        for row in describe(STAGES[self.name].config_class()):
+            table.add_row(*map(escape, row))
+        console = Console(highlight=False)
+        console.print(table, width=max(100, console.width))
+
+
+Arguments = Annotated[
+    list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [KEY=VALUE]...", help="A YAML file and/or settings.")
+]
+
+
+def _add_stage(stage: Stage) -> None:
+    @app.command(stage.name, cls=StageCommand, help=stage.summary)
+    def command(
+        arguments: Arguments = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+        show_config: Annotated[bool, typer.Option("--show-config", help="Print the resolved settings.")] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    ) -> None:
+        run_stage(stage.name, arguments or [], dry_run=dry_run, show_config=show_config, resume=resume)
+
+
+for _stage in STAGES.values():
+    _add_stage(_stage)
+
+
+def run_stage(
+    name: str, arguments: list[str], *, dry_run: bool = False, show_config: bool = False, resume: bool = False
+) -> None:
+    """What `align sft ...` does; recipe scripts call it too."""
+    from alignment.config import load_config, to_yaml
+
+    path, overrides = _split(arguments)
+    config = load_config(STAGES[name].config_class(), path, overrides)
+    if show_config:
+        sys.stdout.write(to_yaml(config))
+    if dry_run:
+        typer.echo(f"{name}: settings and inputs are in order.", err=True)
+    if show_config or dry_run:
+        return
+    run = STAGES[name].run_function()
+    prepare_libraries()
+    result = run(config, resume=resume)
+    from alignment.cli.summary import print_result
+
+    print_result(result, Path(config.run.dir))
+
+
+@app.command("run")
+def run_pipeline(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Stages in order.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="e.g. sft.train.epochs=1")
+    ] = None,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones again.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all stages, run none.")] = False,
+) -> None:
+    """Run all stages of a pipeline in order; finished ones are skipped, an unfinished one goes on."""
+    from alignment.cli.pipeline import load_pipeline, run_stages
+
+    plan = load_pipeline(pipeline, overrides or [], from_stage=from_stage)
+    if dry_run:
+        typer.echo(f"{pipeline}: {len(plan.stages)} stages are in order.", err=True)
+        return
+    prepare_libraries()
+    run_stages(plan)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="A reward model: folder or run.")],
+    files: Annotated[list[str], typer.Argument(metavar="DATA...", help="Pairs, or rows with prompt and response.")],
+    out: Annotated[Path | None, typer.Option(help="Write the rows with their scores here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Score preference pairs (accuracy with intervals) or single responses (score and probability)."""
+    from alignment.cli.inference import score_files
+
+    prepare_libraries()
+    score_files(model, files, out=out, as_json=as_json)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A chat model: folder, run, Hub id or built-in name.")],
+    prompts: Annotated[str, typer.Argument(help="Rows with prompts.")],
+    num_candidates: Annotated[int, typer.Option(help="K, responses a prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens in a response at most.")] = 256,
+    max_prompts: Annotated[int | None, typer.Option(help="Use at most this many prompts.")] = None,
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Write rows here; the terminal otherwise.")] = None,
+) -> None:
+    """Sample K responses to each prompt of a file."""
+    from alignment.cli.inference import sample_file
+
+    prepare_libraries()
+    settings = {
+        "num_candidates": num_candidates,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+    }
+    sample_file(model, prompts, settings, max_prompts=max_prompts, seed=seed, out=out)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A chat model: folder, run, Hub id or built-in name.")],
+    helpfulness: Annotated[str | None, typer.Option(help="Show this reward model's score of each answer.")] = None,
+    safety: Annotated[str | None, typer.Option(help="Show this reward model's P(safe) of each answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    temperature: float = 0.7,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> None:
+    """Talk to a model. Lines from a pipe work too; an empty line or Ctrl-D ends."""
+    from alignment.cli.inference import chat_loop
+
+    prepare_libraries()
+    chat_loop(
+        model,
+        helpfulness=helpfulness,
+        safety=safety,
+        system=system,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+
+
+def main() -> None:
+    """Entry point: the user's mistakes end with a message and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except AlignError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    paths = [argument for argument in arguments if "=" not in argument]
+    if len(paths) > 1:
+        raise ConfigError(f"command line: {paths[1]!r} is a second file. Give one YAML file and key=value settings.")
+    return (Path(paths[0]) if paths else None), [argument for argument in arguments if "=" in argument]
+
+
+if __name__ == "__main__":
+    main()

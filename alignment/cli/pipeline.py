@@ -1,0 +1,152 @@
+"""`align run`: the stages of one YAML file in order, each in its own run directory.
+
+    runs: runs/quickstart                    # parent of the run directories
+    defaults: {run: {seed: 0}}               # merged into every stage that has the section
+    stages:
+      sft: {stage: sft, model: smollm2-135m-instruct, data: {train: "${here}/data/sft.train.jsonl"}}
+      rm-safety: {stage: rm, kind: safety, model: "${sft}", data: {...}}
+
+`${name}` is the run directory of an earlier stage, `${here}` the folder of the YAML file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.cli.stages import STAGES
+from alignment.cli.summary import one_line, print_summary
+from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
+from alignment.errors import AlignError, ConfigError, RunError
+from alignment.progress import console
+from alignment.runs import is_finished, read_manifest, read_result, settings, write_json
+
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a pipeline with its validated settings; `again` throws away a finished run."""
+
+    name: str
+    config: StageConfig
+    again: bool
+
+    @property
+    def path(self) -> Path:
+        """Its run directory."""
+        return Path(self.config.run.dir)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Validated stages in order, and where their runs are."""
+
+    runs: Path
+    stages: list[PlannedStage]
+
+
+def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | None = None) -> Pipeline:
+    """Reads and checks all stages before any runs. Raises ConfigError with the problems of all of them."""
+    values = read_yaml(path)
+    given = parse_overrides(overrides)
+    entries: dict[str, Any] = values.get("stages") or {}
+    unknown = (set(values) - {"runs", "defaults", "stages"}) | (set(given) - {"runs", "defaults", *entries})
+    problems = [
+        f"{path}: {key}: unknown key. Known here: runs, defaults, stages; on the command line also "
+        f"{', '.join(entries) or 'the names of stages'}."
+        for key in sorted(unknown)
+    ]
+    if from_stage is not None and from_stage not in entries:
+        problems.append(f"--from {from_stage}: no such stage. Known: {', '.join(entries)}.")
+    runs = Path(given.get("runs") or values.get("runs") or f"runs/{path.stem}")
+    defaults = merge(values.get("defaults") or {}, given.get("defaults") or {})
+    places = {"here": str(path.parent)}
+    stages: list[PlannedStage] = []
+    again = False
+    for name, entry in entries.items():
+        again = again or name == from_stage
+        kind = entry.get("stage", name) if isinstance(entry, Mapping) else None
+        if kind not in STAGES:
+            problems.append(f"{path}: stages.{name}.stage is {kind!r}. Use one of {', '.join(STAGES)}.")
+            continue
+        cls = STAGES[kind].config_class()
+        stage_values = {key: value for key, value in entry.items() if key != "stage"}
+        fitting = {key: value for key, value in defaults.items() if key in cls.model_fields}
+        full = merge(merge(fitting, stage_values), given.get(name) or {})
+        full = merge(full, {"run": {"dir": str(runs / name)}})
+        try:
+            full = _fill_in(full, places, f"{path}: stages.{name}")
+            made_earlier = [folder for key, folder in places.items() if key != "here"]
+            config = build_config(cls, full, f"{path}: stages.{name}", made_earlier=made_earlier)
+            stages.append(PlannedStage(name, config, again))
+        except AlignError as error:
+            problems.append(str(error))
+        places[name] = str(runs / name)
+    if not entries:
+        problems.append(f"{path}: stages: missing or empty. List at least one.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Pipeline(runs, stages)
+
+
+def run_stages(plan: Pipeline) -> None:
+    """Runs what is not finished, prints the summary, and writes `summary.json` beside the runs."""
+    from accelerate import PartialState
+
+    from alignment.hardware import reset_peak_memory
+
+    # On CPU alone the first stage decides; a process group can be made only once.
+    state = PartialState(cpu=all(stage.config.run.device == "cpu" for stage in plan.stages))
+    for number, stage in enumerate(plan.stages, start=1):
+        heading = f"[{number}/{len(plan.stages)}] {stage.name}"
+        if is_finished(stage.path) and not stage.again:
+            _check_unchanged(stage)
+            if state.is_main_process:
+                console.print(f"{heading}: finished before, skipped  ({one_line(read_result(stage.path))})")
+            continue
+        if state.is_main_process:
+            console.print(f"[bold]{heading}[/bold]")
+        resume = read_manifest(stage.path) is not None and not stage.again
+        config = stage.config
+        if stage.again:
+            config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
+        reset_peak_memory()
+        state.wait_for_everyone()
+        result = STAGES[config.stage].run_function()(config, resume=resume)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            console.print(f"{heading}: {one_line(result)}")
+    if state.is_main_process:
+        results = {stage.name: read_result(stage.path) for stage in plan.stages}
+        write_json(plan.runs / "summary.json", results)
+        print_summary(results, plan.runs)
+
+
+def _check_unchanged(stage: PlannedStage) -> None:
+    before = (read_manifest(stage.path) or {}).get("settings", {})
+    now = json.loads(json.dumps(settings(stage.config)))
+    changed = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
+    if changed:
+        raise RunError(
+            f"{stage.path}: finished with other settings ({', '.join(changed)}). "
+            f"Add --from {stage.name} to run it and the later stages again, or give runs=ANOTHER_FOLDER."
+        )
+
+
+def _fill_in(value: Any, places: Mapping[str, str], where: str) -> Any:
+    """`${name}` replaced in every string. Raises ConfigError for a name that is no earlier stage."""
+    if isinstance(value, Mapping):
+        return {key: _fill_in(entry, places, f"{where}.{key}") for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_fill_in(entry, places, where) for entry in value]
+    if not isinstance(value, str):
+        return value
+    for name in _REFERENCE.findall(value):
+        if name not in places:
+            raise ConfigError(f"{where}: ${{{name}}} is no earlier stage. Known: {', '.join(places)}.")
+    return _REFERENCE.sub(lambda found: places[found.group(1)], value)

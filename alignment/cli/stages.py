@@ -1,0 +1,73 @@
+"""The stages by name: where their settings and their `run` are."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from alignment.config import StageConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's settings class and `run` function as `module:name`, so that nothing heavy is imported for help."""
+
+    name: str
+    config: str
+    runner: str
+    summary: str
+
+    def config_class(self) -> type[StageConfig]:
+        """The pydantic model of its settings."""
+        return _load(self.config)
+
+    def run_function(self) -> Callable[..., dict[str, Any]]:
+        """`run(config, resume=...) -> result`; importing it imports torch."""
+        return _load(self.runner)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("sft", "sft.config:SFTConfig", "sft.trainer:run", "Fine-tune on demonstrations, prompts masked."),
+        Stage("gatt", "sft.config:GattConfig", "sft.ghost_attention:run", "Make Ghost Attention dialogues for SFT."),
+        Stage(
+            "rm",
+            "reward_models.config:RewardModelConfig",
+            "reward_models.trainer:run",
+            "Train a helpfulness or safety reward model on preference pairs.",
+        ),
+        Stage(
+            "reject",
+            "rlhf.config:RejectionSamplingConfig",
+            "rlhf.rejection_sampling:run",
+            "One round of rejection sampling: the best of K becomes SFT data.",
+        ),
+        Stage("ppo", "rlhf.config:PPOConfig", "rlhf.ppo:run", "PPO on the safety-gated reward."),
+        Stage("eval", "rlhf.config:EvalConfig", "rlhf.evaluate:run", "Compare policies on held-out prompts."),
+    )
+}
+
+
+def prepare_libraries() -> None:
+    """Quiets the libraries' own bars and notices, and sets the allocator; call before a stage runs."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+    import transformers
+
+    from alignment.hardware import tune_allocator
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    tune_allocator()
+
+
+def _load(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,92 @@
+"""Results for a terminal: a line a stage, and the table at the end of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Result = Mapping[str, Any]
+
+
+def one_line(result: Result) -> str:
+    """What a stage reached, in a few words."""
+    kind = result.get("stage")
+    if kind == "sft":
+        return _sft(result)
+    if kind == "rm":
+        return _reward_model(result)
+    if kind == "gatt":
+        return f"{result['dialogues']} dialogues"
+    if kind == "reject":
+        mean, best = result["mean_reward"]["value"], result["mean_best_reward"]["value"]
+        return f"{result['kept']} of {result['prompts']} prompts kept, reward {mean:+.2f} -> best {best:+.2f}"
+    if kind == "ppo":
+        return (
+            f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}, "
+            f"KL to reference {result['kl']:.2f} nats a response"
+        )
+    if kind == "eval":
+        return f"{len(result['policies'])} policies on {result['prompts']} prompts"
+    return ""
+
+
+def print_result(result: Result, path: Path) -> None:
+    """The outcome of one stage."""
+    console = Console(highlight=False)
+    console.print(f"{result['stage']}: {one_line(result)}")
+    if result["stage"] == "rm" and result["valid"]:
+        from reward_models.evaluate import report_table
+
+        console.print(report_table(result["valid"], "held-out pairs"))
+    if result["stage"] == "eval":
+        console.print(_policies(result))
+    console.print(f"{_clock(result['time_seconds'])}, peak {result['peak_memory_gb']:.1f} GB. Everything is in {path}")
+
+
+def print_summary(results: Mapping[str, Result], runs: Path) -> None:
+    """Every stage with time and peak memory, then the policies side by side."""
+    console = Console(highlight=False)
+    table = Table("stage", "result", "time", "peak memory", title="Pipeline", title_justify="left")
+    for name, result in results.items():
+        cells = (one_line(result), _clock(result["time_seconds"]), f"{result['peak_memory_gb']:.1f} GB")
+        table.add_row(name, *cells)
+    seconds = sum(result["time_seconds"] for result in results.values())
+    table.add_row("all", "", _clock(seconds), f"{max(r['peak_memory_gb'] for r in results.values()):.1f} GB")
+    console.print(table)
+    for result in results.values():
+        if result["stage"] == "eval":
+            console.print(_policies(result))
+    chat_models = [name for name, result in results.items() if result["stage"] in ("sft", "ppo")]
+    if chat_models:
+        console.print(f"Talk to the last model:  align chat {runs / chat_models[-1]}")
+
+
+def _sft(result: Result) -> str:
+    before, after = result["valid_loss_before"], result["valid_loss_after"]
+    if before is None:
+        return f"{result['train_dialogues']} dialogues, last training loss {result['train_loss_last']:.3f}"
+    return f"held-out loss {before:.3f} -> {after:.3f}"
+
+
+def _reward_model(result: Result) -> str:
+    if not result["valid"]:
+        return f"{result['train_pairs']} pairs, last training loss {result['train_loss_last']:.3f}"
+    accuracy = result["valid"]["accuracy"]
+    interval = f"[{accuracy['low']:.2f}, {accuracy['high']:.2f}]"
+    label = result["valid"].get("safety_label_accuracy")
+    extra = f", safety label right {label['value']:.1%}" if label and result["kind"] == "safety" else ""
+    return f"held-out accuracy {accuracy['value']:.1%} {interval}, {accuracy['count']} pairs{extra}"
+
+
+def _policies(result: Result) -> Table:
+    from rlhf.evaluate import report_table
+
+    return report_table(result)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

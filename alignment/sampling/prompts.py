@@ -1,0 +1,89 @@
+"""From prompts and settings to samples: which prompts, cut to length, with progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+
+from alignment.chat import ChatFormat, decode_response, fit_prompt
+from alignment.config import PromptSection, SamplingSection
+from alignment.data import Loaded
+from alignment.dialogue import Candidate, Prompt
+from alignment.errors import DataError
+from alignment.models import LoadedModel
+from alignment.progress import ProgressBar
+from alignment.runs import Run
+from alignment.sampling.protocol import Sample, Sampler, SamplingParams
+from alignment.sampling.torch_engine import TorchSampler
+
+
+def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> list[Prompt]:
+    """At most `max_prompts` prompts, chosen by the seed, half of them safety prompts where there are enough."""
+    rows = data.rows
+    if section.max_prompts is None or len(rows) <= section.max_prompts:
+        return rows
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    safety = [index for index in order if rows[index].is_safety]
+    other = [index for index in order if not rows[index].is_safety]
+    num_safety = min(len(safety), max(section.max_prompts // 2, section.max_prompts - len(other)))
+    chosen = safety[:num_safety] + other[: section.max_prompts - num_safety]
+    return [rows[index] for index in sorted(chosen)]
+
+
+def sample_prompts(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    section: PromptSection,
+    sampling: SamplingSection,
+    *,
+    seed: int,
+    title: str,
+    run_dir: Run | None = None,
+) -> tuple[list[list[Sample]], list[Prompt]]:
+    """K samples for each prompt that fits, and those prompts; the others are counted in the manifest.
+
+    Raises DataError where no prompt fits.
+    """
+    encoded = [fit_prompt(loaded.chat, prompt.messages, section.max_prompt_length) for prompt in prompts]
+    fitting = [(prompt, ids) for prompt, (ids, _) in zip(prompts, encoded, strict=True) if ids is not None]
+    if not fitting:
+        raise DataError(f"prompts: none fits into prompts.max_prompt_length = {section.max_prompt_length} tokens.")
+    if run_dir is not None:
+        cut = sum(was_cut for _, was_cut in encoded)
+        run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})
+    sampler = TorchSampler(
+        loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows
+    )
+    total = len(fitting) * sampling.num_candidates
+    with ProgressBar(title, total, shown=PartialState().is_main_process) as bar:
+        samples = sample_ids(sampler, [ids for _, ids in fitting], sampling, seed=seed, bar=bar)
+    return samples, [prompt for prompt, _ in fitting]
+
+
+def sample_ids(
+    sampler: Sampler, prompts: Sequence[Sequence[int]], section: SamplingSection, *, seed: int, bar: ProgressBar
+) -> list[list[Sample]]:
+    """Samples with a configuration section's settings."""
+    params = SamplingParams(
+        num_candidates=section.num_candidates,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        max_new_tokens=section.max_new_tokens,
+        seed=seed,
+    )
+    return sampler.sample(prompts, params, on_progress=bar.advance)
+
+
+def as_candidate(chat: ChatFormat, prompt: Prompt, sample: Sample, index: int, *, round_number: int = 0) -> Candidate:
+    """A sample as a row of `candidates.jsonl`."""
+    return Candidate(
+        prompt=prompt,
+        response=decode_response(chat, sample.token_ids),
+        index=index,
+        finish_reason=sample.finish_reason,
+        round=round_number,
+    )

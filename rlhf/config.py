@@ -1,0 +1,196 @@
+"""Settings of the `reject`, `ppo` and `eval` stages. Defaults are the paper's where it gives a number."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from alignment.config import (
+    DataSources,
+    Fraction,
+    LoraSection,
+    ModelSection,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptimSection,
+    PositiveFloat,
+    PositiveInt,
+    PromptSection,
+    SamplingSection,
+    Section,
+    StageConfig,
+    TrainSection,
+)
+
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class RewardSection(Section):
+    """The two reward models and the gate between them (Llama 2 Sec. 3.2.3)."""
+
+    helpfulness: ModelSection
+    """Helpfulness reward model."""
+
+    safety: ModelSection
+    """Safety reward model."""
+
+    threshold: OpenFraction = 0.15
+    """Responses with P(safe) below this are rewarded by the safety model. Paper: 0.15."""
+
+    max_tokens_per_batch: PositiveInt = 8192
+    """Tokens scored at a time: a memory knob."""
+
+
+class RejectSampling(SamplingSection):
+    """How candidates are drawn."""
+
+    num_candidates: PositiveInt = 16
+    """K, responses to each prompt. The paper does not give its number; its Fig. 7 shows 1 to 100."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Paper: tuned at each iteration, 1.2 to 1.3 for its RLHF model (Fig. 8)."""
+
+
+class RejectionSamplingConfig(StageConfig):
+    """One round of rejection sampling: sample K, score, keep the best as new gold answers (Llama 2 Sec. 3.2.3)."""
+
+    stage: ClassVar[str] = "reject"
+
+    model: ModelSection
+    """The newest policy: it samples."""
+    rewards: RewardSection
+    prompts: PromptSection
+    sampling: RejectSampling = RejectSampling()
+
+    round: NonNegativeInt = 1
+    """Number of this round, written into its candidates."""
+
+    earlier_rounds: DataSources = []
+    """`candidates.jsonl` of earlier rounds."""
+
+    accumulate: Literal["all", "last"] = "all"
+    """`all`: the best candidate of all rounds for each prompt; `last`: of this round only. Paper: all, after V3."""
+
+    min_gain: NonNegativeFloat = 0.0
+    """Keep a prompt only where its best reward beats its median by this much (a difference of logits)."""
+
+
+class PPOSampling(SamplingSection):
+    """How rollouts are drawn."""
+
+    num_candidates: PositiveInt = 1
+    """Rollouts for each prompt."""
+
+    top_p: Literal[1.0] = 1.0
+    """PPO needs samples of the policy itself, not of a truncated one."""
+
+    top_k: Literal[0] = 0
+    """PPO needs samples of the policy itself, not of a truncated one."""
+
+    temperature: PositiveFloat = 1.0
+    """Log-probabilities are taken at the same temperature."""
+
+
+class PPOOptim(OptimSection):
+    """AdamW with Llama 2's PPO numbers (Sec. 3.2.3)."""
+
+    lr: PositiveFloat = 1e-6
+    """Learning rate of the policy. Paper: 1e-6."""
+
+    schedule: Literal["cosine", "constant"] = "constant"
+    """Paper: constant."""
+
+    warmup_fraction: Fraction = 0.0
+    """Paper: none."""
+
+
+class PPOTrain(TrainSection):
+    """Length and batches of PPO (Llama 2 Sec. 3.2.3)."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over each batch of rollouts. Paper: one gradient step a minibatch."""
+
+    max_steps: PositiveInt = 200
+    """Iterations: a batch of rollouts and its updates. Paper: 200 to 400."""
+
+    batch_size: PositiveInt = 512
+    """Rollouts in an iteration, over all devices. Paper: 512."""
+
+    minibatch_size: PositiveInt = 64
+    """Rollouts in one optimizer step, over all devices. Paper: 64."""
+
+    save_every: PositiveInt = 10
+    """Iterations between checkpoints."""
+
+
+class PPOSection(Section):
+    """The algorithm's own numbers."""
+
+    beta: NonNegativeFloat = 0.01
+    """KL coefficient. Paper: 0.01 (7B, 13B), 0.005 (34B, 70B)."""
+
+    clip_range: PositiveFloat = 0.2
+    """Clip of the policy's probability ratio. Paper: 0.2."""
+
+    value_clip_range: PositiveFloat = 0.2
+    """Clip of the critic's change. Our choice: as the policy's."""
+
+    gamma: Fraction = 1.0
+    """Discount. Our choice: 1."""
+
+    lam: Fraction = 0.95
+    """GAE's lambda. Our choice: 0.95."""
+
+    critic_lr: PositiveFloat = 1e-5
+    """Learning rate of the critic. Our choice: ten times the policy's, since its head is new."""
+
+
+class PPOConfig(StageConfig):
+    """PPO on the safety-gated, whitened reward (Llama 2 Sec. 3.2.3, Eq. 4)."""
+
+    stage: ClassVar[str] = "ppo"
+
+    model: ModelSection
+    """The policy to start from; a frozen copy is the reference. Paper: the rejection-sampling checkpoint."""
+    lora: LoraSection = LoraSection()
+    rewards: RewardSection
+    prompts: PromptSection
+    sampling: PPOSampling = PPOSampling()
+    ppo: PPOSection = PPOSection()
+    optim: PPOOptim = PPOOptim()
+    train: PPOTrain = PPOTrain()
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> PPOConfig:
+        train, sampling = self.train, self.sampling
+        if train.batch_size % train.minibatch_size:
+            raise ValueError(
+                f"train.minibatch_size = {train.minibatch_size} does not divide train.batch_size = "
+                f"{train.batch_size}. Choose a divisor (the paper uses 64 of 512)."
+            )
+        if train.batch_size % sampling.num_candidates:
+            raise ValueError(
+                f"sampling.num_candidates = {sampling.num_candidates} does not divide train.batch_size = "
+                f"{train.batch_size}. An iteration takes all rollouts of a prompt."
+            )
+        return self
+
+
+class EvalSampling(SamplingSection):
+    """How the answers are drawn."""
+
+    temperature: NonNegativeFloat = 1.0
+    max_new_tokens: PositiveInt = 256
+
+
+class EvalConfig(StageConfig):
+    """Policies side by side on held-out prompts: scores of both reward models, gated reward, violations."""
+
+    stage: ClassVar[str] = "eval"
+
+    policies: dict[str, ModelSection]
+    """Chat models by name; the first is the baseline of the comparisons."""
+    rewards: RewardSection
+    prompts: PromptSection
+    sampling: EvalSampling = EvalSampling()

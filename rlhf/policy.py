@@ -1,0 +1,110 @@
+"""The models of PPO: policy, reference and critic, by adapters on frozen weights or as separate modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from alignment.logprobs import unwrap
+from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, merged_copy
+from alignment.sampling.torch_engine import TorchSampler
+
+
+@dataclass(frozen=True)
+class ActorCritic:
+    """Policy and critic in training, and the frozen reference.
+
+    With LoRA the reference is the policy with its adapters off, so `reference` is None.
+    """
+
+    loaded: LoadedModel
+    policy: nn.Module
+    critic: nn.Module
+    reference: nn.Module | None
+
+    @contextmanager
+    def reference_policy(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The frozen policy that KL is measured from; `policy` is the trained one as wrapped for training."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            inner = policy.module if hasattr(policy, "module") else policy
+            with inner.disable_adapter():
+                yield inner
+
+
+def load_actor_critic(
+    policy_path: str,
+    critic_path: str,
+    *,
+    dtype: torch.dtype,
+    chat_template: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    seed: int,
+    device: torch.device,
+    gradient_checkpointing: bool = False,
+) -> ActorCritic:
+    """Loads the policy, and a critic that starts from a reward model.
+
+    Our choice: the paper does not say where its critic comes from; the helpfulness model already predicts most of
+    the return (Stiennon et al. 2020, arXiv:2009.01325, do the same).
+    """
+    weights = dtype if rank else torch.float32
+    loaded = load_chat_model(policy_path, dtype=weights, chat_template=chat_template)
+    value = load_reward_model(critic_path, dtype=weights, chat_template=chat_template)
+    policy: nn.Module = loaded.model
+    critic: nn.Module = value.model
+    reference = None
+    if rank:
+        lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "seed": seed}
+        policy = add_lora(loaded.model, **lora, is_reward_model=False)
+        critic = add_lora(value.model, **lora, is_reward_model=True)
+    else:
+        reference = copy.deepcopy(loaded.model).to(device).requires_grad_(False)
+    if gradient_checkpointing:
+        for model in (policy, critic):
+            unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
+            unwrap(model).enable_input_require_grads()
+    return ActorCritic(loaded, policy.to(device), critic.to(device), reference)
+
+
+def sampler_for(policy: nn.Module, loaded: LoadedModel, dtype: torch.dtype, *, max_rows: int) -> TorchSampler:
+    """An engine on the policy's present weights: a merged copy in the fast type, or the policy itself."""
+    inner = policy.module if hasattr(policy, "module") else policy
+    plain = not isinstance(inner, PeftModel) and next(inner.parameters()).dtype == dtype
+    model = inner if plain else merged_copy(inner, dtype)
+    return TorchSampler(model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=max_rows)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Trained parameters for AdamW: no decay on biases and norms."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained parameters by name, for a checkpoint."""
+    return {name: p.detach().cpu() for name, p in _unparallel(model).named_parameters() if p.requires_grad}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts a checkpoint's parameters back; raises KeyError where a name is unknown."""
+    parameters = dict(_unparallel(model).named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def _unparallel(model: nn.Module) -> nn.Module:
+    return model.module if hasattr(model, "module") else model

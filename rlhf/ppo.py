@@ -1,0 +1,433 @@
+"""PPO on the safety-gated reward, started from the rejection-sampling checkpoint (Llama 2 Sec. 3.2.3, Eq. 3-4).
+
+Where it departs from textbook PPO or the paper is silent (see docs/deviations.md):
+  1. The reward is R_c of the gate, as a logit, whitened over the global batch of all processes before the KL term.
+  2. KL is a per-token penalty inside the reward, estimated by log pi - log pi_0 on the sample.
+  3. Old, new and reference log-probabilities all come from the trainer's own forward, at sampling temperature.
+  4. Advantages are whitened over the global batch; a response is an episode (gamma 1) and ends with its last token.
+  5. Answers cut off at the length limit keep their score: the reward model judges what there is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor, nn
+
+from alignment.chat import fit_prompt
+from alignment.data import load_prompts
+from alignment.dialogue import Prompt
+from alignment.errors import ConfigError, DataError
+from alignment.logprobs import response_logprobs, response_stats, token_values
+from alignment.models import save_model
+from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
+from alignment.progress import ProgressBar
+from alignment.runs import Run, checkpoint_step, mark_complete, newest_checkpoint, open_run, write_folder
+from alignment.sampling.prompts import choose_prompts, sample_ids
+from alignment.tensor_ops import masked_mean, masked_var, whiten
+from alignment.training import build_scheduler
+from rlhf.advantages import gae
+from rlhf.config import PPOConfig
+from rlhf.gating import safety_gate
+from rlhf.losses import clipped_policy_loss, clipped_value_loss, is_clipped
+from rlhf.policy import (
+    ActorCritic,
+    load_actor_critic,
+    load_trained_state,
+    parameter_groups,
+    sampler_for,
+    trained_state,
+)
+from rlhf.rewards import kl_k3, per_token_rewards
+from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, tabulate
+
+KEEP_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt that fits, with its token ids."""
+
+    prompt: Prompt
+    ids: list[int]
+
+
+def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Trains the policy; returns the headline figures."""
+    accelerator = Accelerator(cpu=config.run.device == "cpu")
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    run_dir = open_run(config, resume=resume, state=PartialState())
+    run_dir.note_sources(data.sources)
+    dtype = run_dir.dtype(accelerator.device, config.model.dtype)
+    trainer = PPOTrainer(config, accelerator, dtype)
+    prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
+
+    start = 0
+    if resume and (checkpoint := newest_checkpoint(run_dir)):
+        start = trainer.load(checkpoint)
+    if accelerator.is_main_process:
+        run_dir.metrics.truncate_after(start)
+    metrics: dict[str, float] = {}
+    total = config.train.max_steps
+    with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=start) as bar:
+        for step in range(start, total):
+            metrics = trainer.iterate(trainer.prompts_of(step, prompts), seed=_seed(config.run.seed, step))
+            run_dir.log(step + 1, {f"ppo/{name}": value for name, value in metrics.items()})
+            bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
+            if (step + 1) % config.train.save_every == 0 and accelerator.is_main_process:
+                trainer.save(run_dir, step + 1)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        policy = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
+        save_model(policy, trainer.models.loaded.tokenizer, run_dir.model_dir)
+    accelerator.wait_for_everyone()
+    rows = _recent_rows(run_dir, "ppo/reward")
+    result = run_dir.finish(
+        {
+            "stage": "ppo",
+            "iterations": total,
+            "kl": metrics.get("kl"),
+            "reward_first": rows[0] if rows else None,
+            "reward_last": rows[-1] if rows else None,
+            "last": metrics,
+        }
+    )
+    run_dir.clear_checkpoints()
+    return result
+
+
+class PPOTrainer:
+    """State of a PPO run: models, optimizers, and one `iterate` a batch of rollouts."""
+
+    def __init__(self, config: PPOConfig, accelerator: Accelerator, dtype: torch.dtype) -> None:
+        self.config, self.accelerator, self.dtype = config, accelerator, dtype
+        device = accelerator.device
+        self.models: ActorCritic = load_actor_critic(
+            config.model.path,
+            config.rewards.helpfulness.path,
+            dtype=dtype,
+            chat_template=config.model.chat_template,
+            rank=config.lora.r,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            seed=config.run.seed,
+            device=device,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+        )
+        self.rewards = RewardModels.load(config.rewards, device)
+        self.rewards.check_vocabulary(self.models.loaded)
+        num_processes = accelerator.num_processes
+        if config.train.minibatch_size % (config.sampling.num_candidates * num_processes):
+            raise ConfigError(
+                f"train.minibatch_size = {config.train.minibatch_size} cannot be shared by {num_processes} processes "
+                f"with {config.sampling.num_candidates} rollouts a prompt. Choose a multiple of their product."
+            )
+        optim = config.optim
+        adam = {"betas": optim.betas, "eps": optim.eps}
+        num_updates = config.train.max_steps * self._updates_per_iteration()
+        optimizers, schedulers = [], []
+        for model, lr in ((self.models.policy, optim.lr), (self.models.critic, config.ppo.critic_lr)):
+            optimizer = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=lr, **adam)
+            optimizers.append(optimizer)
+            schedulers.append(
+                build_scheduler(
+                    optimizer,
+                    schedule=optim.schedule,
+                    final_lr_fraction=optim.final_lr_fraction,
+                    warmup_fraction=optim.warmup_fraction,
+                    min_warmup_steps=optim.min_warmup_steps,
+                    num_steps=num_updates,
+                )
+            )
+        self.policy, self.critic, self.policy_optimizer, self.critic_optimizer = accelerator.prepare(
+            self.models.policy, self.models.critic, *optimizers
+        )
+        self.schedulers = schedulers
+
+    def encode(self, prompts: Sequence[Prompt], run_dir: Run) -> list[EncodedPrompt]:
+        """Prompts that fit, with their ids. Raises DataError where there are too few for one iteration."""
+        limit = self.config.prompts.max_prompt_length
+        found = [(prompt, fit_prompt(self.models.loaded.chat, prompt.messages, limit)) for prompt in prompts]
+        fitting = [EncodedPrompt(prompt, ids) for prompt, (ids, _) in found if ids is not None]
+        cut = sum(was_cut for _, (_, was_cut) in found)
+        run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})
+        if not fitting:
+            raise DataError(f"prompts: none fits into prompts.max_prompt_length = {limit} tokens.")
+        return fitting
+
+    def prompts_of(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+        """The prompts of an iteration: consecutive pieces of seeded shuffles, the same on all processes."""
+        count = self.config.train.batch_size // self.config.sampling.num_candidates
+        wanted = range(step * count, (step + 1) * count)
+        chosen = []
+        for position in wanted:
+            generator = torch.Generator().manual_seed(_seed(self.config.run.seed, position // len(prompts)))
+            order = torch.randperm(len(prompts), generator=generator)
+            chosen.append(prompts[int(order[position % len(prompts)])])
+        return chosen
+
+    def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int) -> dict[str, float]:
+        """One iteration: sample, score, gate, whiten, KL, advantages, updates; returns metrics over all processes."""
+        accelerator, sampling = self.accelerator, self.config.sampling
+        mine = prompts[accelerator.process_index :: accelerator.num_processes]
+        clock = _Clock()
+
+        # 1. Sample responses from the present policy.
+        sampler = sampler_for(self.policy, self.models.loaded, self.dtype, max_rows=sampling.max_rows)
+        silent = ProgressBar("", 0, shown=False)
+        drawn = sample_ids(sampler, [prompt.ids for prompt in mine], sampling, seed=seed, bar=silent)
+        del sampler
+        trees = [
+            Tree(prompt.ids, [Branch(sample.token_ids) for sample in samples])
+            for prompt, samples in zip(mine, drawn, strict=True)
+        ]
+        clock.lap("sample")
+
+        # 2. Score them with both reward models; the gate chooses which one speaks.
+        helpfulness, safety = (
+            torch.tensor([score for scores in scorer.score_trees(trees) for score in scores])
+            for scorer in (self.rewards.helpfulness, self.rewards.safety)
+        )
+        is_safety = torch.tensor([p.prompt.is_safety for p in mine]).repeat_interleave(sampling.num_candidates)
+        gated = self.rewards.gate(helpfulness, safety, is_safety)
+        if not torch.isfinite(gated).all():
+            raise DataError("a reward model gave a score that is not a number. Look at its training run.")
+        clock.lap("score")
+
+        # 3. Whiten over the global batch, before the KL term.
+        whitened = self._whiten_globally(gated.to(accelerator.device))
+
+        # 4. Log-probabilities under policy and reference, and the critic's values.
+        rollouts, rewards = self._measure(trees, whitened)
+        clock.lap("measure")
+
+        # 5. One gradient step a minibatch, policy and critic.
+        update = self._update(rollouts)
+        clock.lap("update")
+
+        mask = rollouts.mask
+        lengths = mask.sum(1).float()
+        kl = torch.where(mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0)
+        stopped = [sample.finish_reason == "stop" for samples in drawn for sample in samples]
+        gate = safety_gate(safety, is_safety, threshold=self.rewards.threshold).float()
+        local = {
+            "reward": gated.mean(),
+            "helpfulness": helpfulness.mean(),
+            "safety": safety.mean(),
+            "gated_rate": gate.mean(),
+            "kl": kl.sum(1).mean(),
+            "kl_k3": torch.where(mask, kl_k3(rollouts.logprobs, rollouts.ref_logprobs), 0.0).sum(1).mean(),
+            "entropy": masked_mean(rollouts.entropy, mask),
+            "length": lengths.mean(),
+            "truncated_rate": 1.0 - sum(stopped) / len(stopped),
+            "return": torch.where(mask, rewards, 0.0).sum(1).mean(),
+            "explained_variance": _explained_variance(rollouts),
+        }
+        return {**self._mean_over_processes(local), **update, **clock.seconds}
+
+    def _measure(self, trees: list[Tree], rewards: Tensor) -> tuple[Rollouts, Tensor]:
+        """Everything the losses need, and the per-token rewards."""
+        config, device = self.config, self.accelerator.device
+        temperature = config.sampling.temperature
+        options = {"max_tokens": config.train.max_tokens_per_batch, "device": device}
+
+        def under_policy(batch: PrefixBatch) -> Sequence[Tensor]:
+            stats = response_stats(self.policy, batch, temperature=temperature)
+            return stats.logprobs, stats.entropy, token_values(self.critic, batch), torch.ones_like(stats.logprobs)
+
+        self.policy.eval()
+        self.critic.eval()
+        with self._autocast():
+            logprobs, entropy, values, counted = tabulate(trees, under_policy, **options)
+            with self.models.reference_policy(self.policy) as reference:
+                [ref_logprobs] = tabulate(
+                    trees, lambda batch: [response_logprobs(reference, batch, temperature=temperature)], **options
+                )
+        mask = counted > 0
+        token_rewards = per_token_rewards(rewards, logprobs, ref_logprobs, mask, beta=config.ppo.beta)
+        advantages, returns = gae(token_rewards, values, mask, gamma=config.ppo.gamma, lam=config.ppo.lam)
+        advantages = self._whiten_masked_globally(advantages, mask)
+        return Rollouts(trees, mask, logprobs, ref_logprobs, entropy, values, advantages, returns), token_rewards
+
+    def _update(self, rollouts: Rollouts) -> dict[str, float]:
+        """Minibatches in order, micro-batches inside; losses are means over the tokens of the global minibatch."""
+        config, accelerator = self.config, self.accelerator
+        self.policy.train()
+        self.critic.train()
+        sums: dict[str, float] = {}
+        num_updates = 0
+        for trees in self._minibatches(len(rollouts.trees)):
+            batches = list(self._micro_batches(rollouts, trees))
+            tokens = torch.tensor(float(sum(len(rows) for _, rows, _ in batches)), device=accelerator.device)
+            # DDP averages gradients over processes; the loss is a mean over the tokens of all of them.
+            scale = accelerator.num_processes / accelerator.reduce(tokens, reduction="sum")
+            totals: dict[str, Tensor] = {}
+            for index, (batch, rows, columns) in enumerate(batches):
+                last = index == len(batches) - 1
+                parts = self._losses(batch, rollouts, rows, columns)
+                for model, name in ((self.policy, "policy_loss"), (self.critic, "value_loss")):
+                    with nullcontext() if last else accelerator.no_sync(model):
+                        accelerator.backward(parts[name] * scale)
+                for name, value in parts.items():
+                    totals[name] = totals.get(name, 0.0) + value.detach()
+            norms = {}
+            for name, model, optimizer in (
+                ("policy", self.policy, self.policy_optimizer),
+                ("critic", self.critic, self.critic_optimizer),
+            ):
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+                norms[f"{name}_grad_norm"] = float(norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            for scheduler in self.schedulers:
+                scheduler.step()
+            means = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum") * scale
+            step = dict(zip(totals, (means / accelerator.num_processes).tolist(), strict=True)) | norms
+            if num_updates == 0:
+                sums["first_ratio_error"] = step.pop("ratio_error")
+            step.pop("ratio_error", None)
+            for name, value in step.items():
+                sums[name] = sums.get(name, 0.0) + value
+            num_updates += 1
+        first_ratio = sums.pop("first_ratio_error")
+        return {name: value / num_updates for name, value in sums.items()} | {"first_ratio_error": first_ratio}
+
+    def _losses(self, batch: PrefixBatch, rollouts: Rollouts, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+        """Losses and diagnostics of a micro-batch, summed over its tokens."""
+        ppo = self.config.ppo
+        with self._autocast():
+            logprobs = response_logprobs(self.policy, batch, temperature=self.config.sampling.temperature)
+            values = token_values(self.critic, batch)
+        old, advantages = rollouts.logprobs[rows, columns], rollouts.advantages[rows, columns]
+        old_values, returns = rollouts.values[rows, columns], rollouts.returns[rows, columns]
+        policy_loss = clipped_policy_loss(logprobs, old, advantages, clip_range=ppo.clip_range)
+        value_loss = clipped_value_loss(values, old_values, returns, clip_range=ppo.value_clip_range)
+        return {
+            "policy_loss": policy_loss.sum(),
+            "value_loss": value_loss.sum(),
+            "clip_fraction": is_clipped(logprobs.detach(), old, advantages, clip_range=ppo.clip_range).sum(),
+            "ratio_error": torch.expm1(logprobs.detach() - old).abs().sum(),
+        }
+
+    def _minibatches(self, num_trees: int) -> Iterator[list[int]]:
+        """Trees of each optimizer step on this process."""
+        config = self.config
+        size = config.train.minibatch_size // (config.sampling.num_candidates * self.accelerator.num_processes)
+        for _ in range(max(1, round(config.train.epochs))):
+            for start in range(0, num_trees, size):
+                yield list(range(start, min(start + size, num_trees)))
+
+    def _micro_batches(
+        self, rollouts: Rollouts, trees: Sequence[int]
+    ) -> Iterator[tuple[PrefixBatch, Tensor, Tensor]]:
+        """Batches of some trees with the table rows and columns of their counted tokens."""
+        chosen = [rollouts.trees[index] for index in trees]
+        first = branch_offsets(rollouts.trees)
+        device = self.accelerator.device
+        budget = self.config.train.max_tokens_per_batch
+        for group in micro_batches(chosen, lambda tree: tree.num_tokens, max_tokens=budget):
+            batch = collate([[chosen[index]] for index in group]).to(device)
+            rows = branch_rows([trees[index] for index in group], first, device)
+            yield batch, rows[batch.target_branches], batch.target_offsets
+
+    def _updates_per_iteration(self) -> int:
+        train = self.config.train
+        return max(1, round(train.epochs)) * math.ceil(train.batch_size / train.minibatch_size)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _whiten_globally(self, rewards: Tensor) -> Tensor:
+        """R~_c = WHITEN(LOGIT(R_c)) over the rollouts of all processes; this process's share."""
+        everything = self.accelerator.gather(rewards)
+        white = whiten(everything, torch.ones_like(everything, dtype=torch.bool))
+        start = self.accelerator.process_index * len(rewards)
+        return white[start : start + len(rewards)]
+
+    def _whiten_masked_globally(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Zero mean and unit variance over the masked entries of all processes, whose tables differ in width."""
+        if self.accelerator.num_processes == 1:
+            return whiten(values, mask)
+        flat = values[mask].double()
+        moments = torch.stack([flat.sum(), (flat**2).sum(), torch.tensor(float(len(flat)), dtype=torch.float64)])
+        total, squares, count = self.accelerator.reduce(moments.float(), reduction="sum").double()
+        mean = total / count
+        scaled = (values - mean) * torch.rsqrt(squares / count - mean**2 + 1e-8)
+        return torch.where(mask, scaled, 0.0).to(values.dtype)
+
+    def _mean_over_processes(self, values: dict[str, Any]) -> dict[str, float]:
+        stacked = torch.tensor([float(value) for value in values.values()], device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
+
+    def save(self, run_dir: Run, step: int) -> None:
+        """A checkpoint of everything that changes; older ones but the last go."""
+        folder = run_dir.path / "checkpoints" / f"checkpoint-{step}"
+
+        def fill(path: Path) -> None:
+            state = {
+                "policy": trained_state(self.policy),
+                "critic": trained_state(self.critic),
+                "optimizers": [self.policy_optimizer.state_dict(), self.critic_optimizer.state_dict()],
+                "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+                "rng": torch.get_rng_state(),
+            }
+            torch.save(state, path / "state.pt")
+
+        write_folder(folder, fill)
+        mark_complete(folder)
+        kept = sorted(folder.parent.glob("checkpoint-*"), key=checkpoint_step)
+        for old in kept[:-KEEP_CHECKPOINTS]:
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+
+    def load(self, folder: Path) -> int:
+        """Puts a checkpoint's state back; returns the iterations done."""
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        load_trained_state(self.policy, state["policy"])
+        load_trained_state(self.critic, state["critic"])
+        for optimizer, saved in zip((self.policy_optimizer, self.critic_optimizer), state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        torch.set_rng_state(state["rng"])
+        return checkpoint_step(folder)
+
+
+class _Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[f"{name}_seconds"] = now - self._last
+        self._last = now
+
+
+def _explained_variance(rollouts: Rollouts) -> Tensor:
+    """1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant one."""
+    error = masked_var(rollouts.returns - rollouts.values, rollouts.mask)
+    return 1 - error / masked_var(rollouts.returns, rollouts.mask).clamp_min(1e-8)
+
+
+def _seed(seed: int, step: int) -> int:
+    return seed * 1_000_003 + step
+
+
+def _recent_rows(run_dir: Run, name: str) -> list[float]:
+    import json
+
+    if not run_dir.metrics.path.exists():
+        return []
+    return [json.loads(line)[name] for line in run_dir.metrics.path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,132 @@
+"""Rejection sampling: K candidates a prompt, the best by gated reward becomes a new gold answer (Llama 2 Sec. 3.2.3)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from accelerate import PartialState
+
+from alignment.data import load_prompts, load_rows, write_rows
+from alignment.dialogue import Candidate, Dialogue, Message, Messages
+from alignment.errors import DataError
+from alignment.hardware import compute_dtype
+from alignment.metrics import mean_interval
+from alignment.models import load_chat_model
+from alignment.runs import open_run
+from alignment.sampling.prompts import as_candidate, choose_prompts, sample_prompts
+from rlhf.config import RejectionSamplingConfig
+from rlhf.rollout import RewardModels
+
+
+def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Samples, scores, selects; writes `candidates.jsonl` (all) and `sft.jsonl` (the best, ready for `align sft`)."""
+    state = PartialState(cpu=config.run.device == "cpu")
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    earlier = load_rows(config.earlier_rounds, Candidate.from_json)
+    run_dir = open_run(config, resume=resume, state=state)
+    run_dir.note_sources([*data.sources, *earlier.sources])
+
+    sampled = run_dir.path / "sampled.jsonl"
+    if resume and sampled.exists():
+        candidates = [Candidate.from_json(json.loads(line)) for line in sampled.open(encoding="utf-8")]
+    else:
+        prompts = choose_prompts(data, config.prompts, config.run.seed)
+        dtype = compute_dtype(state.device, config.model.dtype)
+        loaded = load_chat_model(config.model.path, dtype=dtype, chat_template=config.model.chat_template)
+        loaded.model.to(state.device)
+        samples, fitting = sample_prompts(
+            loaded,
+            prompts,
+            config.prompts,
+            config.sampling,
+            seed=config.run.seed,
+            title=f"reject: {config.sampling.num_candidates} candidates a prompt",
+            run_dir=run_dir,
+        )
+        candidates = [
+            replace(as_candidate(loaded.chat, prompt, sample, index, round_number=config.round), seed=config.run.seed)
+            for prompt, drawn in zip(fitting, samples, strict=True)
+            for index, sample in enumerate(drawn)
+        ]
+        del loaded
+        if state.is_main_process:
+            write_rows(sampled, (candidate.to_json() for candidate in candidates))
+
+    scored = RewardModels.load(config.rewards, state.device).score(candidates, title="reject: scores")
+    selection = select_best([*earlier.rows, *scored], accumulate=config.accumulate, min_gain=config.min_gain)
+    if not selection.best:
+        raise DataError(f"no candidate beats its prompt's median by min_gain = {config.min_gain}. Lower it.")
+    if state.is_main_process:
+        write_rows(run_dir.path / "candidates.jsonl", (candidate.to_json() for candidate in scored))
+        rows = (as_dialogue(candidate).to_json() for candidate in selection.best)
+        write_rows(run_dir.path / "sft.jsonl", rows)
+        sampled.unlink()
+    this_round = select_best(scored, accumulate="last", min_gain=0.0)
+    run_dir.note(selection={"kept": len(selection.best), **selection.left_out})
+    return run_dir.finish(
+        {
+            "stage": "reject",
+            "prompts": len({candidate.prompt.messages for candidate in scored}),
+            "candidates": len(scored),
+            "kept": len(selection.best),
+            "mean_reward": mean_interval([candidate.reward for candidate in scored]).to_json(),
+            "mean_best_reward": mean_interval([candidate.reward for candidate in this_round.best]).to_json(),
+            "gain_over_median": mean_interval(this_round.gains).to_json(),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The best candidate of each prompt, how far each is above its prompt's median, and what was left out, by reason."""
+
+    best: list[Candidate]
+    gains: list[float]
+    left_out: dict[str, int]
+
+
+def select_best(
+    candidates: Sequence[Candidate], *, accumulate: Literal["all", "last"], min_gain: float = 0.0
+) -> Selection:
+    """The highest gated reward for each prompt, prompts in order of first appearance; the earliest wins a tie.
+
+    Llama 2 Sec. 3.2.3: up to V3 only the last iteration's samples were used, and skills were lost; afterwards the best
+    of all iterations. Empty responses and those cut off at the length limit are chosen only where nothing else is.
+
+    Args:
+        candidates: scored, of any number of rounds.
+        accumulate: `all` rounds, or the `last` round for every prompt it has.
+        min_gain: prompts whose best is not this much above the median of their candidates are left out.
+    """
+    by_prompt: dict[Messages, list[Candidate]] = {}
+    for candidate in candidates:
+        by_prompt.setdefault(candidate.prompt.messages, []).append(candidate)
+    newest = max((candidate.round for candidate in candidates), default=0)
+    best, gains = [], []
+    left_out = {"other_rounds": 0, "below_min_gain": 0, "empty": 0}
+    for group in by_prompt.values():
+        if accumulate == "last":
+            group = [candidate for candidate in group if candidate.round == newest]
+            if not group:
+                left_out["other_rounds"] += 1
+                continue
+        winner = max(group, key=lambda c: (bool(c.response), c.finish_reason == "stop", c.reward))
+        gain = winner.reward - statistics.median(candidate.reward for candidate in group)
+        if not winner.response:
+            left_out["empty"] += 1
+        elif min_gain and gain < min_gain:
+            left_out["below_min_gain"] += 1
+        else:
+            best.append(winner)
+            gains.append(gain)
+    return Selection(best, gains, left_out)
+
+
+def as_dialogue(candidate: Candidate) -> Dialogue:
+    """A chosen candidate as a demonstration of which only the new answer is trained."""
+    messages = (*candidate.prompt.messages, Message("assistant", candidate.response))
+    return Dialogue(messages=messages, train_on="last", source=f"rejection_sampling_{candidate.round}")

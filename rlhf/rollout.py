@@ -1,0 +1,144 @@
+"""What is measured on sampled responses before anything is learned: scores, gated reward, log-probabilities, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import PartialState
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from alignment.dialogue import Candidate
+from alignment.errors import ModelError
+from alignment.models import LoadedModel
+from alignment.prefix_batch import PrefixBatch, Tree, collate, micro_batches
+from alignment.progress import ProgressBar
+from reward_models.score import Scorer
+from rlhf.config import RewardSection
+from rlhf.gating import gated_logits
+
+
+class RewardModels:
+    """Both reward models behind the gate, for scoring texts."""
+
+    def __init__(self, helpfulness: Scorer, safety: Scorer, *, threshold: float) -> None:
+        self.helpfulness, self.safety, self.threshold = helpfulness, safety, threshold
+
+    @classmethod
+    def load(cls, section: RewardSection, device: torch.device) -> RewardModels:
+        """Raises ModelError where one of them is not a reward model."""
+        scorers = (
+            Scorer.load(
+                model.path,
+                device=device,
+                dtype=model.dtype,
+                chat_template=model.chat_template,
+                max_tokens=section.max_tokens_per_batch,
+            )
+            for model in (section.helpfulness, section.safety)
+        )
+        return cls(*scorers, threshold=section.threshold)
+
+    def gate(self, helpfulness: Float[Tensor, " B"], safety: Float[Tensor, " B"], is_safety: Bool[Tensor, " B"]) -> Tensor:
+        """LOGIT(R_c) of Llama 2 Sec. 3.2.3."""
+        return gated_logits(helpfulness, safety, is_safety, threshold=self.threshold)
+
+    def check_vocabulary(self, policy: LoadedModel) -> None:
+        """Raises ModelError where a reward model reads other token ids than the policy writes."""
+        for name, scorer in (("helpfulness", self.helpfulness), ("safety", self.safety)):
+            if scorer.chat.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+                raise ModelError(
+                    f"rewards.{name}: its tokenizer differs from the policy's. PPO scores token ids as they were "
+                    "sampled: train the reward model from a checkpoint of the policy's family."
+                )
+
+    def score(self, candidates: Sequence[Candidate], *, title: str) -> list[Candidate]:
+        """The candidates with both scores and the gated reward; those of one prompt in a row share its prefill."""
+        groups: list[list[Candidate]] = []
+        for candidate in candidates:
+            if groups and groups[-1][0].prompt == candidate.prompt:
+                groups[-1].append(candidate)
+            else:
+                groups.append([candidate])
+        prompts = [group[0].prompt.messages for group in groups]
+        texts = [[candidate.response for candidate in group] for group in groups]
+        with ProgressBar(title, 2 * len(groups), shown=PartialState().is_main_process) as bar:
+            by_model = [
+                [score for scores in scorer.score(prompts, texts, on_progress=bar.advance) for score in scores]
+                for scorer in (self.helpfulness, self.safety)
+            ]
+        helpfulness, safety = (torch.tensor(scores) for scores in by_model)
+        is_safety = torch.tensor([candidate.prompt.is_safety for candidate in candidates])
+        rewards = self.gate(helpfulness, safety, is_safety).tolist()
+        return [
+            replace(candidate, helpfulness=h, safety=s, reward=r)
+            for candidate, h, s, r in zip(candidates, *by_model, rewards, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One process's share of an iteration: trees of prompts with sampled responses, and tables over them.
+
+    N responses in the order of trees and branches, T tokens in the longest.
+
+    Attributes:
+        trees: a prompt each, with its sampled responses.
+        mask: (N, T) True on sampled tokens, the end-of-turn token included.
+        logprobs: (N, T) under the policy that sampled, by the trainer's own forward at sampling temperature.
+        ref_logprobs: (N, T) under the reference.
+        entropy: (N, T) of the policy's distribution, in nats.
+        values: (N, T) the critic's value before each token.
+        advantages: (N, T) whitened over the global batch.
+        returns: (N, T) the critic's targets.
+    """
+
+    trees: list[Tree]
+    mask: Bool[Tensor, "N T"]
+    logprobs: Float[Tensor, "N T"]
+    ref_logprobs: Float[Tensor, "N T"]
+    entropy: Float[Tensor, "N T"]
+    values: Float[Tensor, "N T"]
+    advantages: Float[Tensor, "N T"]
+    returns: Float[Tensor, "N T"]
+
+
+def tabulate(
+    trees: Sequence[Tree],
+    measure: Callable[[PrefixBatch], Sequence[Tensor]],
+    *,
+    max_tokens: int,
+    device: torch.device,
+) -> list[Float[Tensor, "N T"]]:
+    """Token measurements of all branches as tables, computed in micro-batches without gradients.
+
+    `measure` maps a batch with M counted tokens to tensors of shape (M,).
+    """
+    first = branch_offsets(trees)
+    longest = max(len(branch.ids) for tree in trees for branch in tree.branches)
+    tables: list[Tensor] = []
+    for group in micro_batches(trees, lambda tree: tree.num_tokens, max_tokens=max_tokens):
+        batch = collate([[trees[index]] for index in group]).to(device)
+        with torch.no_grad():
+            measured = measure(batch)
+        if not tables:
+            tables = [torch.zeros(first[-1], longest, device=device) for _ in measured]
+        rows = branch_rows(group, first, device)[batch.target_branches]
+        for table, values in zip(tables, measured, strict=True):
+            table[rows, batch.target_offsets] = values.float()
+    return tables
+
+
+def branch_offsets(trees: Sequence[Tree]) -> list[int]:
+    """Index of the first branch of each tree among all branches, and the number of branches at the end."""
+    offsets = [0]
+    for tree in trees:
+        offsets.append(offsets[-1] + len(tree.branches))
+    return offsets
+
+
+def branch_rows(group: Sequence[int], first: Sequence[int], device: torch.device) -> Tensor:
+    """Table rows of the branches of the trees in `group`, in the order in which a batch of them counts branches."""
+    return torch.tensor([row for index in group for row in range(first[index], first[index + 1])], device=device)

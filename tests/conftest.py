@@ -1,0 +1,177 @@
+"""What all tests share: no network, shapes checked at run time, tiny models and tokenizers made in process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+# Shapes written in these modules' signatures are checked in every call. Nothing above imports them, and a name
+# without a module is no error.
+SHAPE_CHECKED = (
+    "alignment.tensor_ops",
+    "alignment.prefix_batch",
+    "alignment.logprobs",
+    "alignment.sampling.torch_engine",
+    "reward_models.losses",
+    "rlhf.gating",
+    "rlhf.rewards",
+    "rlhf.advantages",
+    "rlhf.losses",
+)
+install_import_hook(SHAPE_CHECKED, "beartype.beartype")
+
+# The same examples in every run: a red test is red for everybody. `--hypothesis-profile=explore` looks further.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
+
+NUM_THREADS = torch.get_num_threads()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread for tiny models: sharing their work out costs four times the work itself."""
+    torch.set_num_threads(NUM_THREADS if item.get_closest_marker("real") else 1)
+
+
+CORPUS = (
+    "Hello there, how are you today? I am fine, thank you.",
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps.",
+    "Napoleon wrote a letter to the queen. What did the letter say?",
+    "user assistant system question answer instruction 1234567890",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models that tests build go into a folder of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def _llama_config(vocab: int, **extra: object) -> LlamaConfig:
+    # Weights ten times the usual size: context then moves the outputs far beyond any tolerance used here.
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+        **extra,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., LlamaForCausalLM]:
+    """`make_llama(vocab=64, dtype=torch.float32, seed=0)`: a random two-layer Llama in evaluation mode."""
+
+    def make(vocab: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(_llama_config(vocab)).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_reward_model() -> Callable[..., LlamaForSequenceClassification]:
+    """The same with a scalar head."""
+
+    def make(vocab: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForSequenceClassification:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlamaForSequenceClassification(_llama_config(vocab, num_labels=1)).to(dtype).eval()
+        model.config.pad_token_id = vocab  # an id that no text has: transformers refuses to batch without one
+        return model
+
+    return make
+
+
+@pytest.fixture
+def llama(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    """A fresh random causal model in float32."""
+    return make_llama()
+
+
+@pytest.fixture
+def reward_llama(make_reward_model: Callable[..., LlamaForSequenceClassification]) -> LlamaForSequenceClassification:
+    """A fresh random sequence classifier with one output, in float32."""
+    return make_reward_model()
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """A byte-level BPE tokenizer trained on a few sentences.
+
+    The control tokens come first, in the order given: `specials[0]` has id 0. After them stand the 256 bytes, then
+    `merges` learned pairs. `pad` may be the end token, as in many published chat models.
+    """
+
+    def make(
+        specials: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"),
+        *,
+        bos: str | None = "<|im_start|>",
+        eos: str = "<|im_end|>",
+        pad: str | None = "<pad>",
+        merges: int = 40,
+        template: str | None = None,
+    ) -> PreTrainedTokenizerFast:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=len(specials) + 256 + merges,
+            special_tokens=list(specials),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        core.train_from_iterator(CORPUS, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture
+def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML's control tokens and a pad token of its own."""
+    return make_tokenizer()
+
+
+@pytest.fixture
+def pad_is_eos_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """The same with `<|im_end|>` as pad token: lengths inferred from pads would be wrong."""
+    return make_tokenizer(pad="<|im_end|>")
+
+
+@pytest.fixture
+def write_file(tmp_path: Path) -> Callable[[str, str], Path]:
+    """`write_file("name.txt", "text")` in the test's own folder."""
+
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
