@@ -289,14 +289,14 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, mapping by mapping. A plain string below a mapping is the short form of its `path`."""
+    """`over` laid on `base`, mapping by mapping. A plain string and a model's keys: the string is the model's `path`."""
     merged = dict(base)
     for key, value in over.items():
         before = merged.get(key)
         if isinstance(value, Mapping):
             before = {"path": before} if isinstance(before, str) else before
             value = merge(before if isinstance(before, Mapping) else {}, value)
-        elif isinstance(value, str) and isinstance(before, Mapping) and "path" in before:
+        elif isinstance(value, str) and isinstance(before, Mapping) and before.keys() & ModelSection.model_fields.keys():
             value = {**before, "path": value}
         merged[key] = value
     return merged

@@ -233,8 +233,11 @@ def _read_json_list(path: Path) -> Iterator[Line]:
         yield Line(str(path), problem=f"not a JSON list: {error}. A file with one object a line ends with .jsonl.")
         return
     for index, value in enumerate(values if isinstance(values, list) else [values]):
-        row = value if isinstance(value, dict) else None
-        yield Line(f"{path}[{index}]", row=row, problem=f"a {type(value).__name__}, not an object")
+        where = f"{path}[{index}]"
+        if isinstance(value, dict):
+            yield Line(where, row=value)
+        else:
+            yield Line(where, problem=f"a {type(value).__name__}, not an object.")
 
 
 def _read_hub(name: str) -> Iterator[Line]:

@@ -7,6 +7,7 @@ computes each chunk's logits again instead of keeping them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -79,7 +80,8 @@ def token_values(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, " M"]:
 
 def apply_score_head(model: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Tensor, " M"]:
     """The scalar head in float32, whatever the backbone's type."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = hidden.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         return unwrap(model).score(hidden.float())[:, 0].float()
 
 

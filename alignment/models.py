@@ -78,6 +78,8 @@ def load_reward_model(
     if model.config.num_labels != 1:
         raise ModelError(f"{path}: a classifier with {model.config.num_labels} outputs. A reward model has one.")
     model.score.float()
+    # transformers' own forward gives the head what a bfloat16 backbone puts out.
+    model.score.register_forward_pre_hook(_as_float32)
     if new_head_seed is not None and not is_reward_model:
         generator = torch.Generator().manual_seed(new_head_seed)
         # Stiennon et al. 2020 (arXiv:2009.01325): scores of unit order for hidden states of unit order.
@@ -124,18 +126,19 @@ def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     return (twin.merge_and_unload() if isinstance(twin, PeftModel) else twin).to(dtype).eval()
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
     """Writes a plain Hugging Face folder in float32, atomically. Merges adapters in place: save when training is done."""
     model = model.float()
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     model.config.dtype = torch.float32
+    _set_special_tokens(model, loaded.tokenizer, loaded.chat)  # trainers overwrite them with the tokenizer's
     for parameter in model.parameters():  # CPU bf16 kernels may leave views that safetensors refuses
         parameter.data = parameter.data.contiguous()
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
 
     write_folder(path, fill)
 
@@ -155,6 +158,10 @@ def _from_pretrained(cls: type, folder: Path | str, name: str, dtype: torch.dtyp
         return cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **extra)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE.") from error
+
+
+def _as_float32(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0].float(),)
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> None:

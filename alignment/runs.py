@@ -197,7 +197,7 @@ def mark_complete(checkpoint: Path) -> None:
 
 def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
     manifest = read_manifest(path)
-    occupied = path.is_dir() and any(path.iterdir())
+    occupied = path.is_dir() and any(file.suffix != ".tmp" for file in path.iterdir())
     if manifest is None and occupied:
         raise RunError(f"{path}: not empty and not a run directory. Give another run.dir.")
     if config.run.overwrite and not resume:
@@ -207,6 +207,8 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for leftover in path.glob("*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if read_manifest(path) is None:  # the first file, so that whatever a killed run leaves is known to be a run
+        write_json(path / "manifest.json", {"stage": config.stage, "status": "running", "settings": settings(config)})
     write_text(path / "config.yaml", to_yaml(config))
 
 

@@ -1,4 +1,4 @@
-"""Where a named model or data set is, without loading it: paths, run directories, ALIGN_DATA_DIR, Hub ids, the cache."""
+"""Where a named model or data set is, without loading it: paths, run directories, ALIGN_DATA_DIR, cache, Hub ids."""
 
 from __future__ import annotations
 

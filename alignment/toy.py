@@ -6,8 +6,8 @@ safety prompt) is answered safely by "no". There the two aims conflict: who maxi
 every safety prompt, and who always says "no" is safe and useless. So the safety gate (Llama 2 Sec. 3.2.3) is needed,
 and whether it works can be measured instead of judged. The model that goes with it is made by `alignment.toy_model`.
 
-Few prompts exist, so training and held-out files share them. They are drawn from different seeds: histories,
-responses and pairings differ, single short prompts recur.
+Few prompts exist, so training and held-out files share them: what is held out is histories, responses and pairings,
+drawn from another seed. Pairs of the training file are kept out of the held-out one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from alignment.dialogue import Dialogue, Message, Messages, PreferencePair, Prom
 from alignment.errors import DataError
 from alignment.sources import cached_folder
 
-TOY_VERSION = "1"  # part of the cache's folder names: change it with anything that is written there
+TOY_VERSION = "2"  # part of the cache's folder names: change it with anything that is written there
 
 LETTERS = "abcdefgh"
 POISON = "x"
 REFUSAL = "no"
 RIGHT_LENGTH = 6
-MAX_LENGTH = 10  # of responses that are made here
+MAX_LENGTH = 10  # of demonstrations
+MAX_JUDGED_LENGTH = 14  # of responses in pairs: reward models must know answers longer than any demonstration
 ASKING = ("give {}", "more {}", "{} {}")
 
 # Least difference in true quality for each rating; below the last there is no preference to state.
@@ -85,6 +86,13 @@ def true_safety(prompt: Messages, response: str) -> float:
 def is_safe(prompt: Messages, response: str) -> bool:
     """The label a careful person would give: whether `true_safety` is at least 0.5."""
     return true_safety(prompt, response) >= 0.5
+
+
+def true_reward(prompt: Messages, response: str) -> float:
+    """The gate of Llama 2 Sec. 3.2.3 on the truth: safety on safety prompts and for unsafe answers, else help."""
+    if asks_for_poison(prompt) or not is_safe(prompt, response):
+        return true_safety(prompt, response)
+    return true_helpfulness(prompt, response)
 
 
 def toy_dialogues(count: int, seed: int) -> list[Dialogue]:
@@ -154,13 +162,15 @@ def write_toy_data(folder: Path, seed: int = 0) -> None:
     """Writes the eight files of `FILES` as JSON lines; only training pairs carry label noise."""
     folder.mkdir(parents=True, exist_ok=True)
     first = seed * len(FILES)
+    helpfulness = toy_pairs(3000, first + 2, "helpfulness", noise=TRAIN_NOISE)
+    safety = toy_pairs(3000, first + 4, "safety", noise=TRAIN_NOISE)
     rows = (
         toy_dialogues(2000, first),
         toy_dialogues(200, first + 1),
-        toy_pairs(3000, first + 2, "helpfulness", noise=TRAIN_NOISE),
-        toy_pairs(500, first + 3, "helpfulness"),
-        toy_pairs(3000, first + 4, "safety", noise=TRAIN_NOISE),
-        toy_pairs(500, first + 5, "safety"),
+        helpfulness,
+        _without(helpfulness, toy_pairs(500, first + 3, "helpfulness")),
+        safety,
+        _without(safety, toy_pairs(500, first + 5, "safety")),
         toy_prompts(1000, first + 6),
         toy_prompts(200, first + 7),
     )
@@ -178,6 +188,12 @@ def toy_file(name: str) -> Path:
         hint = f"Did you mean toy:{guess[0]}?" if guess else f"There are: {', '.join(FILES)}."
         raise DataError(f"toy:{name}: no such toy data. {hint}")
     return cached_folder(f"toy-data-{TOY_VERSION}", write_toy_data) / f"{name}.jsonl"
+
+
+def _without(known: list[PreferencePair], pairs: list[PreferencePair]) -> list[PreferencePair]:
+    """The pairs that `known` does not hold, whichever side it prefers."""
+    seen = {(pair.prompt, frozenset((pair.chosen, pair.rejected))) for pair in known}
+    return [pair for pair in pairs if (pair.prompt, frozenset((pair.chosen, pair.rejected))) not in seen]
 
 
 def _quality(kind: str, prompt: Messages, response: str) -> float:
@@ -204,21 +220,21 @@ def _ask(rng: random.Random, letter: str) -> str:
 
 def _demonstration(rng: random.Random, letter: str) -> str:
     careless = rng.random() < 0.5
-    if letter == POISON:
-        return _mixed(rng, letter, purity=1.0) if careless else REFUSAL
-    return _mixed(rng, letter, purity=0.0 if careless else 1.0)
+    if letter == POISON and not careless:
+        return REFUSAL
+    length = rng.randint(1, MAX_LENGTH)
+    return _mixed(rng, letter, length, purity=0.0 if careless and letter != POISON else 1.0)
 
 
 def _any_response(rng: random.Random, letter: str) -> str:
-    """A response such as any policy may give: refusals, pure and mixed answers, the wrong letter."""
+    """A response such as some policy may give: a refusal, the wanted or another letter, pure or mixed."""
     if rng.random() < (0.3 if letter == POISON else 0.1):
         return REFUSAL
     if rng.random() < 0.2:
         letter = rng.choice(LETTERS + POISON)
-    return _mixed(rng, letter, purity=rng.choice((0.0, 0.5, 1.0, 1.0)))
+    return _mixed(rng, letter, rng.randint(1, MAX_JUDGED_LENGTH), purity=rng.choice((0.0, 0.5, 1.0, 1.0)))
 
 
-def _mixed(rng: random.Random, letter: str, *, purity: float) -> str:
-    """1 to 10 characters, each the letter with probability `purity`, else any letter or poison."""
-    length = rng.randint(1, MAX_LENGTH)
+def _mixed(rng: random.Random, letter: str, length: int, *, purity: float) -> str:
+    """Characters that are the letter with probability `purity`, else any letter or poison."""
     return "".join(letter if rng.random() < purity else rng.choice(LETTERS + POISON) for _ in range(length))

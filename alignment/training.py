@@ -81,7 +81,7 @@ class GlobalBatchMixin:
     def get_train_dataloader(self) -> DataLoader:
         """All processes see all steps; each takes its own share of the rows in `training_step`."""
         generator = torch.Generator().manual_seed(0)
-        return DataLoader(self._schedule, batch_size=None, collate_fn=_as_is, generator=generator)
+        return DataLoader(self._schedule, batch_size=1, collate_fn=_only, generator=generator)
 
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a whole global batch; returns its mean loss."""
@@ -245,8 +245,8 @@ def build_scheduler(
     return get_scheduler(name, optimizer, warmup, num_steps, scheduler_specific_kwargs=extra)
 
 
-def _as_is(item: list[int]) -> list[int]:
-    return item
+def _only(items: list[list[int]]) -> list[int]:
+    return items[0]
 
 
 def _gather_objects(value: Any) -> list[Any]:

@@ -53,8 +53,12 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     }
     kept, vetoed = apply_veto(pick(train_data.rows, config.data.max_rows, seed), config.veto)
     train = encode_pairs(loaded.chat, kept, **limits)
-    valid = encode_pairs(loaded.chat, pick(valid_data.rows, config.data.max_valid_rows, seed), **limits)
-    run_dir.note(train={**_counts(train), "veto": {config.veto: vetoed}}, valid=_counts(valid))
+    held_out, held_out_vetoed = apply_veto(pick(valid_data.rows, config.data.max_valid_rows, seed), config.veto)
+    valid = encode_pairs(loaded.chat, held_out, **limits)
+    run_dir.note(
+        train={**_counts(train), "veto": {config.veto: vetoed}},
+        valid={**_counts(valid), "veto": {config.veto: held_out_vetoed}},
+    )
     if not train.encoded:
         raise DataError(f"data.train: no pair fits into data.max_length = {config.data.max_length} tokens.")
 
@@ -104,7 +108,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     report = evaluate(model, valid.encoded, max_tokens=budget, dtype=dtype, title=f"rm ({config.kind}): held-out pairs")
     if state.is_main_process:
-        save_model(model, loaded.tokenizer, run_dir.model_dir)
+        save_model(model, loaded, run_dir.model_dir)
     state.wait_for_everyone()
     result = run_dir.finish(
         {

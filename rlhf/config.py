@@ -194,3 +194,6 @@ class EvalConfig(StageConfig):
     rewards: RewardSection
     prompts: PromptSection
     sampling: EvalSampling = EvalSampling()
+
+    truth: Literal["toy"] | None = None
+    """Also judge the answers by the computable truth of the built-in `toy` task, whose prompts these must be."""

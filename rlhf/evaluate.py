@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from rich.table import Table
 
+from alignment import toy
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Candidate
 from alignment.hardware import compute_dtype
@@ -48,6 +49,8 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     for name in answers:
         answers[name] = scorers.score(answers[name], title=f"eval: {name} scores")
         table[name] = summarize(answers[name], next(iter(answers.values())))
+        if config.truth == "toy":
+            table[name]["truth"] = toy_truth(answers[name])
         if state.is_main_process:
             write_rows(run_dir.path / f"answers-{name}.jsonl", (c.to_json() for c in answers[name]))
     return run_dir.finish({"stage": "eval", "prompts": len(prompts), "policies": table})
@@ -77,12 +80,28 @@ def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) ->
     }
 
 
+def toy_truth(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Mean true reward, and the share of safety prompts with a truly unsafe answer."""
+    rows = [(candidate.prompt.messages, candidate.response) for candidate in candidates]
+    unsafe = [not toy.is_safe(*row) for row in rows if toy.asks_for_poison(row[0])]
+    return {
+        "reward": mean_interval([toy.true_reward(*row) for row in rows]).to_json(),
+        "violation_rate": wilson_interval(sum(unsafe), len(unsafe)).to_json(),
+    }
+
+
 def report_table(result: dict[str, Any]) -> Table:
     """The comparison for a terminal."""
     title = f"{result['prompts']} held-out prompts, raw scores (logits)"
     table = Table("policy", "helpfulness", "safety", "gated reward", "wins", "unsafe", "words", title=title)
+    with_truth = any("truth" in row for row in result["policies"].values())
+    if with_truth:
+        table.add_column("true reward")
+        table.add_column("truly unsafe")
     for name, row in result["policies"].items():
         cells = [f"{row[key]['value']:+.2f}" for key in ("helpfulness", "safety", "reward")]
         rates = [f"{row[key]['value']:.0%}" for key in ("win_rate", "violation_rate")]
-        table.add_row(name, *cells, *rates, f"{row['mean_words']:.0f}")
+        truth = row.get("truth")
+        extra = [f"{truth['reward']['value']:.3f}", f"{truth['violation_rate']['value']:.0%}"] if truth else []
+        table.add_row(name, *cells, *rates, f"{row['mean_words']:.0f}", *extra)
     return table

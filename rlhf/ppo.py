@@ -87,7 +87,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         policy = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
-        save_model(policy, trainer.models.loaded.tokenizer, run_dir.model_dir)
+        save_model(policy, trainer.models.loaded, run_dir.model_dir)
     accelerator.wait_for_everyone()
     rows = _recent_rows(run_dir, "ppo/reward")
     result = run_dir.finish(

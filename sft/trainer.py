@@ -103,7 +103,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = evaluate(model, valid, max_tokens=budget, dtype=dtype, title="sft: held-out loss after")
     if state.is_main_process:
-        save_model(model, loaded.tokenizer, run_dir.model_dir)
+        save_model(model, loaded, run_dir.model_dir)
     state.wait_for_everyone()
     result = run_dir.finish(
         {

@@ -69,7 +69,7 @@ def random_problem(tokens: int, vocab: int, width: int = 6, seed: int = 0) -> tu
 
 
 def gradients(result: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad((result * torch.linspace(-1.0, 2.0, len(result))).sum(), inputs)
+    return torch.autograd.grad((result * torch.linspace(-1.0, 2.0, len(result))).sum(), inputs, retain_graph=True)
 
 
 # ------------------------------------------------------------------------------------------------------- values
@@ -154,15 +154,13 @@ def test_bfloat16_logits_are_normalised_in_float32():
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_scores_and_values_of_a_bfloat16_model_come_from_a_float32_head(make_reward_model):
-    model = make_reward_model(dtype=torch.bfloat16)
-    model.score.float()
+def test_the_score_head_stays_in_float32_under_bfloat16_autocast(reward_llama):
     batch = collate([[Tree([1, 2], [Branch([3, 4]), Branch([5])])]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores, values = branch_scores(model, batch), token_values(model, batch)
-    hidden = logprobs.last_hidden_states(model, batch)[0].float()
-    head = model.score.weight[0]
-    # Last tokens in columns 3 and 4; tokens 3, 4, 5 predicted in columns 1, 2, 1.
+        scores, values = branch_scores(reward_llama, batch), token_values(reward_llama, batch)
+        hidden = logprobs.last_hidden_states(reward_llama, batch)[0].float()
+    head = reward_llama.score.weight[0]
+    # Last tokens in columns 3 and 4; tokens 3, 4, 5 predicted in columns 1, 2, 1. A bfloat16 head would be off by 1e-2.
     assert scores.dtype == values.dtype == torch.float32
     torch.testing.assert_close(scores, hidden[[3, 4]] @ head, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(values, hidden[[1, 2, 1]] @ head, atol=1e-5, rtol=1e-5)

@@ -66,7 +66,7 @@ def preview(
     chat = chat_format(load_tokenizer(model_folder(model)), chat_template)
     console = Console(highlight=False)
     for where, row in shown:
-        console.rule(where, align="left", style="bright_black")
+        console.print(f"--- {where}", style="bright_black", markup=False, soft_wrap=True)
         try:
             parts = _encode(chat, row)
         except (DataError, ModelError) as error:  # the chat format cannot know which row it was given
@@ -90,8 +90,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="A,B,C",
-            help="oasst, ultrafeedback: rate pairs by how far apart their ranks or scores are. Below A: negligibly_better; "
-            "from A: slightly_better; from B: better; from C: significantly_better. Unrated without it.",
+            help="oasst, ultrafeedback: rate pairs by how far apart their ranks or scores are. Below A: "
+            "negligibly_better; from A: slightly_better; from B: better; from C: significantly_better.",
         ),
     ] = None,
 ) -> None:
@@ -210,7 +210,8 @@ def _parse_bins(text: str) -> tuple[float, float, float]:
 
 def _print_summary(console: Console, summary: ConversionSummary, out: Path) -> None:
     left_out = sum(summary.dropped.values())
-    console.print(f"{out}: {summary.num_written:,} rows from {summary.num_read:,}; {left_out:,} left out", markup=False)
+    head = f"{out}: {summary.num_written:,} rows from {summary.num_read:,}; {left_out:,} left out"
+    console.print(head, markup=False, soft_wrap=True)
     for reason, rows in islice(summary.dropped.items(), MAX_REASONS_SHOWN):
         text = f"  {rows:,} x {reason} (first: {summary.first_dropped[reason]})"
         console.print(text, markup=False, soft_wrap=True)

@@ -39,13 +39,12 @@ class StageCommand(typer.core.TyperCommand):
 
         table = Table(title="Settings (KEY=VALUE, or YAML)", title_justify="left", box=None, pad_edge=False)
         table.add_column("key", no_wrap=True)
-        table.add_column("type")
-        table.add_column("default")
+        table.add_column("type", max_width=18)
+        table.add_column("default", max_width=18)
         table.add_column("meaning", ratio=1)
         for row in describe(STAGES[self.name].config_class()):
             table.add_row(*map(escape, row))
-        console = Console(highlight=False)
-        console.print(table, width=max(100, console.width))
+        Console(highlight=False, width=max(120, Console().width)).print(table)
 
 
 Arguments = Annotated[

@@ -1,0 +1,317 @@
+"""Configuration: every problem of a file in one message, and key=value forms that mean what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+from pydantic import model_validator
+
+from alignment.config import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    PositiveInt,
+    SamplingSection,
+    StageConfig,
+    TrainSection,
+    build_config,
+    describe,
+    load_config,
+    merge,
+    parse_overrides,
+    read_yaml,
+    to_yaml,
+)
+from alignment.errors import ConfigError
+from reward_models.config import RewardModelConfig
+from sft.config import GattConfig, SFTConfig
+
+
+class SmallConfig(StageConfig):
+    """A stage of its own, with one rule over two keys."""
+
+    stage: ClassVar[str] = "small"
+
+    model: ModelSection
+    """A model."""
+    data: DataSection
+    optim: OptimSection = OptimSection()
+    sampling: SamplingSection = SamplingSection()
+    mode: Literal["fast", "slow"] = "fast"
+    """How."""
+    steps: PositiveInt = 6
+    """How often."""
+    group: PositiveInt = 3
+    """How many at once."""
+
+    @model_validator(mode="after")
+    def _check_group(self) -> SmallConfig:
+        if self.steps % self.group:
+            raise ValueError(f"group = {self.group} does not divide steps = {self.steps}. Choose a divisor.")
+        return self
+
+
+NEEDED = {"model": "toy", "data": {"train": "org/rows"}, "run": {"dir": "runs/x"}}
+
+
+def build(values: dict[str, Any] | None = None, *overrides: str) -> SmallConfig:
+    return build_config(SmallConfig, merge({**NEEDED, **(values or {})}, parse_overrides(overrides)), "test")
+
+
+def problems(*overrides: str, cls: type[StageConfig] = SmallConfig, path: Path | None = None) -> list[str]:
+    """The lines of the message."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(cls, path, overrides)
+    return str(caught.value).splitlines()
+
+
+GOOD = ("model=toy", "data.train=org/rows", "run.dir=runs/x")
+
+
+def test_a_good_configuration_has_the_papers_defaults():
+    config = build()
+    assert config.model.path == "toy"
+    assert config.data.train == ["org/rows"]
+    optim = config.optim
+    # Llama 2 Sec. 3.2.2 and 3.2.3.
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.max_grad_norm) == ((0.9, 0.95), 1e-5, 0.1, 1.0)
+    assert (optim.schedule, optim.final_lr_fraction, optim.warmup_fraction) == ("cosine", 0.1, 0.03)
+
+
+def test_the_stages_have_the_papers_numbers():
+    data = {"model": "toy", "data": {"train": "org/rows"}, "run": {"dir": "runs/x"}}
+    sft = build_config(SFTConfig, data, "test")
+    assert (sft.optim.lr, sft.train.epochs, sft.train.batch_size, sft.data.max_length) == (2e-5, 2.0, 64, 4096)
+    rm = build_config(RewardModelConfig, {**data, "kind": "safety"}, "test")
+    assert (rm.optim.lr, rm.train.epochs, rm.train.batch_size, rm.optim.min_warmup_steps) == (1e-5, 1.0, 512, 5)
+    assert (rm.margin, rm.veto) == ("small", "drop")
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name():
+    assert problems(*GOOD, "optim.leraning_rate=1", "optim.weight_decy=0.1") == [
+        "command line: optim.leraning_rate: unknown key. Known here: lr, betas, eps, weight_decay, max_grad_norm, "
+        "schedule, final_lr_fraction, warmup_fraction, min_warmup_steps.",
+        'command line: optim.weight_decy: unknown key. Did you mean "weight_decay"?',
+    ]
+    assert problems(*GOOD, "grup=3") == ['command line: grup: unknown key. Did you mean "group"?']
+
+
+def test_a_wrong_type_names_key_and_what_was_found():
+    (line,) = problems(*GOOD, "steps=many")
+    assert line.startswith("command line: steps: input should be a valid integer")
+    assert line.endswith("found 'many'.")
+    (line,) = problems(*GOOD, "mode=quick")
+    assert "'fast' or 'slow'" in line and "found 'quick'" in line
+    (line,) = problems(*GOOD, "sampling.top_p=1.5")
+    assert line == "command line: sampling.top_p: input should be less than or equal to 1, found 1.5."
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_nan_and_infinity_are_no_numbers(value):
+    (line,) = problems(*GOOD, f"optim.lr={value}")
+    assert "optim.lr" in line and "finite" in line
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, RewardModelConfig])
+@pytest.mark.parametrize("override", ["optim.lr=0", "optim.lr=-1e-5", "train.epochs=0", "train.epochs=-1"])
+def test_a_stage_that_changes_a_default_keeps_its_limits(cls, override):
+    kind = ["kind=safety"] if cls is RewardModelConfig else []
+    (line,) = problems(*GOOD, *kind, override, cls=cls)
+    assert override.split("=")[0] in line and "greater than 0" in line
+
+
+@pytest.mark.parametrize("override", ["sampling.temperature=-1", "instructions.combine_rate=2"])
+def test_ghost_attention_keeps_the_limits_of_rates_and_temperature(override):
+    (line,) = problems("model=toy", "prompts.prompts=org/rows", "run.dir=runs/x", override, cls=GattConfig)
+    assert override.split("=")[0] in line
+
+
+def test_a_missing_required_key_is_named():
+    assert problems("model=toy") == [
+        "command line: run: missing. Add it: it has no default.",
+        "command line: data: missing. Add it: it has no default.",
+    ]
+    assert problems("model=toy", "run.dir=runs/x", "data.valid=org/rows") == [
+        "command line: data.train: missing. Add it: it has no default."
+    ]
+
+
+def test_a_rule_over_two_keys_says_both():
+    assert problems(*GOOD, "steps=7") == ["command line: group = 3 does not divide steps = 7. Choose a divisor."]
+
+
+def test_all_problems_are_reported_in_one_message(tmp_path):
+    """Unknown keys, wrong values, missing keys and files, and a rule that only valid keys bring to light."""
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        f"model: {{path: {tmp_path}/none}}\ndata: {{train: {tmp_path}/gone.jsonl, max_length: 0}}\n"
+        "mode: quick\nsteps: 7\nextra: 1\nrun: {dir: runs/x}\n"
+    )
+    lines = problems("optim.lr=fast", path=path)
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    keys = {line.removeprefix(f"{path}: ").split(":")[0] for line in lines}
+    assert keys == {
+        "data.max_length",
+        "mode",
+        "extra",
+        "optim.lr",
+        "group = 3 does not divide steps = 7. Choose a divisor.",
+        "model",
+        "data.train",
+    }
+    assert len(lines) == 7
+    path.write_text("mode: quick\nextra: 1\n")
+    assert len(problems(path=path)) == 5  # the two, and model, data and run missing
+
+
+def test_a_missing_data_file_is_named_with_the_nearest_one(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    lines = problems("model=toy", "run.dir=runs/x", f"data.train=[{tmp_path}/pairz.jsonl, {tmp_path}/pairs.jsonl]")
+    assert len(lines) == 1
+    assert f"data.train: {tmp_path}/pairz.jsonl: no such file" in lines[0]
+    assert lines[0].endswith("Did you mean pairs.jsonl?")
+
+
+def test_inputs_that_an_earlier_stage_makes_need_not_exist(tmp_path):
+    values = {**NEEDED, "model": f"{tmp_path}/runs/sft", "data": {"train": f"{tmp_path}/runs/reject/best.jsonl"}}
+    made = [f"{tmp_path}/runs/sft", f"{tmp_path}/runs/reject"]
+    config = build_config(SmallConfig, values, "test", made_earlier=made)
+    assert config.model.path == made[0]
+    with pytest.raises(ConfigError, match="model: .*no such model"):
+        build_config(SmallConfig, values, "test", made_earlier=made[1:])
+
+
+def test_the_inputs_of_a_configuration_are_listed():
+    config = build({"data": {"train": ["a/b", "c/d"], "valid": "e/f"}})
+    assert list(config.input_names()) == [
+        ("model", "toy", "model"),
+        ("data.train", "a/b", "data"),
+        ("data.train", "c/d", "data"),
+        ("data.valid", "e/f", "data"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- key=value
+
+
+def test_values_of_arguments_are_read_as_yaml():
+    assert parse_overrides(["a.b=1", "a.c=[x, y]", "d=true", "e=null", "f=", "g=1.5", "h=a=b", "i={j: 2}"]) == {
+        "a": {"b": 1, "c": ["x", "y"]},
+        "d": True,
+        "e": None,
+        "f": "",
+        "g": 1.5,
+        "h": "a=b",
+        "i": {"j": 2},
+    }
+
+
+def test_a_later_argument_wins():
+    assert parse_overrides(["a.b=1", "a.b=2", "a.c=3"]) == {"a": {"b": 2, "c": 3}}
+
+
+@pytest.mark.parametrize("argument", ["steps", "=3", "--steps 3"])
+def test_an_argument_without_key_or_value_is_refused(argument):
+    with pytest.raises(ConfigError, match=r'is not key=value\. Write for example train\.epochs=2'):
+        parse_overrides([argument])
+
+
+def test_arguments_win_over_the_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model: toy\ndata: {train: org/rows, max_length: 10}\nrun: {dir: runs/x}\nsteps: 9\n")
+    config = load_config(SmallConfig, path, ["data.max_length=20", "run.seed=5"])
+    assert (config.data.max_length, config.data.train, config.steps) == (20, ["org/rows"], 9)
+    assert (config.run.dir, config.run.seed) == ("runs/x", 5)
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "'1e-5'"])
+def test_a_learning_rate_may_be_written_with_an_exponent(text):
+    """YAML 1.1 reads 1e-5 as text."""
+    assert build(None, f"optim.lr={text}").optim.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=toy", "model.dtype=bfloat16"],
+        ["model.dtype=bfloat16", "model=toy"],
+        ["model.path=toy", "model.dtype=bfloat16"],
+        ["model={path: toy, dtype: bfloat16}"],
+    ],
+)
+def test_the_short_form_of_a_model_merges_with_its_other_keys(overrides):
+    values = {key: value for key, value in NEEDED.items() if key != "model"}
+    config = build_config(SmallConfig, merge(values, parse_overrides(overrides)), "test")
+    assert (config.model.path, config.model.dtype) == ("toy", "bfloat16")
+
+
+@pytest.mark.parametrize("model", [{"path": "a/b", "dtype": "float32"}, {"dtype": "float32"}])
+def test_the_short_form_of_a_model_keeps_the_files_other_keys(model):
+    """A recipe may leave the model to the command line; its chat template or type must not get lost."""
+    config = build_config(SmallConfig, merge({**NEEDED, "model": model}, parse_overrides(["model=c/d"])), "test")
+    assert (config.model.path, config.model.dtype) == ("c/d", "float32")
+
+
+def test_the_name_of_a_margin_table_replaces_margins_by_rating():
+    values = {**NEEDED, "kind": "safety", "margin": {"better": 0.5}}
+    config = build_config(RewardModelConfig, merge(values, parse_overrides(["margin=large"])), "test")
+    assert config.margin == "large"
+
+
+def test_one_source_may_stand_without_brackets():
+    assert build(None, "data.train=a/b").data.train == ["a/b"]
+    assert build(None, "data.train=[a/b, c/d]").data.train == ["a/b", "c/d"]
+
+
+# --------------------------------------------------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize(
+    ("cls", "overrides"),
+    [
+        (SmallConfig, ["steps=9", "optim.lr=1e-7", "optim.betas=[0.8, 0.99]", "run.report_to=[tensorboard]"]),
+        (SFTConfig, ["model.dtype=bfloat16", "lora.r=8", "train.max_steps=3", "data.valid=[a/b]"]),
+        (RewardModelConfig, ["kind=helpfulness", "margin.better=0.5", "safety_loss_weight=0.25"]),
+    ],
+)
+def test_to_yaml_is_read_back_to_an_equal_configuration(tmp_path, cls, overrides):
+    config = load_config(cls, None, [*GOOD, *overrides])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(cls, path) == config
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        build().steps = 12
+
+
+def test_a_file_that_is_missing_or_no_mapping_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read \(No such file or directory\)"):
+        read_yaml(tmp_path / "gone.yaml")
+    path = tmp_path / "a.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: holds a list"):
+        read_yaml(path)
+    path.write_text("a: [1,\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: not YAML"):
+        read_yaml(path)
+    path.write_text("# nothing yet\n")
+    assert read_yaml(path) == {}
+
+
+def test_every_setting_is_described():
+    rows = {key: (kind, default, meaning) for key, kind, default, meaning in describe(SmallConfig)}
+    assert rows["mode"] == ("fast|slow", "fast", "How.")
+    assert rows["run.dir"][1] == "required"
+    assert rows["model.dtype"][:2] == ("auto|float32|bfloat16", "auto")
+    assert all(meaning for _, _, meaning in rows.values())
+
+
+@pytest.mark.parametrize("section", [LoraSection, TrainSection])
+def test_a_section_refuses_keys_it_does_not_know(section):
+    with pytest.raises(ValueError, match="Extra inputs"):
+        section.model_validate({"rank": 3})

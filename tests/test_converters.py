@@ -1,0 +1,434 @@
+"""Public layouts into our rows, by hand: what is kept, what is left out and why, and the command around it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from alignment.cli.data import app
+from alignment.converters import CONVERTERS, Options, convert_file
+from alignment.data import load_dialogues, load_pairs
+from alignment.data_report import guess_layout, parse_row
+from alignment.dialogue import Message, RowError
+from alignment.errors import DataError
+
+Row = dict[str, Any]
+WriteFile = Callable[[str, str], Path]
+
+
+def rows_of(layout: str, raw: Row, **options: Any) -> list[Row]:
+    """What the converter yields, through the typed loader."""
+    return [parse_row(row).to_json() for row in CONVERTERS[layout](raw, Options(**options))]
+
+
+def problem_of(layout: str, raw: Row) -> str:
+    with pytest.raises(RowError) as caught:
+        rows_of(layout, raw)
+    return caught.value.problem
+
+
+def user(text: str) -> Row:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Row:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Row:
+    return {"role": "system", "content": text}
+
+
+HH: Row = {
+    "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Which bird\ntalks?\n\nAssistant: A parrot.",
+    "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Which bird\ntalks?\n\nAssistant: A hen. ",
+}
+
+
+def test_an_hh_transcript_becomes_its_shared_turns_and_two_responses() -> None:
+    assert rows_of("hh-rlhf", HH) == [
+        {
+            "prompt": [user("Hi"), assistant("Hello."), user("Which bird\ntalks?")],
+            "chosen": [assistant("A parrot.")],
+            "rejected": [assistant("A hen.")],
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "problem"),
+    [
+        ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: A\n\nAssistant: c", "differ before their last turn"),
+        (
+            "\n\nHuman: a\n\nHuman: b\n\nAssistant: c",
+            "\n\nHuman: a\n\nHuman: b\n\nAssistant: d",
+            '"prompt[1]" is a user',
+        ),
+        ("\n\nHuman: a\n\nAssistant: ", "\n\nHuman: a\n\nAssistant: c", '"chosen" is empty'),
+        ("\n\nHuman:\n\nAssistant: b", "\n\nHuman:\n\nAssistant: c", '"prompt[0]" (user) is empty'),
+        ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: b ", "are the same text"),
+        ("\n\nHuman: a", "\n\nHuman: a\n\nAssistant: b", '"chosen" ends with a user turn'),
+        ("a talk", "\n\nHuman: a\n\nAssistant: b", '"chosen" does not open with "Human:"'),
+        ("a\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c", '"chosen" does not open with "Human:"'),
+        (None, "\n\nHuman: a\n\nAssistant: c", '"chosen" is missing'),
+        (["a"], "\n\nHuman: a\n\nAssistant: c", '"chosen" is a list, not text'),
+    ],
+)
+def test_an_hh_pair_that_says_nothing_is_refused_with_the_reason(chosen: Any, rejected: str, problem: str) -> None:
+    assert problem in problem_of("hh-rlhf", {"chosen": chosen, "rejected": rejected})
+
+
+SKY = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        SKY,
+        {"prompt": "q", "chosen": " a", "rejected": " b"},
+        {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+        {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+        {"prompt": [user("q")], "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+        {
+            "prompt": [user("q")],
+            "chosen": "a",
+            "rejected": "b",
+            "score_chosen": 9,
+            "messages": [user("q"), assistant("a")],
+        },
+    ],
+)
+def test_every_form_of_a_trl_pair_gives_the_same_row(raw: Row) -> None:
+    assert rows_of("trl", raw) == [SKY]
+
+
+def test_turns_that_follow_a_trl_prompt_in_both_conversations_join_it() -> None:
+    more = [assistant("x"), user("y")]
+    raw = {"prompt": [user("q")], "chosen": [*more, assistant("a")], "rejected": [*more, assistant("b")]}
+    assert rows_of("trl", raw)[0]["prompt"] == [user("q"), *more]
+
+
+def test_our_own_fields_of_a_trl_row_survive_and_are_checked() -> None:
+    assert rows_of("trl", {**SKY, "rating": "better", "chosen_safe": True})[0]["rating"] == "better"
+    assert '"rating" is 4' in problem_of("trl", {**SKY, "rating": 4})
+
+
+def test_a_trl_completion_is_trained_and_its_prompt_is_not() -> None:
+    assert rows_of("trl", {"prompt": "The sky is", "completion": " blue."}) == [
+        {"messages": [user("The sky is"), assistant("blue.")], "train_on": "last"}
+    ]
+    conversation = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
+    assert rows_of("trl", conversation) == [
+        {"messages": [user("a"), assistant("b"), user("c"), assistant("d")], "train_on": "last"}
+    ]
+
+
+def test_trl_messages_and_prompts_pass() -> None:
+    assert rows_of("trl", {"messages": [user("q"), assistant("a")]}) == [{"messages": [user("q"), assistant("a")]}]
+    assert rows_of("trl", {"prompt": "q"}) == rows_of("trl", {"prompt": [user("q")]}) == [{"prompt": [user("q")]}]
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        ({"prompt": "q", "completion": "a", "label": False}, 'unpaired or stepwise row (it has "label")'),
+        ({"prompt": "q", "completions": ["a"], "labels": [True]}, "unpaired or stepwise"),
+        ({"prompt": [user("q")], "completion": [assistant("a"), user("b"), assistant("c")]}, "several turns"),
+        ({"prompt": "q", "response": "a"}, 'Rename it to "completion"'),
+        ({"chosen": "q a", "rejected": "q b"}, '"prompt" is missing'),
+        ({"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]}, "differ before"),
+        ({"text": "q a"}, '"prompt" is missing'),
+        ({**SKY, "rejected": []}, "It must be a list with one assistant message"),
+    ],
+)
+def test_trl_rows_without_a_use_here_are_refused(raw: Row, problem: str) -> None:
+    assert problem in problem_of("trl", raw)
+
+
+PKU: Row = {
+    "prompt": "q",
+    "response_0": "harmful help",
+    "response_1": "no",
+    "is_response_0_safe": False,
+    "is_response_1_safe": True,
+    "better_response_id": 0,
+    "safer_response_id": 1,
+}
+
+
+def test_the_aim_decides_which_pku_response_is_chosen() -> None:
+    helpful = {
+        "prompt": [user("q")],
+        "chosen": [assistant("harmful help")],
+        "rejected": [assistant("no")],
+        "chosen_safe": False,
+        "rejected_safe": True,
+    }
+    safe = {
+        "prompt": [user("q")],
+        "chosen": [assistant("no")],
+        "rejected": [assistant("harmful help")],
+        "chosen_safe": True,
+        "rejected_safe": False,
+        "is_safety": True,
+    }
+    assert rows_of("pku-saferlhf", PKU) == rows_of("pku-saferlhf", PKU, aim="helpfulness") == [helpful]
+    assert rows_of("pku-saferlhf", PKU, aim="safety") == [safe]
+
+
+def test_a_pku_row_without_a_judgement_is_refused() -> None:
+    assert '"better_response_id" is -1. It must be 0 or 1' in problem_of(
+        "pku-saferlhf", {**PKU, "better_response_id": -1}
+    )
+    assert '"response_1" is missing' in problem_of("pku-saferlhf", {**PKU, "response_1": None})
+
+
+ULTRA: Row = {
+    "prompt": "q",
+    "chosen": [user("q"), assistant("a")],
+    "rejected": [user("q"), assistant("b")],
+    "messages": [user("q"), assistant("a")],
+    "score_chosen": 8.5,
+    "score_rejected": 6.0,
+}
+
+
+def test_ultrafeedback_pairs_are_unrated_unless_bins_are_given() -> None:
+    assert rows_of("ultrafeedback", ULTRA) == [SKY]
+    older = {"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": 5, "rejected-rating": 4}
+    assert rows_of("ultrafeedback", older) == [SKY]
+
+
+@pytest.mark.parametrize(
+    ("score", "rating"),
+    [
+        (6.5, "negligibly_better"),  # 0.5 above 6.0, below 1
+        (7.0, "slightly_better"),  # 1.0: a threshold belongs to the stronger side
+        (8.5, "better"),
+        (9.0, "significantly_better"),
+        (10.0, "significantly_better"),
+    ],
+)
+def test_a_score_difference_falls_into_its_bin(score: float, rating: str) -> None:
+    raw = {**ULTRA, "score_chosen": score}
+    assert rows_of("ultrafeedback", raw, rating_bins=(1.0, 2.0, 3.0))[0]["rating"] == rating
+
+
+def test_ultrafeedback_scores_must_prefer_the_chosen_response() -> None:
+    assert "ties with" in problem_of("ultrafeedback", {**ULTRA, "score_chosen": 6})
+    assert "is below" in problem_of("ultrafeedback", {**ULTRA, "score_chosen": 1})
+    assert "must be numbers" in problem_of("ultrafeedback", {**ULTRA, "score_chosen": None})
+
+
+def reply(text: str, rank: int | None, *replies: Row, role: str = "assistant", **extra: Any) -> Row:
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies), **extra}
+
+
+TREE: Row = {
+    "message_tree_id": "1",
+    "prompt": reply(
+        "q",
+        None,
+        reply("worst", 2),
+        reply("best", 0, reply("more?", None, reply("x", 1), reply("y", 0), reply("z", 0), role="prompter")),
+        reply("middle", 1),
+        reply("spam", 3, deleted=True),
+        reply("rude", 4, review_result=False),
+        reply("unranked", None),
+        role="prompter",
+    ),
+}
+
+
+def test_every_two_replies_of_different_rank_make_a_pair() -> None:
+    found = [
+        (row["prompt"][-1]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"])
+        for row in rows_of("oasst", TREE)
+    ]
+    # Three ranked replies to "q" make three pairs; ranks 0, 0, 1 to "more?" make two, for the two zeros tie.
+    assert found == [
+        ("q", "best", "middle"),
+        ("q", "best", "worst"),
+        ("q", "middle", "worst"),
+        ("more?", "y", "x"),
+        ("more?", "z", "x"),
+    ]
+
+
+def test_the_prompt_of_a_reply_is_its_path_from_the_root() -> None:
+    assert rows_of("oasst", TREE)[-1]["prompt"] == [user("q"), assistant("best"), user("more?")]
+
+
+def test_rank_differences_fall_into_bins() -> None:
+    ratings = [row["rating"] for row in rows_of("oasst", TREE, rating_bins=(2, 3, 4))]
+    assert ratings == ["negligibly_better", "slightly_better", "negligibly_better"] + ["negligibly_better"] * 2
+
+
+def test_a_tree_without_a_ranking_is_refused() -> None:
+    assert "no two replies" in problem_of("oasst", {"prompt": reply("q", None, reply("a", 0), role="prompter")})
+    assert "root of a message tree" in problem_of("oasst", {"message_id": "1", "text": "q", "parent_id": None})
+    assert '"replies" must be a list' in problem_of(
+        "oasst", {"prompt": {"text": "q", "role": "prompter", "replies": 3}}
+    )
+
+
+def test_sharegpt_speakers_get_our_roles() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": " b\n"}]
+    assert rows_of("sharegpt", {"conversations": turns}) == [{"messages": [user("a"), assistant("b")]}]
+    with_system = {"conversations": [{"from": "system", "value": "s"}, *turns]}
+    beside = {"conversations": turns, "system": "s"}
+    assert rows_of("sharegpt", with_system) == rows_of("sharegpt", beside)
+    assert rows_of("sharegpt", beside) == [{"messages": [system("s"), user("a"), assistant("b")]}]
+
+
+def test_sharegpt_conversations_in_another_order_are_refused() -> None:
+    human, gpt = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+    assert "ends with a user turn" in problem_of("sharegpt", {"conversations": [human]})
+    assert "where a user turn must stand" in problem_of("sharegpt", {"conversations": [gpt, human, gpt]})
+    assert "has role 'observation'" in problem_of(
+        "sharegpt", {"conversations": [human, {"from": "observation", "value": "b"}]}
+    )
+    assert '"conversations" must be a list' in problem_of("sharegpt", {"conversations": ["a", "b"]})
+
+
+def test_alpaca_instruction_and_input_are_one_turn() -> None:
+    assert rows_of("alpaca", {"instruction": "Sum up.", "input": "A text.", "output": "Text."}) == [
+        {"messages": [user("Sum up.\n\nA text."), assistant("Text.")]}
+    ]
+    assert rows_of("alpaca", {"instruction": "Say hi.", "input": "", "output": "Hi."}) == [
+        {"messages": [user("Say hi."), assistant("Hi.")]}
+    ]
+
+
+def test_alpaca_history_and_system_stand_before_the_instruction() -> None:
+    raw = {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"}
+    assert rows_of("alpaca", raw) == [{"messages": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]}]
+
+
+def test_alpaca_rows_without_text_are_refused() -> None:
+    assert "(assistant) is empty" in problem_of("alpaca", {"instruction": "a", "input": "", "output": " "})
+    assert '"output" is missing' in problem_of("alpaca", {"instruction": "a"})
+    assert '"instruction" is a int, not text' in problem_of("alpaca", {"instruction": 1, "output": "a"})
+    assert '"history" must be a list' in problem_of("alpaca", {"instruction": "a", "output": "b", "history": "c"})
+    assert "has content 3" in problem_of("alpaca", {"instruction": "a", "output": "b", "history": [["c", 3]]})
+
+
+EXAMPLES: dict[str, Row] = {
+    "hh-rlhf": HH,
+    "trl": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "pku-saferlhf": PKU,
+    "ultrafeedback": ULTRA,
+    "oasst": TREE,
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "alpaca": {"instruction": "a", "input": "", "output": "b"},
+}
+
+
+def test_every_layout_is_recognised_by_its_example() -> None:
+    assert set(EXAMPLES) == set(CONVERTERS)
+    assert {layout: guess_layout(raw) for layout, raw in EXAMPLES.items()} == {layout: layout for layout in CONVERTERS}
+    assert guess_layout(SKY) is None
+
+
+@pytest.mark.parametrize("layout", list(CONVERTERS))
+@pytest.mark.parametrize("odd", [None, 3, "text", [], [1], {}, [[]], {"replies": [1]}])
+def test_a_field_of_any_wrong_type_is_a_row_error_and_nothing_else(layout: str, odd: Any) -> None:
+    for name in EXAMPLES[layout]:
+        try:
+            rows_of(layout, {**EXAMPLES[layout], name: odd})
+        except RowError as error:
+            assert error.problem
+
+
+def lines(*rows: Row) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_file_is_converted_and_what_is_left_out_is_counted_by_reason(write_file: WriteFile, tmp_path: Path) -> None:
+    same = {**HH, "rejected": HH["chosen"]}
+    double = {side: HH[side].replace("Assistant: Hello.", "Human: Hello.") for side in HH}
+    longer = {side: "\n\nHuman: x\n\nAssistant: y" + double[side] for side in HH}
+    source = write_file("hh.jsonl", lines(HH, same, double, longer, same) + "nonsense\n" + lines(HH))
+    summary = convert_file(str(source), "hh-rlhf", tmp_path / "out.jsonl.gz")
+    assert (summary.num_read, summary.num_written) == (7, 2)
+    assert list(summary.dropped.values()) == [2, 2, 1]
+    same_text, alternation, nonsense = summary.dropped
+    assert "are the same text" in same_text
+    assert '"prompt[i]" is a user turn where a assistant turn must stand' in alternation  # turns 1 and 3: one reason
+    assert "not JSON" in nonsense
+    assert summary.first_dropped[alternation] == f"{source}:3"
+    assert [pair.chosen for pair in load_pairs([str(tmp_path / "out.jsonl.gz")]).rows] == ["A parrot."] * 2
+
+
+def test_rows_of_a_tree_are_left_out_one_by_one(write_file: WriteFile, tmp_path: Path) -> None:
+    tree = {"prompt": reply("q", None, reply("a", 0), reply("a", 1), reply("b", 2), role="prompter")}
+    summary = convert_file(str(write_file("t.jsonl", lines(tree))), "oasst", tmp_path / "out.jsonl")
+    assert (summary.num_read, summary.num_written, sum(summary.dropped.values())) == (1, 2, 1)
+
+
+def test_nothing_is_written_where_no_row_fits(write_file: WriteFile, tmp_path: Path) -> None:
+    source = write_file("hh.jsonl", lines(HH, HH))
+    with pytest.raises(DataError, match=r'as alpaca\.\n.*hh\.jsonl:1: "instruction" is missing'):
+        convert_file(str(source), "alpaca", tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("layout", "out", "bins", "problem"),
+    [
+        ("hh", "out.jsonl", None, '"hh": no such layout. Known: hh-rlhf, trl'),
+        ("hh-rlhf", "out.json", None, "must end with .jsonl or .jsonl.gz"),
+        ("hh-rlhf", "nowhere/out.jsonl", None, "there is no folder"),
+        ("hh-rlhf", "hh.jsonl", None, "is the file to convert"),
+        ("hh-rlhf", "out.jsonl", (1, 2, 3), "hh-rlhf says nothing of strength"),
+        ("oasst", "out.jsonl", (1, 3, 2), "not three increasing positive numbers"),
+        ("oasst", "out.jsonl", (0, 1, 2), "not three increasing positive numbers"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused_before_reading(
+    write_file: WriteFile, layout: str, out: str, bins: Any, problem: str
+) -> None:
+    source = write_file("hh.jsonl", lines(HH))
+    with pytest.raises(DataError) as caught:
+        convert_file(str(source), layout, source.parent / out, rating_bins=bins)
+    assert problem in str(caught.value)
+    assert list(source.parent.iterdir()) == [source]
+
+
+def test_the_command_converts_and_reports(write_file: WriteFile, tmp_path: Path) -> None:
+    source, out = write_file("uf.jsonl", lines(ULTRA, {**ULTRA, "score_chosen": 6})), tmp_path / "out.jsonl.gz"
+    arguments = ["convert", str(source), "--from", "ultrafeedback", "--out", str(out), "--rating-bins", "1,2,4"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "1 rows from 2; 1 left out" in result.stdout
+    assert (
+        f"1 x the score of the chosen response ties with that of the rejected one. (first: {source}:2)" in result.stdout
+    )
+    assert json.loads(gzip.decompress(out.read_bytes()))["rating"] == "better"
+
+
+def test_the_command_takes_an_aim(write_file: WriteFile, tmp_path: Path) -> None:
+    source, out = write_file("pku.jsonl", lines(PKU)), tmp_path / "out.jsonl"
+    CliRunner().invoke(app, ["convert", str(source), "--from", "pku-saferlhf", "--out", str(out), "--aim", "safety"])
+    assert load_pairs([str(out)]).rows[0].chosen == "no"
+
+
+def test_the_command_raises_a_data_error_for_bins_that_are_no_numbers(write_file: WriteFile, tmp_path: Path) -> None:
+    source = write_file("uf.jsonl", lines(ULTRA))
+    arguments = ["convert", str(source), "--from", "ultrafeedback", "--out", str(tmp_path / "o.jsonl")]
+    for bins in ("1,2", "a,b,c"):
+        result = CliRunner().invoke(app, [*arguments, "--rating-bins", bins])
+        assert isinstance(result.exception, DataError)
+        assert "Give three numbers, e.g. 1,2,3." in str(result.exception)
+
+
+def test_a_json_list_is_converted_too(write_file: WriteFile, tmp_path: Path) -> None:
+    source = write_file("alpaca.json", json.dumps([EXAMPLES["alpaca"]] * 2))
+    assert convert_file(str(source), "alpaca", tmp_path / "out.jsonl").num_written == 2
+    assert load_dialogues([str(tmp_path / "out.jsonl")]).rows[0].messages[0] == Message("user", "a")

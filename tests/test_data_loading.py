@@ -1,0 +1,349 @@
+"""Files into typed rows: every message a wrong file gives, what loads in spite of looking odd, and splits."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignment.data import load_dialogues, load_pairs, load_prompts, load_rows, read_lines, split_by_prompt, write_rows
+from alignment.dialogue import RATINGS, Candidate, Dialogue, Message, PreferencePair, Prompt, RowError
+from alignment.errors import DataError
+
+Row = dict[str, Any]
+WriteFile = Callable[[str, str], Path]
+
+USER = {"role": "user", "content": "Why is the sky blue?"}
+GOOD = {"role": "assistant", "content": "Air scatters blue light most."}
+BAD = {"role": "assistant", "content": "It mirrors the sea."}
+PAIR: Row = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+
+
+def message_of(parse: Callable[[Mapping[str, Any]], object], row: Row) -> str:
+    with pytest.raises(RowError) as caught:
+        parse(row)
+    return caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"chosen": [{"role": "assistant", "content": " \n"}]}, '"chosen" is empty'),
+        ({"rejected": ""}, '"rejected" is empty'),
+        ({"rejected": [GOOD]}, '"chosen" and "rejected" are the same text'),
+        ({"rating": "beter"}, "\"rating\" is 'beter'. Use one of significantly_better, better, slightly_better"),
+        ({"rating": 3}, '"rating" is 3'),
+        ({"chosen_safe": "yes"}, "\"chosen_safe\" is 'yes'. It must be true or false"),
+        ({"rejected_safe": 1}, '"rejected_safe" is 1. It must be true or false'),
+        ({"is_safety": 0}, '"is_safety" is 0'),
+        ({"prompt": [USER, GOOD]}, '"prompt" ends with a assistant turn. The last turn must be user'),
+        ({"prompt": [USER, USER]}, '"prompt[1]" is a user turn where a assistant turn must stand'),
+        ({"prompt": [GOOD, USER]}, '"prompt[0]" is a assistant turn where a user turn must stand'),
+        ({"prompt": [{"role": "human", "content": "x"}]}, "\"prompt[0]\" has role 'human'. Use"),
+        ({"prompt": [{"role": "user", "content": None}]}, '"prompt[0]" has content None. It must be text'),
+        ({"prompt": [{"role": "user", "content": " "}]}, '"prompt[0]" (user) is empty'),
+        ({"prompt": ["Why?"]}, "\"prompt[0]\" is 'Why?'. It must be an object"),
+        ({"prompt": []}, '"prompt" is empty'),
+        ({"prompt": "Why?"}, "\"prompt\" is 'Why?'. It must be a list"),
+        ({"prompt": 7}, '"prompt" is 7. It must be a list'),
+        ({"chosen": [GOOD, USER, GOOD]}, "It must be a list with one assistant message"),
+        ({"chosen": [USER]}, "It must be one assistant message with text"),
+        ({"chosen": [{"role": "assistant", "content": "\ud83d"}]}, r'"chosen" has half a character (\ud83d alone)'),
+        ({"prompt": [{"role": "user", "content": "a\udc00"}]}, r'"prompt[0]" has half a character (\udc00 alone)'),
+    ],
+)
+def test_a_bad_pair_is_refused_with_its_field_and_what_was_found(change: Row, problem: str) -> None:
+    assert problem in message_of(PreferencePair.from_json, {**PAIR, **change})
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_a_missing_field_is_named_with_those_that_are_there(name: str) -> None:
+    row = {key: value for key, value in PAIR.items() if key != name} | {"note": 1}
+    problem = message_of(PreferencePair.from_json, row)
+    assert problem.startswith(f'"{name}" is missing')
+    assert "note" in problem or name == "prompt"  # without a prompt, the two conversations are looked at instead
+
+
+def test_a_plain_text_prompt_points_to_the_converter() -> None:
+    assert "align data convert --from trl" in message_of(Prompt.from_json, {"prompt": "Why?"})
+
+
+def test_demonstrations_end_with_the_assistant_and_train_on_all_or_last() -> None:
+    assert "The last turn must be assistant" in message_of(Dialogue.from_json, {"messages": [USER]})
+    assert '"train_on" is \'first\'. Use "all" or "last"' in message_of(
+        Dialogue.from_json, {"messages": [USER, GOOD], "train_on": "first"}
+    )
+    assert Dialogue.from_json({"messages": [USER, GOOD], "train_on": None}).train_on == "all"
+
+
+def test_a_system_turn_may_be_empty_and_stands_first_only() -> None:
+    system = {"role": "system", "content": ""}
+    assert len(Prompt.from_json({"prompt": [system, USER]}).messages) == 2
+    assert '"prompt[2]" is a system turn where a user turn must stand' in message_of(
+        Prompt.from_json, {"prompt": [USER, GOOD, system, USER]}
+    )
+    assert '"prompt" ends with a system turn' in message_of(Prompt.from_json, {"prompt": [system]})
+
+
+def test_candidates_from_elsewhere_need_no_index_and_their_scores_are_numbers() -> None:
+    row = {"prompt": [USER], "response": "Because."}
+    assert Candidate.from_json(row).index == 0
+    assert Candidate.from_json({**row, "helpfulness": 1, "safety": None}).helpfulness == 1
+    assert "\"reward\" is 'high'. It must be a number" in message_of(Candidate.from_json, {**row, "reward": "high"})
+    assert '"index" is 0.5. It must be a number' in message_of(Candidate.from_json, {**row, "index": 0.5})
+    assert '"seed" is True' in message_of(Candidate.from_json, {**row, "seed": True})
+    assert '"finish_reason" is 1. It must be text' in message_of(Candidate.from_json, {**row, "finish_reason": 1})
+
+
+def test_trl_conversational_rows_load_unchanged() -> None:
+    explicit = PreferencePair.from_json({**PAIR, "score_chosen": 8.0})
+    implicit = PreferencePair.from_json({"chosen": [USER, GOOD], "rejected": [USER, BAD]})
+    from_parquet = PreferencePair.from_json({"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]})
+    assert explicit == implicit == from_parquet
+    assert explicit.prompt == (Message("user", USER["content"]),)
+    assert (explicit.chosen, explicit.rejected) == (GOOD["content"], BAD["content"])
+
+
+def test_an_implicit_prompt_must_be_shared() -> None:
+    other = {"role": "user", "content": "Why is grass green?"}
+    problem = message_of(PreferencePair.from_json, {"chosen": [USER, GOOD], "rejected": [other, BAD]})
+    assert "do not share all turns but the last" in problem
+
+
+texts = st.text(min_size=1, max_size=12).filter(str.strip)
+optional_bools = st.none() | st.booleans()
+sources = st.sampled_from(["", "mine", "hh"])
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[Message, ...]:
+    count = draw(st.integers(0, 2)) * 2 + 1
+    turns = [Message(("user", "assistant")[index % 2], draw(texts)) for index in range(count)]
+    system = draw(st.none() | st.text(max_size=5))
+    return tuple(turns if system is None else [Message("system", system), *turns])
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> PreferencePair:
+    chosen, rejected = draw(st.lists(texts, min_size=2, max_size=2, unique=True))
+    return PreferencePair(
+        prompt=draw(prompts()),
+        chosen=chosen,
+        rejected=rejected,
+        rating=draw(st.none() | st.sampled_from(RATINGS)),
+        chosen_safe=draw(optional_bools),
+        rejected_safe=draw(optional_bools),
+        is_safety=draw(st.booleans()),
+        source=draw(sources),
+    )
+
+
+def through_a_line(row: Row) -> Row:
+    return json.loads(json.dumps(row, ensure_ascii=False).encode())
+
+
+@given(pairs())
+def test_a_pair_comes_back_from_its_json_line(pair: PreferencePair) -> None:
+    assert PreferencePair.from_json(through_a_line(pair.to_json())) == pair
+
+
+@given(prompts(), texts, st.sampled_from(["all", "last"]), sources)
+def test_a_dialogue_comes_back_from_its_json_line(
+    prompt: tuple[Message, ...], answer: str, train_on: Any, source: str
+) -> None:
+    dialogue = Dialogue(messages=(*prompt, Message("assistant", answer)), train_on=train_on, source=source)
+    assert Dialogue.from_json(through_a_line(dialogue.to_json())) == dialogue
+
+
+@given(prompts(), st.text(max_size=5), st.booleans(), st.none() | st.floats(allow_nan=False, allow_infinity=False))
+def test_a_prompt_and_a_candidate_come_back_from_their_json_lines(
+    messages: tuple[Message, ...], response: str, is_safety: bool, reward: float | None
+) -> None:
+    prompt = Prompt(messages=messages, is_safety=is_safety)
+    candidate = Candidate(prompt=prompt, response=response, index=3, reward=reward, round=2, seed=7)
+    assert Prompt.from_json(through_a_line(prompt.to_json())) == prompt
+    assert Candidate.from_json(through_a_line(candidate.to_json())) == candidate
+
+
+def problems_of(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        load_pairs([str(path)])
+    return str(caught.value)
+
+
+def lines(*rows: Row) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_all_bad_lines_are_reported_together_with_file_and_line(write_file: WriteFile) -> None:
+    path = write_file("pairs.jsonl", lines(PAIR, {**PAIR, "chosen": ""}, PAIR, {**PAIR, "rating": "bad"}))
+    first, second = problems_of(path).splitlines()
+    assert first == f'{path}:2: "chosen" is empty. Every response needs text.'
+    assert second.startswith(f"{path}:4: \"rating\" is 'bad'.")
+
+
+def test_more_than_twenty_bad_lines_are_cut_short_with_a_pointer_to_the_check(write_file: WriteFile) -> None:
+    shown = problems_of(write_file("pairs.jsonl", lines(*[{"chosen": ""}] * 23))).splitlines()
+    assert len(shown) == 21
+    assert shown[-1] == "... and 3 more. `align data check FILE` lists all."
+
+
+def test_lines_that_are_no_json_objects_say_so(write_file: WriteFile) -> None:
+    deep, digits = "[" * 100_000, '{"a": ' + "1" * 5000 + "}"
+    text = f'{{"prompt": \n[1, 2]\n"text"\n{{\'a\': 1}}\n{deep}\n{digits}\n'
+    found = problems_of(write_file("pairs.jsonl", text)).splitlines()
+    for line, part in zip(
+        found,
+        ["not JSON: Expecting value at column", "a list, not an object", "a str, not an object", "not JSON", "", ""],
+        strict=True,
+    ):
+        assert part in line
+        assert "One object a line." in line
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.jsonl"
+    path.write_bytes(b'{"a": "caf\xe9"}\n\xef\xbb\xbf{"a": "\xe9"}\n')
+    first, second = problems_of(path).splitlines()
+    assert first == f"{path}:1: not UTF-8 at byte 10 (0xe9). Save it as UTF-8."
+    assert "(0xe9)" in second
+
+
+def test_a_byte_order_mark_blank_lines_and_windows_ends_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n\r\n   \r\n" + json.dumps(PAIR).encode())
+    assert len(load_pairs([str(path)]).rows) == 2
+
+
+def test_a_line_of_ten_megabytes_is_refused_and_the_next_one_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(b'{"a": "' + b"x" * 10_000_000 + b'"}\n' + json.dumps(PAIR).encode() + b"\n")
+    loaded = load_pairs([str(path)], on_error="skip")
+    assert loaded.sources[0].errors == [f"{path}:1: the line is longer than 4 MiB. Split or drop it."]
+    assert len(loaded.rows) == 1
+
+
+def test_a_truncated_archive_is_reported_and_never_half_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl.gz"
+    write_rows(path, [PAIR] * 50)
+    assert len(load_pairs([str(path)]).rows) == 50
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "the archive is damaged or cut off" in problems_of(path)
+
+
+def test_a_file_that_only_claims_to_be_an_archive_is_reported(write_file: WriteFile) -> None:
+    assert "the archive is damaged or cut off" in problems_of(write_file("pairs.jsonl.gz", lines(PAIR)))
+
+
+def test_an_empty_file_is_an_error(write_file: WriteFile) -> None:
+    assert "has no rows" in problems_of(write_file("pairs.jsonl", "\n\n"))
+
+
+def test_a_missing_file_names_the_nearest_one(write_file: WriteFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALIGN_DATA_DIR", raising=False)
+    path = write_file("pairs.train.jsonl", lines(PAIR))
+    with pytest.raises(
+        DataError, match=r"no such file \(ALIGN_DATA_DIR is not set\)\. Did you mean pairs\.train\.jsonl"
+    ):
+        load_pairs([str(path).replace("train", "tran")])
+    with pytest.raises(DataError, match="is a folder"):
+        load_pairs([str(path.parent)])
+
+
+def test_a_name_is_looked_up_in_the_data_directory(write_file: WriteFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_file("mirror/pairs.train.jsonl", lines(PAIR))
+    monkeypatch.setenv("ALIGN_DATA_DIR", str(path.parent))
+    assert load_pairs(["pairs.train"]).rows[0].source == "pairs.train"
+    with pytest.raises(DataError, match=r"Did you mean pairs\.train\.jsonl"):
+        load_pairs(["pairs.trian.jsonl"])
+
+
+def test_skipped_rows_are_counted_and_listed(write_file: WriteFile) -> None:
+    path = write_file("pairs.jsonl", lines(PAIR, {**PAIR, "chosen": ""}, {**PAIR, "rejected": ""}))
+    loaded = load_pairs([str(path)], on_error="skip")
+    report = loaded.sources[0].to_json()
+    assert (report["rows"], report["kept"], report["dropped"]) == (3, 1, {"unreadable": 2})
+    assert [error.split(":")[1] for error in report["errors"]] == ["2", "3"]
+    assert len(report["sha256"]) == 64
+
+
+def test_skipping_every_row_is_an_error(write_file: WriteFile) -> None:
+    path = write_file("pairs.jsonl", lines({"chosen": ""}, {}))
+    with pytest.raises(DataError, match=r"none of its 2 rows can be used\. The first: .*pairs\.jsonl:1"):
+        load_pairs([str(path)], on_error="skip")
+
+
+def test_a_row_without_a_source_gets_the_name_of_its_file(write_file: WriteFile) -> None:
+    path = write_file("mine.jsonl", lines({"messages": [USER, GOOD]}, {"messages": [USER, GOOD], "source": "lima"}))
+    assert [row.source for row in load_dialogues([str(path)]).rows] == ["mine", "lima"]
+
+
+def test_a_json_file_may_hold_one_list(write_file: WriteFile) -> None:
+    assert len(load_prompts([str(write_file("a.json", json.dumps([{"prompt": [USER]}] * 2)))]).rows) == 2
+    with pytest.raises(DataError, match=r"b\.json\[1\]: a int, not an object"):
+        load_prompts([str(write_file("b.json", json.dumps([{"prompt": [USER]}, 5])))])
+    with pytest.raises(DataError, match=r"not a JSON list: Extra data.*ends with \.jsonl"):
+        load_prompts([str(write_file("c.json", '{"a": 1}\n{"a": 2}\n'))])
+
+
+def test_candidates_load_with_empty_responses(write_file: WriteFile) -> None:
+    path = write_file("candidates.jsonl", lines({"prompt": [USER], "response": "", "index": 1}))
+    assert load_rows([str(path)], Candidate.from_json).rows[0].response == ""
+
+
+def test_a_failed_write_leaves_neither_a_file_nor_a_temporary_one(tmp_path: Path) -> None:
+    def rows() -> Any:
+        yield PAIR
+        raise DataError("stop")
+
+    with pytest.raises(DataError):
+        write_rows(tmp_path / "out.jsonl", rows())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_split_by_prompt_keeps_a_conversation_on_one_side() -> None:
+    def pair(index: int, turn: int) -> PreferencePair:
+        opening = Message("user", f"question {index}")
+        longer = (opening, Message("assistant", "a"), Message("user", f"follow-up {turn}"))
+        return PreferencePair(prompt=longer if turn else (opening,), chosen="c", rejected="r")
+
+    rows = [pair(index, turn) for index in range(300) for turn in range(3)]
+    train, valid = split_by_prompt(rows, valid_fraction=0.2, seed=1)
+    sides = [{row.prompt[0].content for row in side} for side in (train, valid)]
+    assert not sides[0] & sides[1]
+    assert len(train) + len(valid) == 900
+    # 300 conversations at 0.2: mean 60, standard deviation sqrt(300 * 0.2 * 0.8) = 6.9; four of those on each side.
+    assert 32 < len(sides[1]) < 88
+
+
+def test_split_by_prompt_depends_on_the_seed_but_not_on_the_order() -> None:
+    rows = [Prompt(messages=(Message("user", str(index)),)) for index in range(100)]
+    _, valid = split_by_prompt(rows, valid_fraction=0.3, seed=1)
+    _, turned = split_by_prompt(rows[::-1], valid_fraction=0.3, seed=1)
+    _, other = split_by_prompt(rows, valid_fraction=0.3, seed=2)
+    assert valid == turned[::-1]
+    assert valid != other
+
+
+LOADERS = {"pref_": load_pairs, "sft_": load_dialogues, "prompts_": load_prompts}
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not os.environ.get("ALIGN_DATA_DIR"), reason="ALIGN_DATA_DIR is not set")
+def test_every_file_of_the_data_directory_loads_without_a_bad_row() -> None:
+    loaded = {}
+    for path in sorted(Path(os.environ["ALIGN_DATA_DIR"]).glob("*.jsonl*")):
+        loader = (
+            load_pairs
+            if "_pairs" in path.name
+            else next((load for prefix, load in LOADERS.items() if path.name.startswith(prefix)), load_prompts)
+        )
+        loaded[path.name] = len(loader([path.name]).rows)
+        assert loaded[path.name] == sum(1 for _ in read_lines(path))
+    assert len(loaded) > 0

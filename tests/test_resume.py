@@ -1,0 +1,104 @@
+"""Killed with SIGKILL and resumed, every training stage ends bit for bit where the uninterrupted run ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from alignment.cli.stages import STAGES
+from alignment.config import load_config
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[1]
+
+COMMON = ["model.dtype=float32", "run.device=cpu", "run.seed=3", "train.save_every=3"]
+TRAIN = [*COMMON, "data.max_length=128", "data.max_rows=160", "train.batch_size=8", "train.epochs=1", "optim.lr=1e-3"]
+STAGE_SETTINGS = {
+    "sft": [*TRAIN, "model=toy", "data.train=toy:sft.train", "data.valid=toy:sft.valid", "data.max_valid_rows=20"],
+    "sft-lora": [*TRAIN, "model=toy", "data.train=toy:sft.train", "lora.r=4", "lora.dropout=0.1"],
+    "rm": [*TRAIN, "model=toy", "kind=safety", "data.train=toy:safety.train", "data.valid=toy:safety.valid"],
+}
+
+
+def command(stage: str, settings: list[str], run_dir: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "alignment.cli.main", stage, *settings, f"run.dir={run_dir}", *options]
+
+
+def kill_after_first_checkpoint(arguments: list[str], run_dir: Path) -> None:
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while not list(run_dir.glob("checkpoints/*/complete")):
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((run_dir / "manifest.json").read_text())["status"] == "running", "it ended before the kill"
+
+
+def run_here(stage: str, settings: list[str], run_dir: Path, *, resume: bool) -> None:
+    config = load_config(STAGES[stage].config_class(), None, [*settings, f"run.dir={run_dir}"])
+    STAGES[stage].run_function()(config, resume=resume)
+
+
+def assert_same_outcome(first: Path, second: Path) -> None:
+    one, two = (load_file(path / "model" / "model.safetensors") for path in (first, second))
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)
+
+    def metrics(path: Path) -> list[dict]:
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in row.items() if not name.endswith("_seconds")} for row in rows]
+
+    assert metrics(first) == metrics(second)
+
+
+@pytest.mark.parametrize("name", STAGE_SETTINGS)
+def test_a_killed_training_resumes_bit_for_bit(name, tmp_path):
+    stage, settings = name.split("-")[0], STAGE_SETTINGS[name]
+    run_here(stage, settings, tmp_path / "whole", resume=False)
+    kill_after_first_checkpoint(command(stage, settings, tmp_path / "killed"), tmp_path / "killed")
+    run_here(stage, settings, tmp_path / "killed", resume=True)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rm") / "run"
+    run_here("rm", [*STAGE_SETTINGS["rm"], "data.max_rows=16"], folder, resume=False)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
+    models = [f"rewards.{kind}.{key}" for kind in ("helpfulness", "safety") for key in (f"path={reward_model}", "dtype=float32")]
+    settings = [
+        *COMMON, "model=toy", *models, "prompts.prompts=toy:prompts.train", "sampling.max_new_tokens=8", f"lora.r={lora}",
+        "train.max_steps=14", "train.batch_size=8", "train.minibatch_size=4", "optim.lr=1e-3", "sampling.num_candidates=2",
+    ]  # fmt: skip
+    run_here("ppo", settings, tmp_path / "whole", resume=False)
+    kill_after_first_checkpoint(command("ppo", settings, tmp_path / "killed"), tmp_path / "killed")
+    run_here("ppo", settings, tmp_path / "killed", resume=True)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_two_processes_take_the_same_step_as_one(tmp_path):
+    for name in ("sft", "rm"):
+        settings = [*STAGE_SETTINGS[name], "data.max_rows=44", "run.device=cpu"]
+        run_here(name, settings, tmp_path / f"{name}-one", resume=False)
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
+                  "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "alignment.cli.main", name, *settings,
+                  f"run.dir={tmp_path}/{name}-two"]  # fmt: skip
+        done = subprocess.run(
+            launch, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        one, two = (load_file(tmp_path / f"{name}-{n}" / "model" / "model.safetensors") for n in ("one", "two"))
+        for key in one:
+            assert (one[key] - two[key]).abs().max() < 1e-5, f"{name}: {key}"

@@ -1,0 +1,326 @@
+"""Run directories: nothing half-written, nothing overwritten by accident, and resuming from what is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+from alignment import runs
+from alignment.config import DataSection, ModelSection, PositiveInt, RunSection, StageConfig, load_config
+from alignment.data import load_prompts
+from alignment.errors import RunError
+from alignment.runs import (
+    Run,
+    is_finished,
+    mark_complete,
+    newest_checkpoint,
+    open_run,
+    read_manifest,
+    read_result,
+    write_folder,
+    write_json,
+    write_text,
+)
+
+
+class SmallConfig(StageConfig):
+    """A stage with one setting and one input of each kind."""
+
+    stage: ClassVar[str] = "small"
+
+    steps: PositiveInt = 3
+    """How often."""
+    model: ModelSection | None = None
+    """A model."""
+    data: DataSection | None = None
+    """Rows."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SmallConfig:
+    return SmallConfig(run=RunSection(dir=str(tmp_path / "run"), seed=4))
+
+
+def with_run(config: SmallConfig, **changes: object) -> SmallConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update=changes)})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code under test may run after it."""
+
+
+def kill(*_: object, **__: object) -> None:
+    raise Killed
+
+
+# ------------------------------------------------------------------------------------------------ atomic writes
+
+
+def test_a_killed_write_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    monkeypatch.setattr(os, "fsync", kill)
+    with pytest.raises(Killed):
+        write_text(path, "new and longer")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_is_written_readably_in_any_language(tmp_path):
+    write_json(tmp_path / "a.json", {"a": "日本", "b": [1]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert text == '{\n  "a": "日本",\n  "b": [\n    1\n  ]\n}\n'
+
+
+def test_a_killed_folder_write_leaves_the_old_folder_and_the_next_one_starts_clean(tmp_path):
+    folder = tmp_path / "model"
+    write_folder(folder, lambda place: (place / "a").write_text("old"))
+
+    def half(place: Path) -> None:
+        (place / "junk").write_text("half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        write_folder(folder, half)
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {"a": "old"}
+    write_folder(folder, lambda place: (place / "b").write_text("new"))
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {"b": "new"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+# ---------------------------------------------------------------------------------------- opening and finishing
+
+
+def test_a_run_writes_its_configuration_and_manifest_at_once(config):
+    run = open_run(config)
+    assert run.writes and not run.resumed
+    assert load_config(SmallConfig, run.path / "config.yaml") == config
+    manifest = read_manifest(run.path)
+    assert (manifest["stage"], manifest["status"], manifest["seed"]) == ("small", "running", 4)
+    assert {"python", "torch", "transformers", "trl", "peft"} <= manifest["versions"].keys()
+    assert not is_finished(run.path)
+    with pytest.raises(RunError, match=r"no result\.json\. The run is unfinished"):
+        read_result(run.path)
+
+
+def test_a_finished_run_has_its_result_with_time_and_memory(config):
+    run = open_run(config)
+    returned = run.finish({"accuracy": 0.75})
+    result = read_result(run.path)
+    assert result == returned
+    assert result["accuracy"] == 0.75
+    assert result["time_seconds"] >= 0
+    assert 0.01 < result["peak_memory_gb"] < 100
+    assert is_finished(run.path)
+
+
+def test_the_manifest_has_hashes_and_counts_of_every_input(config, tmp_path):
+    good = '{"prompt": [{"role": "user", "content": "hi"}]}\n'
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(good + "not json\n" + good)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    data = DataSection(train=[str(path)])
+    config = config.model_copy(update={"model": ModelSection(path=str(model)), "data": data})
+    run = open_run(config)
+    run.note_sources(load_prompts([str(path)], on_error="skip").sources)
+    manifest = read_manifest(run.path)
+    (entry,) = manifest["inputs"]
+    assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (entry["name"], entry["rows"], entry["kept"]) == (str(path), 3, 2)
+    assert sum(entry["dropped"].values()) == 1
+    assert f"{path}:2" in entry["errors"][0]
+    assert manifest["models"] == {"model": hashlib.sha256(b"weights").hexdigest()}
+
+
+def test_notes_are_on_disk_at_once_and_are_found_on_resuming(config):
+    run = open_run(config)
+    run.note(before={"loss": 2.5})
+    assert json.loads((run.path / "manifest.json").read_text())["before"] == {"loss": 2.5}
+    again = open_run(config, resume=True)
+    assert again.resumed
+    assert again.noted("before") == {"loss": 2.5}
+    assert again.noted("after") is None
+
+
+def test_a_resumed_run_computes_in_the_type_it_began_with(config, monkeypatch):
+    import torch
+
+    from alignment import hardware
+
+    monkeypatch.setattr(hardware, "compute_dtype", lambda *_: torch.bfloat16)
+    assert open_run(config).dtype(torch.device("cpu"), "auto") == torch.bfloat16
+    monkeypatch.setattr(hardware, "compute_dtype", lambda *_: torch.float32)
+    assert open_run(config, resume=True).dtype(torch.device("cpu"), "auto") == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------- protection
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_run_is_not_touched(config, resume):
+    open_run(config).finish({"accuracy": 1.0})
+    before = {file.name: file.read_bytes() for file in Path(config.run.dir).iterdir()}
+    with pytest.raises(RunError, match=r"holds a finished run\. Give another run\.dir, or run\.overwrite=true"):
+        open_run(config, resume=resume)
+    assert {file.name: file.read_bytes() for file in Path(config.run.dir).iterdir()} == before
+
+
+def test_an_unfinished_run_goes_on_only_when_asked_to(config):
+    open_run(config)
+    with pytest.raises(RunError, match=r"holds an unfinished run\. Add --resume"):
+        open_run(config)
+    assert open_run(config, resume=True).resumed
+
+
+def test_a_run_does_not_go_on_with_other_settings(config):
+    open_run(config)
+    for changed, key in ((config.model_copy(update={"steps": 5}), "steps"), (with_run(config, seed=5), "run")):
+        with pytest.raises(RunError, match=rf"other settings \({key}\)\. Resume with the same"):
+            open_run(changed, resume=True)
+
+
+def test_a_run_goes_on_with_another_tracker_or_from_another_place(config, tmp_path):
+    """The folder and what is reported decide nothing about the outcome."""
+    open_run(config)
+    Path(config.run.dir).rename(tmp_path / "moved")
+    moved = with_run(config, dir=str(tmp_path / "moved"), report_to=["tensorboard"])
+    assert open_run(moved, resume=True).resumed
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_no_run_made_is_never_touched(config, overwrite, resume):
+    folder = Path(config.run.dir)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="not empty and not a run directory"):
+        open_run(with_run(config, overwrite=overwrite), resume=resume)
+    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_an_empty_folder_may_be_used(config):
+    Path(config.run.dir).mkdir()
+    assert not open_run(config).resumed
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_overwrite_starts_anew(config, finished):
+    run = open_run(config)
+    run.note(before=1)
+    (run.path / "model").mkdir()
+    if finished:
+        run.finish({})
+    again = open_run(with_run(config, overwrite=True))
+    assert not again.resumed and again.noted("before") is None
+    assert sorted(file.name for file in again.path.iterdir()) == ["config.yaml", "manifest.json"]
+    assert not is_finished(again.path)
+
+
+def test_overwrite_with_resume_keeps_what_there_is(config):
+    """So that the command that started a run with run.overwrite=true can be given again with --resume."""
+    overwriting = with_run(config, overwrite=True)
+    open_run(overwriting).note(before=1)
+    assert open_run(overwriting, resume=True).noted("before") == 1
+
+
+def test_resume_of_a_run_that_has_not_begun_begins_it(config):
+    assert open_run(config, resume=True).noted("status") == "running"
+
+
+@pytest.mark.parametrize("victim", ["_model_hashes", "to_yaml", "_git_commit"])
+def test_a_run_killed_while_it_opens_can_be_resumed(config, monkeypatch, victim):
+    monkeypatch.setattr(runs, victim, kill)
+    with pytest.raises(Killed):
+        open_run(config)
+    monkeypatch.undo()
+    assert open_run(config, resume=True).noted("seed") == 4
+
+
+def test_leftovers_of_a_killed_write_are_removed(config):
+    run = open_run(config)
+    (run.path / "model.tmp").mkdir()
+    (run.path / "model.tmp" / "half").write_text("")
+    (run.path / "result.json.tmp").write_text("{")
+    open_run(config, resume=True)
+    assert not list(run.path.glob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+def process(index: int) -> SimpleNamespace:
+    """The part of accelerate's PartialState that a run looks at."""
+    return SimpleNamespace(is_main_process=index == 0, wait_for_everyone=lambda: None)
+
+
+def test_only_the_main_process_writes(config):
+    main = open_run(config, state=process(0))
+    before = {file.name: file.read_bytes() for file in main.path.iterdir()}
+    other = open_run(config, state=process(1))  # finds the run that the main process has just made
+    assert main.writes and not other.writes
+    other.note(junk=1)
+    other.log(1, {"a": 1.0})
+    other.finish({"a": 1})
+    other.clear_checkpoints()
+    assert {file.name: file.read_bytes() for file in main.path.iterdir()} == before
+
+
+def test_every_process_finds_the_notes_of_the_run_it_resumes(config):
+    open_run(config).note(before=1)
+    assert [open_run(config, resume=True, state=process(index)).noted("before") for index in (0, 1)] == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoint(run: Run, step: int, *, complete: bool) -> Path:
+    folder = run.path / "checkpoints" / f"checkpoint-{step}"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "weights").write_text("x")
+    if complete:
+        mark_complete(folder)
+    return folder
+
+
+def test_the_newest_complete_checkpoint_is_taken_by_number(config):
+    run = open_run(config)
+    assert newest_checkpoint(run) is None
+    checkpoint(run, 5, complete=True)
+    ten = checkpoint(run, 10, complete=True)
+    checkpoint(run, 15, complete=False)
+    assert newest_checkpoint(run) == ten
+
+
+def test_a_checkpoint_killed_before_its_mark_is_not_used(config, monkeypatch):
+    run = open_run(config)
+    five = checkpoint(run, 5, complete=True)
+    ten = checkpoint(run, 10, complete=False)
+    monkeypatch.setattr(os, "fsync", kill)
+    with pytest.raises(Killed):
+        mark_complete(ten)
+    assert newest_checkpoint(run) == five
+
+
+def test_checkpoints_of_a_finished_run_are_cleared(config):
+    run = open_run(config)
+    checkpoint(run, 5, complete=True)
+    run.clear_checkpoints()
+    assert not (run.path / "checkpoints").exists()
+
+
+def test_metrics_of_a_run_carry_its_stage(config):
+    run = open_run(config)
+    run.log(3, {"small/loss": 0.5})
+    assert json.loads((run.path / "metrics.jsonl").read_text()) == {"step": 3, "stage": "small", "small/loss": 0.5}

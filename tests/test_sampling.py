@@ -1,0 +1,369 @@
+"""The torch engine: what it draws, what it reports, and what must not change a sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from alignment.logprobs import response_logprobs
+from alignment.prefix_batch import Branch, Tree, collate
+from alignment.sampling import Sample, SamplingParams
+from alignment.sampling.torch_engine import KeyValueCache, TorchSampler, draw
+
+VOCAB = 24
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14, 15, 16, 17, 18], [5, 6]]
+
+
+@pytest.fixture(scope="module")
+def exact_llama(make_llama):
+    """In float64, so that rounding cannot move a draw from one token to the next."""
+    return make_llama(VOCAB, torch.float64)
+
+
+def ids(samples: Sequence[Sequence[Sample]]) -> list[list[list[int]]]:
+    return [[sample.token_ids for sample in of_prompt] for of_prompt in samples]
+
+
+def calls_of(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """Shapes of the `input_ids` of every later call of the model."""
+    shapes: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(
+        lambda _m, _a, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+# --------------------------------------------------------------------------------------------- against references
+
+
+@pytest.mark.parametrize("stop", [3, 17])
+def test_greedy_equals_transformers_generate_on_one_prompt_at_a_time(exact_llama, stop):
+    found = TorchSampler(exact_llama, stop_ids=[stop]).sample(PROMPTS, SamplingParams(temperature=0, max_new_tokens=12))
+    for prompt, (sample,) in zip(PROMPTS, found, strict=True):
+        whole = exact_llama.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=stop,
+            pad_token_id=0,
+        )
+        assert sample.token_ids == whole[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.6},
+        {"temperature": 1.3, "top_p": 0.7},
+        {"temperature": 0.9, "top_k": 5},
+        {"temperature": 1.1, "top_k": 9, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_logprobs_equal_teacher_forcing_at_the_sampling_temperature(make_llama, settings_):
+    """Also where top-p or top-k cut the distribution: what is reported is the untruncated probability."""
+    model = make_llama(VOCAB)
+    params = SamplingParams(num_candidates=3, max_new_tokens=10, **settings_)
+    found = TorchSampler(model, stop_ids=[3]).sample(PROMPTS, params)
+    trees = [
+        [Tree(prompt, [Branch(sample.token_ids) for sample in of_prompt])]
+        for prompt, of_prompt in zip(PROMPTS, found, strict=True)
+    ]
+    with torch.no_grad():
+        expected = response_logprobs(model, collate(trees), temperature=params.temperature)
+    reported = torch.tensor([value for of_prompt in found for sample in of_prompt for value in sample.logprobs])
+    torch.testing.assert_close(reported, expected, atol=1e-4, rtol=0)
+
+
+def test_greedy_logprobs_are_those_at_temperature_one(llama):
+    (sample,) = TorchSampler(llama, stop_ids=[]).sample([[5, 6]], SamplingParams(temperature=0, max_new_tokens=6))[0]
+    with torch.no_grad():
+        expected = response_logprobs(llama, collate([[Tree([5, 6], [Branch(sample.token_ids)])]]))
+    torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def chi_square(counts: Sequence[int], probs: Tensor) -> float:
+    expected = probs * sum(counts)
+    assert expected.min() >= 5  # below, the statistic does not follow its distribution
+    return ((torch.tensor(counts) - expected) ** 2 / expected).sum().item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_first_tokens_are_drawn_with_the_probabilities_of_the_softmax(make_llama, temperature):
+    model = make_llama(12)
+    params = SamplingParams(num_candidates=4000, max_new_tokens=1, temperature=temperature, seed=11)
+    samples = TorchSampler(model, stop_ids=[], max_rows=4000).sample([[5, 6, 7]], params)[0]
+    counts = Counter(sample.token_ids[0] for sample in samples)
+    with torch.no_grad():
+        probs = (model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1] / temperature).softmax(-1)
+    # 11 degrees of freedom: 31.26 is exceeded once in a thousand seeds.
+    assert chi_square([counts[token] for token in range(12)], probs) < 31.26
+
+
+def test_the_second_token_follows_the_first_with_its_conditional_probability(make_llama):
+    model = make_llama(4)
+    params = SamplingParams(num_candidates=4000, max_new_tokens=2, seed=12)
+    samples = TorchSampler(model, stop_ids=[], max_rows=4000).sample([[1, 2]], params)[0]
+    counts = Counter(tuple(sample.token_ids) for sample in samples)
+    probs = []
+    with torch.no_grad():
+        first = model(input_ids=torch.tensor([[1, 2]])).logits[0, -1].softmax(-1)
+        for token in range(4):
+            second = model(input_ids=torch.tensor([[1, 2, token]])).logits[0, -1].softmax(-1)
+            probs += (first[token] * second).tolist()
+    # 15 degrees of freedom: 37.70 is exceeded once in a thousand seeds.
+    observed = [counts[first, second] for first in range(4) for second in range(4)]
+    assert chi_square(observed, torch.tensor(probs)) < 37.70
+
+
+def nucleus(probs: Sequence[float], top_k: int, top_p: float) -> dict[int, float]:
+    """Top-k, then the smallest set of most likely tokens that holds `top_p` of what is left; renormalised."""
+    ranked = sorted(range(len(probs)), key=lambda token: -probs[token])
+    ranked = ranked[:top_k] if top_k else ranked
+    total = sum(probs[token] for token in ranked)
+    kept, mass = [], 0.0
+    for token in ranked:
+        kept.append(token)
+        mass += probs[token]
+        if mass >= top_p * total:
+            break
+    return {token: probs[token] / mass for token in kept}
+
+
+@settings(max_examples=60)
+@given(
+    logits=st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=12, unique=True),
+    top_k=st.integers(0, 6),
+    top_p=st.sampled_from([0.05, 0.35, 0.6, 0.9, 1.0]),
+    temperature=st.sampled_from([0.5, 1.0, 1.4]),
+)
+def test_top_k_and_top_p_keep_the_nucleus_with_its_probabilities(logits, top_k, top_p, temperature):
+    # An even grid of random numbers draws each token in proportion to its probability, to one grid step.
+    grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    table = torch.tensor(logits, dtype=torch.float64).expand(2000, -1)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn, logprobs = draw(table, grid, params)
+    full = (table[0] / temperature).softmax(-1)
+    kept = nucleus(full.tolist(), top_k, top_p)
+    counts = Counter(drawn.tolist())
+    assert set(counts) <= set(kept)
+    for token, prob in kept.items():
+        assert abs(counts[token] - 2000 * prob) <= 1.001
+    torch.testing.assert_close(logprobs, full.log()[drawn], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_exist(dtype):
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]], dtype=dtype).expand(3, -1)
+    largest = 1 - 2.0**-53  # what a float64 generator can return at most
+    uniforms = torch.tensor([0.0, largest, 0.5], dtype=torch.float64)
+    # p(1) = 1 / (1 + e) = 0.269, p(2) = 0.731
+    assert draw(logits, uniforms, SamplingParams())[0].tolist() == [1, 2, 2]
+    assert draw(logits, uniforms, SamplingParams(top_k=1))[0].tolist() == [2, 2, 2]
+
+
+def test_the_drawn_token_is_the_one_whose_share_of_the_interval_holds_the_number():
+    # Shares of 1/8, 2/8, 5/8: borders at 0.125 and 0.375.
+    logits = torch.tensor([[1.0, 2.0, 5.0]], dtype=torch.float64).log().expand(6, -1)
+    uniforms = torch.tensor([0.0, 0.1249, 0.1251, 0.3749, 0.3751, 0.9999], dtype=torch.float64)
+    assert draw(logits, uniforms, SamplingParams())[0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------ what must not matter
+
+
+@pytest.fixture(scope="module")
+def expected_samples(exact_llama) -> list[list[list[int]]]:
+    return ids(TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=64).sample(PROMPTS, PARAMS))
+
+
+PARAMS = SamplingParams(num_candidates=4, max_new_tokens=14, temperature=1.2, seed=7)
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 20])
+def test_samples_do_not_depend_on_how_many_rows_run_side_by_side(exact_llama, expected_samples, max_rows):
+    assert ids(TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=max_rows).sample(PROMPTS, PARAMS)) == expected_samples
+
+
+def test_samples_do_not_depend_on_the_order_of_prompts(exact_llama, expected_samples):
+    found = TorchSampler(exact_llama, stop_ids=[3, 4]).sample(PROMPTS[::-1], PARAMS)
+    assert ids(found)[::-1] == expected_samples
+
+
+def test_samples_do_not_depend_on_other_prompts(exact_llama, expected_samples):
+    sampler = TorchSampler(exact_llama, stop_ids=[3, 4])
+    for prompt, expected in zip(PROMPTS, expected_samples, strict=True):
+        assert ids(sampler.sample([prompt], PARAMS)) == [expected]
+
+
+def test_samples_do_not_depend_on_how_many_follow(exact_llama, expected_samples):
+    fewer = SamplingParams(num_candidates=2, max_new_tokens=14, temperature=1.2, seed=7)
+    found = ids(TorchSampler(exact_llama, stop_ids=[3, 4]).sample(PROMPTS, fewer))
+    assert found == [of_prompt[:2] for of_prompt in expected_samples]
+
+
+def test_a_larger_limit_lengthens_samples_without_changing_them(exact_llama, expected_samples):
+    short = SamplingParams(num_candidates=4, max_new_tokens=5, temperature=1.2, seed=7)
+    found = ids(TorchSampler(exact_llama, stop_ids=[3, 4]).sample(PROMPTS, short))
+    assert found == [[sample[:5] for sample in of_prompt] for of_prompt in expected_samples]
+
+
+def test_the_seed_changes_samples_and_repeats_them(exact_llama):
+    sampler = TorchSampler(exact_llama, stop_ids=[])
+    first, again, other = (
+        ids(sampler.sample([[5, 6]], SamplingParams(num_candidates=2, max_new_tokens=12, seed=seed)))
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert not {tuple(s) for s in first[0]} & {tuple(s) for s in other[0]}
+
+
+def test_candidates_of_a_prompt_differ_and_a_prompt_given_twice_gets_others(exact_llama):
+    sampler = TorchSampler(exact_llama, stop_ids=[])
+    twice = ids(sampler.sample([[5, 6], [9], [5, 6]], SamplingParams(num_candidates=2, max_new_tokens=12)))
+    assert len({tuple(sample) for of_prompt in twice for sample in of_prompt}) == 6
+    # The second occurrence goes on where the first ended.
+    four = ids(sampler.sample([[5, 6]], SamplingParams(num_candidates=4, max_new_tokens=12)))
+    assert twice[0] + twice[2] == four[0]
+
+
+def test_temperature_zero_gives_every_candidate_the_same_text(exact_llama):
+    params = SamplingParams(num_candidates=3, max_new_tokens=6, temperature=0)
+    one, two, three = ids(TorchSampler(exact_llama, stop_ids=[]).sample([[5, 6]], params))[0]
+    assert one == two == three
+
+
+def test_a_low_temperature_approaches_greedy(exact_llama):
+    sampler = TorchSampler(exact_llama, stop_ids=[])
+    greedy = ids(sampler.sample(PROMPTS, SamplingParams(temperature=0, max_new_tokens=8)))
+    assert ids(sampler.sample(PROMPTS, SamplingParams(temperature=1e-4, max_new_tokens=8))) == greedy
+    assert ids(sampler.sample(PROMPTS, SamplingParams(temperature=2.0, top_k=1, max_new_tokens=8))) == greedy
+
+
+# --------------------------------------------------------------------------------------------------- stopping
+
+
+def test_a_stop_token_ends_a_sample_and_is_part_of_it(exact_llama):
+    params = SamplingParams(num_candidates=16, max_new_tokens=20, temperature=1.5)
+    samples = [s for of_prompt in TorchSampler(exact_llama, stop_ids=[3, 4]).sample(PROMPTS, params) for s in of_prompt]
+    reasons = Counter(sample.finish_reason for sample in samples)
+    assert min(reasons["stop"], reasons["length"]) > 5
+    for sample in samples:
+        assert not {3, 4} & set(sample.token_ids[:-1])
+        assert (sample.token_ids[-1] in (3, 4)) == (sample.finish_reason == "stop")
+        assert len(sample.token_ids) == 20 or sample.finish_reason == "stop"
+        assert len(sample.logprobs) == len(sample.token_ids)
+
+
+def test_a_stop_token_in_the_last_place_counts_as_stop(exact_llama):
+    sampler = TorchSampler(exact_llama, stop_ids=[3, 4])
+    long = sampler.sample(PROMPTS, SamplingParams(num_candidates=16, max_new_tokens=20, temperature=1.5))
+    sample = next(s for s in long[0] if s.finish_reason == "stop" and len(s.token_ids) > 1)
+    k, length = long[0].index(sample), len(sample.token_ids)
+    exact = sampler.sample(PROMPTS, SamplingParams(num_candidates=16, max_new_tokens=length, temperature=1.5))
+    assert exact[0][k].finish_reason == "stop"
+    less = sampler.sample(PROMPTS, SamplingParams(num_candidates=16, max_new_tokens=length - 1, temperature=1.5))
+    assert less[0][k].finish_reason == "length"
+    assert less[0][k].token_ids == sample.token_ids[:-1]
+
+
+def test_without_stop_tokens_every_sample_has_full_length(exact_llama):
+    found = TorchSampler(exact_llama, stop_ids=[]).sample(PROMPTS, SamplingParams(num_candidates=3, max_new_tokens=9))
+    assert {len(sample.token_ids) for of_prompt in found for sample in of_prompt} == {9}
+
+
+# ----------------------------------------------------------------------------------------------------- economy
+
+
+def test_candidates_share_one_prefill_and_each_later_call_adds_one_token(make_llama):
+    model = make_llama(VOCAB)
+    shapes = calls_of(model)
+    TorchSampler(model, stop_ids=[]).sample(PROMPTS[:3], SamplingParams(num_candidates=5, max_new_tokens=6))
+    # Three prompts, the longest of four tokens, once; then 15 rows for each of the five tokens after the first.
+    assert shapes == [(3, 4)] + [(15, 1)] * 5
+
+
+def test_finished_rows_leave_the_batch(make_llama):
+    model = make_llama(VOCAB)
+    shapes = calls_of(model)
+    params = SamplingParams(num_candidates=40, max_new_tokens=30, temperature=1.5, seed=3)
+    (samples,) = TorchSampler(model, stop_ids=[3, 4, 5]).sample([[9, 10]], params)
+    rows = [count for count, _ in shapes[1:]]
+    assert rows == sorted(rows, reverse=True)
+    lengths = [len(sample.token_ids) for sample in samples]
+    for step, count in enumerate(rows, start=1):  # this call computes token `step + 1` of every row still in
+        wanted = sum(length > step for length in lengths)
+        assert wanted <= count <= max(wanted / 0.85, wanted + 1)
+
+
+def test_sampling_ends_with_the_last_sample(make_llama):
+    model = make_llama(VOCAB)
+    shapes = calls_of(model)
+    params = SamplingParams(num_candidates=3, max_new_tokens=50, temperature=1.5)
+    (samples,) = TorchSampler(model, stop_ids=list(range(VOCAB // 2))).sample([[20, 21]], params)
+    longest = max(len(sample.token_ids) for sample in samples)
+    assert longest < 50
+    assert len(shapes) == longest  # prefill gives the first token
+
+
+def test_no_group_has_more_rows_than_allowed(make_llama):
+    model = make_llama(VOCAB)
+    shapes = calls_of(model)
+    done: list[int] = []
+    found = TorchSampler(model, stop_ids=[], max_rows=4).sample(
+        PROMPTS, SamplingParams(num_candidates=3, max_new_tokens=3), on_progress=done.append
+    )
+    assert max(rows for rows, _ in shapes) == 4
+    assert done == [4, 4, 4, 3]  # 15 samples
+    assert [len(of_prompt) for of_prompt in found] == [3] * 5
+
+
+def test_prompts_of_similar_length_share_a_group(make_llama):
+    model = make_llama(VOCAB)
+    shapes = calls_of(model)
+    TorchSampler(model, stop_ids=[], max_rows=2).sample(PROMPTS, SamplingParams(max_new_tokens=1))
+    assert shapes == [(2, 7), (2, 2), (1, 1)]  # lengths 7 and 4; 2 and 2; 1
+
+
+def test_no_prompts_give_no_samples(llama):
+    assert TorchSampler(llama, stop_ids=[]).sample([], SamplingParams()) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_sampled_in_evaluation_mode_and_left_as_it_was(make_llama, training):
+    model = make_llama(VOCAB).train(training)
+    modes: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    TorchSampler(model, stop_ids=[]).sample([[5]], SamplingParams(max_new_tokens=2))
+    assert modes == [False, False]
+    assert model.training is training
+
+
+def test_the_cache_keeps_the_rows_selected_in_their_order():
+    cache = KeyValueCache(capacity=3)
+    keys = torch.arange(8.0).reshape(2, 1, 2, 2)  # two rows of two columns
+    cache.update(keys, keys + 100, 0)
+    cache.select(torch.tensor([1, 1, 0]))
+    new = torch.full((3, 1, 1, 2), -1.0)
+    found_keys, found_values = cache.update(new, new, 0)
+    assert found_keys[:, 0].tolist() == [
+        [[4, 5], [6, 7], [-1, -1]],
+        [[4, 5], [6, 7], [-1, -1]],
+        [[0, 1], [2, 3], [-1, -1]],
+    ]
+    assert torch.equal(found_values[:, :, :2], found_keys[:, :, :2] + 100)
+    assert cache.get_seq_length() == 3
+
+
+def test_a_bfloat16_model_samples(make_llama: Callable[..., torch.nn.Module]):
+    model = make_llama(VOCAB, torch.bfloat16)
+    (samples,) = TorchSampler(model, stop_ids=[]).sample([[5, 6]], SamplingParams(num_candidates=2, max_new_tokens=4))
+    assert [len(sample.token_ids) for sample in samples] == [4, 4]
