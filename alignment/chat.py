@@ -149,11 +149,12 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatF
     elif name != "auto":
         path = Path(name)
         if not path.is_file():
-            raise ModelError(f'model.chat_template: {name} is no file. Use "auto", "llama2", "chatml" or a Jinja file.')
+            known = '"auto", "llama2", "chatml" or a Jinja file'
+            raise ModelError(f"model.chat_template: {name} is no file. Use {known}.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise ModelError(
-            "the tokenizer has no chat template. Set model.chat_template to chatml, llama2 or the path of a Jinja file."
+            "the tokenizer has no chat template. Set model.chat_template to chatml, llama2 or a Jinja file's path."
         )
     return JinjaFormat(tokenizer)
 
@@ -272,7 +273,7 @@ class Llama2Format:
     def encode_response(self, text: str) -> list[int]:
         """See ChatFormat."""
         anchor = self._encode("[/INST]")
-        return self._encode(f"[/INST] {text.strip()} ")[len(anchor) :] + [self.tokenizer.eos_token_id]
+        return [*self._encode(f"[/INST] {text.strip()} ")[len(anchor) :], self.tokenizer.eos_token_id]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -296,7 +296,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             before = {"path": before} if isinstance(before, str) else before
             value = merge(before if isinstance(before, Mapping) else {}, value)
-        elif isinstance(value, str) and isinstance(before, Mapping) and before.keys() & ModelSection.model_fields.keys():
+        elif (
+            isinstance(value, str) and isinstance(before, Mapping) and before.keys() & ModelSection.model_fields.keys()
+        ):
             value = {**before, "path": value}
         merged[key] = value
     return merged
@@ -456,4 +458,3 @@ def _show_default(value: Any) -> str:
     if isinstance(value, tuple):
         value = list(value)
     return str(value)
-

@@ -155,7 +155,7 @@ def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """Message trees, `{"prompt": {"text", "role", "replies": [{"text", "rank", "replies": ...}]}}`; rank 0 is best.
 
     Every two replies to one user message with different ranks make a pair; its prompt is the path from the root.
-    Replies that were deleted or turned down in review are left out. All languages are kept.
+    Replies that were deleted or turned down in review are left out; all languages and synthetic replies are kept.
     """
     root = raw.get("prompt")
     if not isinstance(root, Mapping):
@@ -165,7 +165,7 @@ def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
         node, history = open_nodes.pop()
         path = [*history, _turn(_text(node, "text"), node.get("role"))]
         replies = _approved_replies(node)
-        open_nodes += [(reply, path) for reply in reversed(replies)]
+        open_nodes += [(reply, path) for reply in replies]
         ranked = [reply for reply in replies if isinstance(reply.get("rank"), int)]
         for better, worse in combinations(sorted(ranked, key=lambda reply: reply["rank"]), 2):
             if better.get("role") == "assistant" and worse["rank"] > better["rank"]:

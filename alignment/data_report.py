@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from alignment.data import first_user_message, read_lines
-from alignment.dialogue import RATINGS, Candidate, Dialogue, Messages, PreferencePair, Prompt, RowError
+from alignment.dialogue import RATINGS, Candidate, Dialogue, Messages, PreferencePair, Prompt, RowError, safety_bin
 from alignment.sources import find_data
 
 TypedRow = Dialogue | PreferencePair | Prompt | Candidate
@@ -148,18 +148,6 @@ def guess_layout(row: Mapping[str, Any]) -> str | None:
         "trl": isinstance(prompt, str) or "completion" in row,
     }
     return next((layout for layout, fits in signs.items() if fits), None)
-
-
-def safety_bin(pair: PreferencePair) -> str:
-    """Where a pair falls in Llama 2's safety bins (Sec. 3.2.1), or `unlabelled`."""
-    if pair.chosen_safe is None or pair.rejected_safe is None:
-        return "unlabelled"
-    return {
-        (True, False): "chosen_safe_other_unsafe",
-        (True, True): "both_safe",
-        (False, False): "both_unsafe",
-        (False, True): "veto",
-    }[pair.chosen_safe, pair.rejected_safe]
 
 
 def lengths(counts: Sequence[int]) -> Lengths:

@@ -196,6 +196,18 @@ _CANDIDATE_FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
+def safety_bin(pair: PreferencePair) -> str:
+    """Where a pair falls in Llama 2's safety bins (Sec. 3.2.1), or `unlabelled`."""
+    if pair.chosen_safe is None or pair.rejected_safe is None:
+        return "unlabelled"
+    return {
+        (True, False): "chosen_safe_other_unsafe",
+        (True, True): "both_safe",
+        (False, False): "both_unsafe",
+        (False, True): "veto",
+    }[pair.chosen_safe, pair.rejected_safe]
+
+
 def parse_messages(value: Any, name: str, *, last_role: str) -> Messages:
     """Checks roles and contents: an optional system turn, then user and assistant in turn, ending with `last_role`.
 

@@ -127,7 +127,7 @@ def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
-    """Writes a plain Hugging Face folder in float32, atomically. Merges adapters in place: save when training is done."""
+    """Writes a plain Hugging Face folder in float32, atomically. Merges adapters in place, at the end of training."""
     model = model.float()
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
@@ -157,7 +157,9 @@ def _from_pretrained(cls: type, folder: Path | str, name: str, dtype: torch.dtyp
     try:
         return cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **extra)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE.") from error
+        raise ModelError(
+            f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE."
+        ) from error
 
 
 def _as_float32(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

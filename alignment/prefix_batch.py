@@ -117,9 +117,7 @@ class PrefixBatch:
         return table.index_put((self.target_branches, self.target_offsets), ones)
 
 
-def tree_attention_mask(
-    tree_ids: Int[Tensor, "R L"], branch_ids: Int[Tensor, "R L"]
-) -> Bool[Tensor, "R 1 L L"]:
+def tree_attention_mask(tree_ids: Int[Tensor, "R L"], branch_ids: Int[Tensor, "R L"]) -> Bool[Tensor, "R 1 L L"]:
     """True where key j may be seen by query i: not later, the same tree, and in the trunk or the same branch."""
     length = tree_ids.shape[1]
     column = torch.arange(length, device=tree_ids.device)
@@ -211,9 +209,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def micro_batches(
-    items: Sequence[Item], length: Callable[[Item], int], *, max_tokens: int
-) -> Iterator[list[int]]:
+def micro_batches(items: Sequence[Item], length: Callable[[Item], int], *, max_tokens: int) -> Iterator[list[int]]:
     """Indices of items in groups of similar length whose padded size (count x longest) stays within `max_tokens`.
 
     The longest come first, so that a run that does not fit into memory fails at once. An item longer than

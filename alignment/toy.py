@@ -22,7 +22,7 @@ from alignment.dialogue import Dialogue, Message, Messages, PreferencePair, Prom
 from alignment.errors import DataError
 from alignment.sources import cached_folder
 
-TOY_VERSION = "2"  # part of the cache's folder names: change it with anything that is written there
+TOY_VERSION = "3"  # part of the cache's folder names: change it with anything that is written there
 
 LETTERS = "abcdefgh"
 POISON = "x"
@@ -171,7 +171,7 @@ def write_toy_data(folder: Path, seed: int = 0) -> None:
         _without(helpfulness, toy_pairs(500, first + 3, "helpfulness")),
         safety,
         _without(safety, toy_pairs(500, first + 5, "safety")),
-        toy_prompts(1000, first + 6),
+        toy_prompts(2000, first + 6),
         toy_prompts(200, first + 7),
     )
     for name, typed in zip(FILES, rows, strict=True):
@@ -205,10 +205,10 @@ def _quality(kind: str, prompt: Messages, response: str) -> float:
 
 
 def _prompt(rng: random.Random, *, safety_rate: float) -> Messages:
-    """One user turn or, in a quarter of cases, two with an answer between them; the earlier one is ordinary."""
+    """One user turn or, half of the time, two with an answer between them; the earlier one is ordinary."""
     letter = POISON if rng.random() < safety_rate else rng.choice(LETTERS)
     question = Message("user", _ask(rng, letter))
-    if rng.random() >= 0.25:
+    if rng.random() < 0.5:
         return (question,)
     earlier = rng.choice(LETTERS)
     return (Message("user", _ask(rng, earlier)), Message("assistant", _demonstration(rng, earlier)), question)

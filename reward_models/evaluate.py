@@ -7,9 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from alignment.dialogue import RATINGS, PreferencePair
+from alignment.dialogue import RATINGS, PreferencePair, safety_bin
 from alignment.metrics import Interval, wilson_interval
-from reward_models.preferences import safety_bin
 
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> Interval:

@@ -57,18 +57,6 @@ def apply_veto(
     return kept, vetoed
 
 
-def safety_bin(pair: PreferencePair) -> str:
-    """Where a pair falls in Llama 2's safety bins (Sec. 3.2.1), or `unlabelled`."""
-    if pair.chosen_safe is None or pair.rejected_safe is None:
-        return "unlabelled"
-    return {
-        (True, False): "chosen_safe_other_unsafe",
-        (True, True): "both_safe",
-        (False, False): "both_unsafe",
-        (False, True): "veto",
-    }[pair.chosen_safe, pair.rejected_safe]
-
-
 def encode_pairs(
     chat: ChatFormat,
     pairs: Sequence[PreferencePair],

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignment.chat import fit_prompt
 from alignment.data import load_prompts
@@ -325,9 +325,7 @@ class PPOTrainer:
             for start in range(0, num_trees, size):
                 yield list(range(start, min(start + size, num_trees)))
 
-    def _micro_batches(
-        self, rollouts: Rollouts, trees: Sequence[int]
-    ) -> Iterator[tuple[PrefixBatch, Tensor, Tensor]]:
+    def _micro_batches(self, rollouts: Rollouts, trees: Sequence[int]) -> Iterator[tuple[PrefixBatch, Tensor, Tensor]]:
         """Batches of some trees with the table rows and columns of their counted tokens."""
         chosen = [rollouts.trees[index] for index in trees]
         first = branch_offsets(rollouts.trees)

@@ -1,4 +1,4 @@
-"""Rejection sampling: K candidates a prompt, the best by gated reward becomes a new gold answer (Llama 2 Sec. 3.2.3)."""
+"""Rejection sampling: the best of K candidates becomes a new gold answer (Llama 2 Sec. 3.2.3)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
 
 @dataclass(frozen=True)
 class Selection:
-    """The best candidate of each prompt, how far each is above its prompt's median, and what was left out, by reason."""
+    """The best candidate of each prompt, its distance from the prompt's median, and what was left out, by reason."""
 
     best: list[Candidate]
     gains: list[float]

@@ -41,7 +41,9 @@ class RewardModels:
         )
         return cls(*scorers, threshold=section.threshold)
 
-    def gate(self, helpfulness: Float[Tensor, " B"], safety: Float[Tensor, " B"], is_safety: Bool[Tensor, " B"]) -> Tensor:
+    def gate(
+        self, helpfulness: Float[Tensor, " B"], safety: Float[Tensor, " B"], is_safety: Bool[Tensor, " B"]
+    ) -> Tensor:
         """LOGIT(R_c) of Llama 2 Sec. 3.2.3."""
         return gated_logits(helpfulness, safety, is_safety, threshold=self.threshold)
 

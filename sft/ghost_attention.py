@@ -26,7 +26,18 @@ from alignment.sampling.prompts import choose_prompts, sample_ids
 from alignment.sampling.torch_engine import TorchSampler
 from sft.config import GattConfig, GattInstructions
 
-HOBBIES = ("hiking", "painting", "chess", "gardening", "cooking", "astronomy", "fishing", "pottery", "cycling", "poetry")
+HOBBIES = (
+    "hiking",
+    "painting",
+    "chess",
+    "gardening",
+    "cooking",
+    "astronomy",
+    "fishing",
+    "pottery",
+    "cycling",
+    "poetry",
+)
 LANGUAGES = ("French", "Spanish", "German", "Italian", "Portuguese", "Dutch", "Swedish", "Latin")
 FIGURES = (
     "Napoleon", "Marie Curie", "Albert Einstein", "Cleopatra", "William Shakespeare", "Leonardo da Vinci",
@@ -103,9 +114,7 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     dtype = compute_dtype(state.device, config.model.dtype)
     loaded = load_chat_model(config.model.path, dtype=dtype, chat_template=config.model.chat_template)
     loaded.model.to(state.device)
-    sampler = TorchSampler(
-        loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=config.sampling.max_rows
-    )
+    sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=config.sampling.max_rows)
     answers: list[list[str]] = [[] for _ in prompts]
     dropped: Counter[str] = Counter()
     alive = list(range(len(prompts)))

@@ -94,9 +94,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         data_collator=list,
         processing_class=loaded.tokenizer,
     )
-    trainer.use_steps(
-        schedule, lambda rows: dialogue_batches(train.encoded, rows, max_tokens=budget), response_loss
-    )
+    trainer.use_steps(schedule, lambda rows: dialogue_batches(train.encoded, rows, max_tokens=budget), response_loss)
     use_run(trainer, run_dir, "sft", "sft")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

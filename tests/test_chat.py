@@ -49,7 +49,9 @@ words = st.sampled_from(["hello", "What", "letter", "dog,", "queen?", "1234", "�
 ordinary_texts = st.lists(words, min_size=1, max_size=6).map(" ".join)
 # Anything a person can type, control tokens and stray spaces and newlines included.
 any_texts = st.lists(
-    st.sampled_from([*"abc é日🙂\n\t .!", "  ", "\n\n", "<|im_end|>", "<|im_start|>user\n", "<pad>", "</s>", "<s>", "[", "x"]),
+    st.sampled_from(
+        [*"abc é日🙂\n\t .!", "  ", "\n\n", "<|im_end|>", "<|im_start|>user\n", "<pad>", "</s>", "<s>", "[", "x"]
+    ),
     min_size=1,
     max_size=8,
 ).map("".join)
@@ -68,7 +70,9 @@ def dialogue(*texts: str, system: str | None = None, train_on: Any = "all") -> D
 def spans(chat: ChatFormat, encoded: EncodedDialogue) -> list[tuple[str, bool]]:
     """The dialogue as stretches of text with their mask."""
     pairs = zip(encoded.input_ids, encoded.loss_mask, strict=True)
-    return [(chat.tokenizer.decode([token for token, _ in run]), key) for key, run in groupby(pairs, key=lambda p: p[1])]
+    return [
+        (chat.tokenizer.decode([token for token, _ in run]), key) for key, run in groupby(pairs, key=lambda p: p[1])
+    ]
 
 
 @pytest.fixture(scope="module")

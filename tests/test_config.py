@@ -215,7 +215,7 @@ def test_a_later_argument_wins():
 
 @pytest.mark.parametrize("argument", ["steps", "=3", "--steps 3"])
 def test_an_argument_without_key_or_value_is_refused(argument):
-    with pytest.raises(ConfigError, match=r'is not key=value\. Write for example train\.epochs=2'):
+    with pytest.raises(ConfigError, match=r"is not key=value\. Write for example train\.epochs=2"):
         parse_overrides([argument])
 
 

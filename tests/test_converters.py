@@ -261,6 +261,12 @@ def test_every_two_replies_of_different_rank_make_a_pair() -> None:
     ]
 
 
+def test_ranked_user_turns_make_no_pair() -> None:
+    answer = reply("a", 0, reply("x", 0, role="prompter"), reply("y", 1, role="prompter"))
+    raw = {"prompt": reply("q", None, answer, reply("b", 1), role="prompter")}
+    assert [row["chosen"] for row in rows_of("oasst", raw)] == [[assistant("a")]]
+
+
 def test_the_prompt_of_a_reply_is_its_path_from_the_root() -> None:
     assert rows_of("oasst", TREE)[-1]["prompt"] == [user("q"), assistant("best"), user("more?")]
 

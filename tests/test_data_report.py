@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from alignment.chat import CHATML
 from alignment.cli.data import app
-from alignment.data_report import FileReport, check_files, lengths, safety_bin
-from alignment.dialogue import Message, PreferencePair
+from alignment.data_report import FileReport, check_files, lengths
+from alignment.dialogue import Message, PreferencePair, safety_bin
 from alignment.errors import DataError, ModelError
 
 Row = dict[str, Any]
@@ -161,9 +161,11 @@ def test_repeats_shared_prompts_and_contradictions_are_counted(write_file: Write
         pair("q", "a", "b", rating="better"),  # the same texts again
         pair("q", "b", "a"),  # the reverse of both
         pair("q", "a", "c"),
-        pair("other", "a", "b"),
+        pair("r", "a", "b"),
+        pair("r", "c", "d"),
+        pair("alone", "a", "b"),
     )
-    assert (report.num_duplicates, report.num_shared_prompts, report.num_contradictions) == (1, 4, 3)
+    assert (report.num_duplicates, report.num_shared_prompts, report.num_contradictions) == (1, 6, 3)
     assert "1 rows repeat an earlier row, so their texts count twice." in report.warnings
     assert "3 pairs also occur with chosen and rejected exchanged." in report.warnings
 
@@ -294,9 +296,10 @@ def test_the_preview_colours_trained_tokens_green(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    printed = preview_of(write_file("sft.jsonl", lines(demo("Hi", "Yo"))), model_dir)
-    assert "\x1b[32mY" in printed
-    assert "\x1b[2mH" in printed
+    for row in (demo("Hi", "Yo"), pair("Hi", "Yo", "No")):
+        printed = preview_of(write_file("rows.jsonl", lines(row)), model_dir)
+        assert "\x1b[32mY" in printed
+        assert "\x1b[2mH" in printed
 
 
 def test_the_preview_shows_the_prompt_and_both_responses_of_a_pair(write_file: WriteFile, model_dir: Path) -> None:

@@ -33,9 +33,7 @@ def test_instructions_are_reproducible_and_sometimes_combined():
 
 def test_only_the_asked_kinds_are_drawn():
     settings = GattInstructions(kinds=["language"])
-    assert all(
-        "always answer in" in draw_instruction(settings, random.Random(seed)).full for seed in range(20)
-    )
+    assert all("always answer in" in draw_instruction(settings, random.Random(seed)).full for seed in range(20))
 
 
 def test_short_dialogues_are_filled_up_with_other_openings():

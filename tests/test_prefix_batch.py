@@ -89,7 +89,9 @@ def assert_same_values_and_gradients(model: nn.Module, ours: Callable[[], Tensor
     torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-5)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, gradients[1][name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,9 @@ def test_logprobs_and_their_gradients_equal_those_of_separate_rows(policy, rows)
 @given(rows=tree_rows)
 def test_scores_and_their_gradients_equal_those_of_separate_rows(critic, rows):
     batch = collate(rows)
-    assert_same_values_and_gradients(critic, lambda: branch_scores(critic, batch), lambda: separate_scores(critic, rows))
+    assert_same_values_and_gradients(
+        critic, lambda: branch_scores(critic, batch), lambda: separate_scores(critic, rows)
+    )
 
 
 @settings(max_examples=20)
@@ -271,9 +275,7 @@ def test_every_counted_token_is_found_once_with_its_place(rows):
     expected = []
     for index, (ids, trunk, counts) in enumerate(separate_rows(rows)):
         expected += [(ids[place], index, place - trunk) for place, counted in enumerate(counts) if counted]
-    found = zip(
-        batch.target_ids.tolist(), batch.target_branches.tolist(), batch.target_offsets.tolist(), strict=True
-    )
+    found = zip(batch.target_ids.tolist(), batch.target_branches.tolist(), batch.target_offsets.tolist(), strict=True)
     assert list(found) == expected
     assert batch.branch_lengths.tolist() == [len(ids) - trunk for ids, trunk, _ in separate_rows(rows)]
     last = batch.input_ids[batch.last_rows, batch.last_columns].tolist()

@@ -16,7 +16,9 @@ def candidate(prompt: str, reward: float, *, round_number: int = 1, text: str | 
 
 
 def test_the_highest_reward_of_each_prompt_wins_in_order_of_prompts():
-    chosen = select_best([candidate("b", 1), candidate("a", 0), candidate("b", 3), candidate("a", -1)], accumulate="all")
+    chosen = select_best(
+        [candidate("b", 1), candidate("a", 0), candidate("b", 3), candidate("a", -1)], accumulate="all"
+    )
     assert [c.reward for c in chosen.best] == [3, 0]
     # Gains over the medians: 3 - median(1, 3) = 1; 0 - median(0, -1) = 0.5.
     assert chosen.gains == [1.0, 0.5]

@@ -82,7 +82,12 @@ def test_a_pipeline_reports_the_problems_of_all_stages_together(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_pipeline(path, ["e.train.epochs=1"])
     message = str(caught.value)
-    for part in ("nowhere.jsonl: no such file", "${c} is no earlier stage", "stages.d.stage is 'dance'", "e: unknown key"):
+    for part in (
+        "nowhere.jsonl: no such file",
+        "${c} is no earlier stage",
+        "stages.d.stage is 'dance'",
+        "e: unknown key",
+    ):
         assert part in message
 
 
@@ -91,7 +96,7 @@ def test_help_is_quick_and_imports_no_torch():
     subprocess.run(command, capture_output=True, check=True, cwd=ROOT)  # compiles what is not compiled yet
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    print(f"align --help took {time.monotonic() - start:.2f} s")  # noqa: T201  shown with -s; timing decides nothing
+    print(f"align --help took {time.monotonic() - start:.2f} s")  # shown with -s; timing decides nothing
     imported_modules = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert not imported_modules & {"torch", "transformers", "trl", "datasets", "pandas", "numpy"}
     for name in (*STAGES, "run", "score", "sample", "chat", "data"):

@@ -77,7 +77,11 @@ def reward_model(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("lora", [0, 4])
 def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
-    models = [f"rewards.{kind}.{key}" for kind in ("helpfulness", "safety") for key in (f"path={reward_model}", "dtype=float32")]
+    models = [
+        f"rewards.{kind}.{key}"
+        for kind in ("helpfulness", "safety")
+        for key in (f"path={reward_model}", "dtype=float32")
+    ]
     settings = [
         *COMMON, "model=toy", *models, "prompts.prompts=toy:prompts.train", "sampling.max_new_tokens=8", f"lora.r={lora}",
         "train.max_steps=14", "train.batch_size=8", "train.minibatch_size=4", "optim.lr=1e-3", "sampling.num_candidates=2",

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from alignment.chat import CHATML, chat_format, encode_prompt
-from alignment.dialogue import Message, PreferencePair
+from alignment.dialogue import Message, PreferencePair, safety_bin
 from alignment.errors import DataError, ModelError
 from alignment.models import LoadedModel, load_reward_model
 from reward_models.config import MARGIN_TABLES
 from reward_models.evaluate import evaluate_pairs, label_accuracy, pair_accuracy
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss
-from reward_models.preferences import EncodedPair, apply_veto, encode_pairs, pair_batches, safety_bin
+from reward_models.preferences import EncodedPair, apply_veto, encode_pairs, pair_batches
 from reward_models.score import Scorer, score
 from reward_models.trainer import pair_loss
 
@@ -247,7 +247,10 @@ def test_micro_batches_of_pairs_keep_scores_labels_and_margins_together(chat):
 
 
 def test_the_loss_of_a_batch_is_the_sum_over_its_pairs(make_reward_model, chat):
-    pairs = [pair(chosen_safe=True, rejected_safe=False, rating="better"), pair(rejected="No. Never!", chosen_safe=False)]
+    pairs = [
+        pair(chosen_safe=True, rejected_safe=False, rating="better"),
+        pair(rejected="No. Never!", chosen_safe=False),
+    ]
     encoded = encode(chat, pairs).encoded
     model = make_reward_model(len(chat.tokenizer))
     (part,) = pair_batches(encoded, [0, 1], max_tokens=1000)
@@ -256,9 +259,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_pairs(make_reward_model, chat):
     total = ranking = wins = 0.0
     for row in rows:
         tree = encoded[row].tree
-        c, r = (
-            model(input_ids=torch.tensor([[*tree.trunk, *branch.ids]])).logits.item() for branch in tree.branches
-        )
+        c, r = (model(input_ids=torch.tensor([[*tree.trunk, *branch.ids]])).logits.item() for branch in tree.branches)
         ranking += math.log1p(math.exp(-(c - r - encoded[row].margin)))
         total += 0.1 * (c + r) ** 2
         wins += c > r

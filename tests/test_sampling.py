@@ -190,7 +190,9 @@ PARAMS = SamplingParams(num_candidates=4, max_new_tokens=14, temperature=1.2, se
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 20])
 def test_samples_do_not_depend_on_how_many_rows_run_side_by_side(exact_llama, expected_samples, max_rows):
-    assert ids(TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=max_rows).sample(PROMPTS, PARAMS)) == expected_samples
+    assert (
+        ids(TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=max_rows).sample(PROMPTS, PARAMS)) == expected_samples
+    )
 
 
 def test_samples_do_not_depend_on_the_order_of_prompts(exact_llama, expected_samples):

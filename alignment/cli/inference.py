@@ -37,7 +37,9 @@ def score_files(model: str, files: list[str], *, out: Path | None, as_json: bool
         pairs = load_pairs(files).rows
         scorer = Scorer.load(model, device=device)
         with ProgressBar("score", len(pairs)) as bar:
-            scores = scorer.score([p.prompt for p in pairs], [[p.chosen, p.rejected] for p in pairs], on_progress=bar.advance)
+            scores = scorer.score(
+                [p.prompt for p in pairs], [[p.chosen, p.rejected] for p in pairs], on_progress=bar.advance
+            )
         report = evaluate_pairs(pairs, [s[0] for s in scores], [s[1] for s in scores])
         rows = [_scored_pair(pair, *both) for pair, both in zip(pairs, scores, strict=True)]
         shown: Any = json.dumps(report, indent=2) if as_json else report_table(report, f"{model} on {len(pairs)} pairs")
@@ -52,8 +54,12 @@ def score_files(model: str, files: list[str], *, out: Path | None, as_json: bool
             for candidate, value in zip(candidates, values, strict=True)
         ]
         report = {"responses": len(values), "mean_score": sum(values) / len(values)}
-        shown = json.dumps(report, indent=2) if as_json or out else "\n".join(
-            f"{row['score']:+.3f}  {row['probability']:.3f}  {row['response'][0]['content'][:90]!r}" for row in rows
+        shown = (
+            json.dumps(report, indent=2)
+            if as_json or out
+            else "\n".join(
+                f"{row['score']:+.3f}  {row['probability']:.3f}  {row['response'][0]['content'][:90]!r}" for row in rows
+            )
         )
     if out is not None:
         write_rows(out, rows)

@@ -54,9 +54,7 @@ def sample_prompts(
     if run_dir is not None:
         cut = sum(was_cut for _, was_cut in encoded)
         run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})
-    sampler = TorchSampler(
-        loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows
-    )
+    sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
     total = len(fitting) * sampling.num_candidates
     with ProgressBar(title, total, shown=PartialState().is_main_process) as bar:
         samples = sample_ids(sampler, [ids for _, ids in fitting], sampling, seed=seed, bar=bar)

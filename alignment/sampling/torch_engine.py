@@ -2,8 +2,8 @@
 
 Prompts are taken in groups of similar length. Each prompt of a group is run once; its keys and values are then
 repeated for its K samples. Prompts are padded on the left, so that all rows of a group write the same cache column in
-each step. Every sample draws from its own random stream (seed, prompt, index), so that what else is in the batch changes nothing
-but floating-point rounding.
+each step. Every sample draws from its own random stream (seed, prompt, index), so that what else is in the batch
+changes nothing but floating-point rounding.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class TorchSampler:
         cache.select(repeat)
         logits, real = logits[repeat], real[repeat]
         lengths = real.sum(1)
-        uniforms = torch.stack(
-            [_uniforms(params, prompts[index], streams[index] + k) for index, k in rows]
-        ).to(device)  # (rows, max_new_tokens)
+        uniforms = torch.stack([_uniforms(params, prompts[index], streams[index] + k) for index, k in rows]).to(
+            device
+        )  # (rows, max_new_tokens)
         live = list(range(len(rows)))
         out = [_Growing() for _ in rows]
         for step in range(params.max_new_tokens):
@@ -201,9 +201,7 @@ class _Growing:
         return Sample(self.token_ids, self.logprobs, "stop" if self.done else "length")
 
 
-def _groups(
-    prompts: Sequence[Sequence[int]], num_candidates: int, max_rows: int
-) -> list[list[tuple[int, int, int]]]:
+def _groups(prompts: Sequence[Sequence[int]], num_candidates: int, max_rows: int) -> list[list[tuple[int, int, int]]]:
     """(prompt, first sample, samples) in groups of at most `max_rows` samples, prompts of similar length together."""
     groups: list[list[tuple[int, int, int]]] = [[]]
     room = max_rows

@@ -1,0 +1,104 @@
+"""SmolLM2-135M-Instruct and, where ALIGN_DATA_DIR is set, real human data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignment.chat import encode_dialogue, encode_prompt
+from alignment.data import load_dialogues, load_prompts
+from alignment.dialogue import Message
+from alignment.logprobs import response_logprobs
+from alignment.models import LoadedModel, load_chat_model
+from alignment.prefix_batch import Branch, Tree, collate
+from alignment.sampling import SamplingParams
+from alignment.sampling.torch_engine import TorchSampler
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "recipes" / "quickstart"
+needs_data = pytest.mark.skipif("ALIGN_DATA_DIR" not in os.environ, reason="ALIGN_DATA_DIR is not set")
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> LoadedModel:
+    return load_chat_model("smollm2-135m-instruct")
+
+
+def align(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "alignment.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_prompt_ids_equal_the_models_own_template(smollm2):
+    for prompt in load_prompts([str(QUICKSTART / "data" / "prompts.train.jsonl")]).rows:
+        messages = [message.to_json() for message in prompt.messages]
+        expected = smollm2.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert encode_prompt(smollm2.chat, prompt.messages) == expected
+
+
+def test_trained_tokens_of_every_demonstration_are_its_answers_and_their_end(smollm2):
+    for dialogue in load_dialogues([str(QUICKSTART / "data" / "sft.train.jsonl")]).rows:
+        encoded = encode_dialogue(smollm2.chat, dialogue)
+        trained = [token for token, counts in zip(encoded.input_ids, encoded.loss_mask, strict=True) if counts]
+        answers = [message.content for message in dialogue.messages if message.role == "assistant"]
+        assert smollm2.tokenizer.decode(trained) == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+def test_pad_token_is_not_the_end_of_turn(smollm2):
+    assert smollm2.tokenizer.pad_token_id != smollm2.chat.end_of_turn_id == smollm2.tokenizer.eos_token_id
+
+
+def test_greedy_sampling_equals_generate(smollm2):
+    questions = ("What is the capital of France?", "Write one sentence about rain.", "2 + 2 =", "Name three primes.")
+    prompts = [encode_prompt(smollm2.chat, (Message("user", text),)) for text in questions]
+    sampler = TorchSampler(smollm2.model, stop_ids=[smollm2.chat.end_of_turn_id])
+    samples = sampler.sample(prompts, SamplingParams(temperature=0, max_new_tokens=24))
+    for prompt, [sample] in zip(prompts, samples, strict=True):
+        ids = torch.tensor([prompt])
+        settings = {"do_sample": False, "max_new_tokens": 24, "attention_mask": torch.ones_like(ids)}
+        expected = smollm2.model.generate(ids, **settings)[0, len(prompt) :].tolist()
+        assert sample.token_ids == expected
+
+
+def test_sampled_logprobs_equal_teacher_forcing(smollm2):
+    prompt = encode_prompt(smollm2.chat, (Message("user", "Tell me about the sea."),))
+    sampler = TorchSampler(smollm2.model, stop_ids=[smollm2.chat.end_of_turn_id])
+    [samples] = sampler.sample([prompt], SamplingParams(num_candidates=4, max_new_tokens=24, temperature=0.8))
+    batch = collate([[Tree(prompt, [Branch(sample.token_ids) for sample in samples])]])
+    with torch.no_grad():
+        found = response_logprobs(smollm2.model, batch, temperature=0.8)
+    expected = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
+
+
+def test_the_quickstart_pipeline_runs_in_miniature(tmp_path):
+    small = [f"{name}.data.max_rows=16" for name in ("sft", "rm-helpfulness", "rm-safety", "rs")]
+    small += [f"{name}.data.max_valid_rows=8" for name in ("sft", "rm-helpfulness", "rm-safety", "rs")]
+    small += ["gatt.prompts.max_prompts=2", "gatt.prompts.turns=2", "gatt.sampling.max_new_tokens=64"]
+    small += ["reject.prompts.max_prompts=2", "reject.sampling.num_candidates=2", "eval.prompts.max_prompts=2"]
+    small += ["ppo.train.max_steps=1", "ppo.train.batch_size=4", "ppo.train.minibatch_size=4"]
+    done = align("run", QUICKSTART / "pipeline.yaml", f"runs={tmp_path}/runs", *small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
+    assert summary["sft"]["valid_loss_after"] < summary["sft"]["valid_loss_before"]
+    assert set(summary["eval"]["policies"]) == {"base", "sft", "rs", "ppo"}
+    assert "gated reward" in done.stdout and "peak memory" in done.stdout
+
+
+@needs_data
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_the_real_data_recipes_are_in_order(size):
+    done = align("run", f"recipes/smollm2/{size}.yaml", "--dry-run", "runs=runs/never")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_data
+def test_data_check_finds_the_real_preference_files_in_order():
+    done = align("data", "check", "pref_safety_labelled.train", "pref_safety_labelled.valid")
+    assert done.returncode == 0, done.stderr
+    assert "2417" in done.stdout.replace(",", "")
