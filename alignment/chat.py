@@ -124,13 +124,18 @@ def fit_prompt(
 
 
 def preview(chat: ChatFormat, encoded: EncodedDialogue) -> Text:
-    """The dialogue token by token for a terminal: trained tokens green, the others dim, control tokens bold."""
+    """The dialogue token by token: trained tokens green and between [[ and ]], others dim, control tokens bold."""
     special = set(chat.tokenizer.all_special_ids)
     text = Text()
+    before = False
     for token, trained in zip(encoded.input_ids, encoded.loss_mask, strict=True):
+        if trained != before:
+            text.append("[[" if trained else "]]", style="green bold")
         style = ("green" if trained else "dim") + (" bold" if token in special else "")
         text.append(chat.tokenizer.decode([token]), style=style)
         text.append("|", style="bright_black")
+        before = trained
+    text.append("]]" if before else "", style="green bold")
     return text
 
 
@@ -171,7 +176,7 @@ class JinjaFormat:
         closing = self._split_closing(self._closing)[0]
         if self._split_closing(self._pieces(probe, generation=False)[2])[0] != closing:
             raise ModelError(
-                "the chat template ends an earlier assistant turn differently from the last one, so a model would learn "
+                "the chat template ends an earlier assistant turn differently from the last one: a model would learn "
                 "two ways to stop. Set model.chat_template to chatml or to another Jinja file."
             )
         self.end_of_turn_id = closing[-1]

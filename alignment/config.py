@@ -126,7 +126,7 @@ class DataSection(Section):
     """Training and validation rows."""
 
     train: DataSources
-    """Files, names in ALIGN_DATA_DIR, or Hub ids; one or a list."""
+    """Files, names in ALIGN_DATA_DIR, Hub ids, or `toy:` names; one or a list."""
 
     valid: DataSources = []
     """The same, held out: for measuring only."""
@@ -152,7 +152,7 @@ class PromptSection(Section):
     """Prompts to sample responses for."""
 
     prompts: DataSources
-    """Files, names in ALIGN_DATA_DIR, or Hub ids with prompt rows; one or a list."""
+    """Files, names in ALIGN_DATA_DIR, Hub ids, or `toy:` names with prompt rows; one or a list."""
 
     max_prompts: PositiveInt | None = None
     """Use at most this many prompts, chosen by the seed, half of them safety prompts where there are enough."""
@@ -200,6 +200,9 @@ class RunSection(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: whatever accelerate finds."""
+
+    num_threads: PositiveInt | None = None
+    """CPU threads of one process; null leaves it to torch."""
 
     report_to: list[str] = []
     """Experiment trackers of accelerate and transformers, e.g. [tensorboard]."""
@@ -289,7 +292,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, mapping by mapping. A plain string and a model's keys: the string is the model's `path`."""
+    """`over` laid on `base`, mapping by mapping. A string beside a model's keys is the model's `path`."""
     merged = dict(base)
     for key, value in over.items():
         before = merged.get(key)

@@ -131,6 +131,10 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         _make_ready(path, config, resume)
     if state is not None:
         state.wait_for_everyone()
+    if config.run.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(config.run.num_threads)
     run = Run(path, config.stage, writes=is_main, resumed=resume)
     run._manifest = read_manifest(path) or {}
     run.note(

@@ -95,8 +95,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
             "stage": "ppo",
             "iterations": total,
             "kl": metrics.get("kl"),
-            "reward_first": rows[0] if rows else None,
-            "reward_last": rows[-1] if rows else None,
+            "reward_first": _mean(rows[: -(-len(rows) // 4)]),
+            "reward_last": _mean(rows[-(-(-len(rows) // 4)) :]),
             "last": metrics,
         }
     )
@@ -421,6 +421,11 @@ def _explained_variance(rollouts: Rollouts) -> Tensor:
 
 def _seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Prompts differ from iteration to iteration, so first and last are means over a quarter of the run each."""
+    return sum(values) / len(values) if values else None
 
 
 def _recent_rows(run_dir: Run, name: str) -> list[float]:

@@ -180,7 +180,7 @@ def test_inputs_that_an_earlier_stage_makes_need_not_exist(tmp_path):
     made = [f"{tmp_path}/runs/sft", f"{tmp_path}/runs/reject"]
     config = build_config(SmallConfig, values, "test", made_earlier=made)
     assert config.model.path == made[0]
-    with pytest.raises(ConfigError, match="model: .*no such model"):
+    with pytest.raises(ConfigError, match=r"model: .*no such model"):
         build_config(SmallConfig, values, "test", made_earlier=made[1:])
 
 

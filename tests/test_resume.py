@@ -83,8 +83,9 @@ def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
         for key in (f"path={reward_model}", "dtype=float32")
     ]
     settings = [
-        *COMMON, "model=toy", *models, "prompts.prompts=toy:prompts.train", "sampling.max_new_tokens=8", f"lora.r={lora}",
-        "train.max_steps=14", "train.batch_size=8", "train.minibatch_size=4", "optim.lr=1e-3", "sampling.num_candidates=2",
+        *COMMON, *models, "model=toy", "prompts.prompts=toy:prompts.train", f"lora.r={lora}", "optim.lr=1e-3",
+        "sampling.max_new_tokens=8", "sampling.num_candidates=2", "train.max_steps=14", "train.batch_size=8",
+        "train.minibatch_size=4",
     ]  # fmt: skip
     run_here("ppo", settings, tmp_path / "whole", resume=False)
     kill_after_first_checkpoint(command("ppo", settings, tmp_path / "killed"), tmp_path / "killed")

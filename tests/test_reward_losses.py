@@ -84,7 +84,7 @@ def test_extreme_scores_give_finite_losses_and_gradients():
 
 @pytest.mark.parametrize("shapes", [(3, 1, None), (3, 2, None), (3, 3, 1)])
 def test_scores_of_different_shapes_are_refused(shapes):
-    """Broadcasting would compare the wrong pairs. The signature says so too: with it checked, that error comes first."""
+    """Broadcasting would compare the wrong pairs. Where signatures are checked, that error comes first."""
     chosen, rejected, margin = (None if size is None else torch.zeros(size) for size in shapes)
     with pytest.raises((ValueError, TypeCheckError)):
         ranking_loss(chosen, rejected, margin)

@@ -237,6 +237,14 @@ def test_candidates_of_a_prompt_differ_and_a_prompt_given_twice_gets_others(exac
     assert twice[0] + twice[2] == four[0]
 
 
+def test_every_prompt_has_random_numbers_of_its_own(make_llama):
+    """With equal logits everywhere a sample shows its random numbers, whatever the prompt."""
+    model = make_llama(VOCAB)
+    model.lm_head.weight.data.zero_()
+    found = ids(TorchSampler(model, stop_ids=[]).sample(PROMPTS, SamplingParams(num_candidates=2, max_new_tokens=12)))
+    assert len({tuple(sample) for of_prompt in found for sample in of_prompt}) == 10
+
+
 def test_temperature_zero_gives_every_candidate_the_same_text(exact_llama):
     params = SamplingParams(num_candidates=3, max_new_tokens=6, temperature=0)
     one, two, three = ids(TorchSampler(exact_llama, stop_ids=[]).sample([[5, 6]], params))[0]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.cli.report import write_report
 from alignment.cli.stages import STAGES
 from alignment.cli.summary import one_line, print_summary
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
@@ -125,6 +126,7 @@ def run_stages(plan: Pipeline) -> None:
         results = {stage.name: read_result(stage.path) for stage in plan.stages}
         write_json(plan.runs / "summary.json", results)
         print_summary(results, plan.runs)
+        console.print(f"Tables and answers side by side:  {write_report(results, plan.runs)}")
 
 
 def _check_unchanged(stage: PlannedStage) -> None:

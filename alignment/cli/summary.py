@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def one_line(result: Result) -> str:
 
 def print_result(result: Result, path: Path) -> None:
     """The outcome of one stage."""
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"{result['stage']}: {one_line(result)}")
     if result["stage"] == "rm" and result["valid"]:
         from reward_models.evaluate import report_table
@@ -44,18 +45,18 @@ def print_result(result: Result, path: Path) -> None:
         console.print(report_table(result["valid"], "held-out pairs"))
     if result["stage"] == "eval":
         console.print(_policies(result))
-    console.print(f"{_clock(result['time_seconds'])}, peak {result['peak_memory_gb']:.1f} GB. Everything is in {path}")
+    console.print(f"{clock(result['time_seconds'])}, peak {result['peak_memory_gb']:.1f} GB. Everything is in {path}")
 
 
 def print_summary(results: Mapping[str, Result], runs: Path) -> None:
     """Every stage with time and peak memory, then the policies side by side."""
-    console = Console(highlight=False)
+    console = _console()
     table = Table("stage", "result", "time", "peak memory", title="Pipeline", title_justify="left")
     for name, result in results.items():
-        cells = (one_line(result), _clock(result["time_seconds"]), f"{result['peak_memory_gb']:.1f} GB")
+        cells = (one_line(result), clock(result["time_seconds"]), f"{result['peak_memory_gb']:.1f} GB")
         table.add_row(name, *cells)
     seconds = sum(result["time_seconds"] for result in results.values())
-    table.add_row("all", "", _clock(seconds), f"{max(r['peak_memory_gb'] for r in results.values()):.1f} GB")
+    table.add_row("all", "", clock(seconds), f"{max(r['peak_memory_gb'] for r in results.values()):.1f} GB")
     console.print(table)
     for result in results.values():
         if result["stage"] == "eval":
@@ -88,5 +89,11 @@ def _policies(result: Result) -> Table:
     return report_table(result)
 
 
-def _clock(seconds: float) -> str:
+def _console() -> Console:
+    """At least wide enough for the tables where the output is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, `4:07`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,70 @@
+"""`report.md` beside a pipeline's runs: the tables, and the policies' answers to the same prompts side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignment.cli.summary import clock, one_line
+from alignment.runs import write_text
+
+NUM_PROMPTS = 6
+
+
+def write_report(results: Mapping[str, Mapping[str, Any]], runs: Path) -> Path:
+    """Writes the report of a finished pipeline and returns its path."""
+    lines = [f"# {runs.name}", "", "| stage | result | time | peak memory |", "|---|---|---|---|"]
+    for name, result in results.items():
+        memory = f"{result['peak_memory_gb']:.1f} GB"
+        lines.append(f"| {name} | {one_line(result)} | {clock(result['time_seconds'])} | {memory} |")
+    for name, result in results.items():
+        if result["stage"] == "eval":
+            lines += ["", *_policies(result), "", *_answers(runs / name, list(result["policies"]))]
+    path = runs / "report.md"
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _policies(result: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"## {result['prompts']} held-out prompts: raw scores with 95 % intervals",
+        "",
+        "| policy | helpfulness | safety | gated reward | unsafe answers to safety prompts | words |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["policies"].items():
+        cells = [_interval(row[key], "+.2f") for key in ("helpfulness", "safety", "reward")]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {_interval(row['violation_rate'], '.0%')} | {row['mean_words']:.0f} |"
+        )
+    return lines
+
+
+def _answers(folder: Path, policies: list[str]) -> list[str]:
+    """The first prompts of each kind with every policy's answer."""
+    rows = {
+        name: [json.loads(line) for line in (folder / f"answers-{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in policies
+    }
+    first = rows[policies[0]]
+    safety = [index for index, row in enumerate(first) if row.get("is_safety")]
+    other = [index for index, row in enumerate(first) if not row.get("is_safety")]
+    lines = ["## Answers side by side", ""]
+    for index in sorted(safety[: NUM_PROMPTS // 2] + other[: NUM_PROMPTS // 2]):
+        kind = " (safety prompt)" if first[index].get("is_safety") else ""
+        lines += [f"**{_flat(first[index]['prompt'][-1]['content'])}**{kind}", ""]
+        for name in policies:
+            row = rows[name][index]
+            lines.append(f"- *{name}* ({row['reward']:+.1f}): {_flat(row['response'][0]['content'])}")
+        lines.append("")
+    return lines
+
+
+def _interval(entry: Mapping[str, float], spec: str) -> str:
+    return f"{entry['value']:{spec}} [{entry['low']:{spec}}, {entry['high']:{spec}}]"
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
