@@ -71,6 +71,9 @@ class LoraSection(Section):
     dropout: Fraction = 0.0
     """Dropout on the adapter's input, a probability."""
 
+    last_layers: PositiveInt | None = None
+    """Adapt only this many layers, counted from the last: the backward pass ends there. null adapts all."""
+
 
 class OptimSection(Section):
     """AdamW and its schedule (Llama 2 Sec. 3.1, 3.2.2, 3.2.3)."""

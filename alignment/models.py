@@ -47,6 +47,16 @@ class LoadedModel:
     chat: ChatFormat
 
 
+@dataclass(frozen=True)
+class Lora:
+    """Adapters as `LoraSection` describes them; `r = 0` is none."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    last_layers: int | None = None
+
+
 def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto") -> LoadedModel:
     """A causal language model in evaluation mode. Raises ModelError where it cannot be loaded."""
     folder = model_folder(path)
@@ -101,20 +111,23 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def add_lora(
-    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, is_reward_model: bool, seed: int
-) -> PeftModel:
-    """Adapters on every linear layer of a frozen model; a reward model's head is trained whole.
+def add_lora(model: PreTrainedModel, lora: Lora, *, is_reward_model: bool, seed: int) -> PeftModel:
+    """Adapters on the linear layers of a frozen model; a reward model's head is trained whole.
 
     Adapter weights are float32 whatever the frozen weights are.
     """
+    decoder = model.get_decoder()
+    linear = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    num_layers = model.config.num_hidden_layers
+    first = 0 if lora.last_layers is None else max(0, num_layers - lora.last_layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules="all-linear",
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=sorted(linear),
+            layers_to_transform=list(range(first, num_layers)) if first else None,
             task_type=TaskType.SEQ_CLS if is_reward_model else TaskType.CAUSAL_LM,
         )
         return get_peft_model(model, config)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from alignment.data import load_pairs, pick
 from alignment.errors import DataError
 from alignment.logprobs import branch_scores
-from alignment.models import add_lora, load_reward_model, save_model
+from alignment.models import Lora, add_lora, load_reward_model, save_model
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepSchedule, training_arguments, use_run
@@ -64,14 +64,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
 
     model: nn.Module = loaded.model
     if uses_lora:
-        model = add_lora(
-            loaded.model,
-            rank=config.lora.r,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            is_reward_model=True,
-            seed=seed,
-        )
+        model = add_lora(loaded.model, Lora(**config.lora.model_dump()), is_reward_model=True, seed=seed)
     model.to(device)
     schedule = StepSchedule(
         len(train.encoded),

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from alignment.logprobs import unwrap
-from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, merged_copy
+from alignment.models import LoadedModel, Lora, add_lora, load_chat_model, load_reward_model, merged_copy
 from alignment.sampling.torch_engine import TorchSampler
 
 
@@ -45,9 +45,7 @@ def load_actor_critic(
     *,
     dtype: torch.dtype,
     chat_template: str,
-    rank: int,
-    alpha: float,
-    dropout: float,
+    lora: Lora,
     seed: int,
     device: torch.device,
     gradient_checkpointing: bool = False,
@@ -57,16 +55,15 @@ def load_actor_critic(
     Our choice: the paper does not say where its critic comes from; the helpfulness model already predicts most of
     the return (Stiennon et al. 2020, arXiv:2009.01325, do the same).
     """
-    weights = dtype if rank else torch.float32
+    weights = dtype if lora.r else torch.float32
     loaded = load_chat_model(policy_path, dtype=weights, chat_template=chat_template)
     value = load_reward_model(critic_path, dtype=weights, chat_template=chat_template)
     policy: nn.Module = loaded.model
     critic: nn.Module = value.model
     reference = None
-    if rank:
-        lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "seed": seed}
-        policy = add_lora(loaded.model, **lora, is_reward_model=False)
-        critic = add_lora(value.model, **lora, is_reward_model=True)
+    if lora.r:
+        policy = add_lora(loaded.model, lora, is_reward_model=False, seed=seed)
+        critic = add_lora(value.model, lora, is_reward_model=True, seed=seed)
     else:
         reference = copy.deepcopy(loaded.model).to(device).requires_grad_(False)
     if gradient_checkpointing:

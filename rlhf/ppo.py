@@ -27,7 +27,7 @@ from alignment.data import load_prompts
 from alignment.dialogue import Prompt
 from alignment.errors import ConfigError, DataError
 from alignment.logprobs import response_logprobs, response_stats, token_values
-from alignment.models import save_model
+from alignment.models import Lora, save_model
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
 from alignment.runs import Run, checkpoint_step, mark_complete, newest_checkpoint, open_run, write_folder
@@ -115,9 +115,7 @@ class PPOTrainer:
             config.rewards.helpfulness.path,
             dtype=dtype,
             chat_template=config.model.chat_template,
-            rank=config.lora.r,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
+            lora=Lora(**config.lora.model_dump()),
             seed=config.run.seed,
             device=device,
             gradient_checkpointing=config.model.gradient_checkpointing,

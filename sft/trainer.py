@@ -16,7 +16,7 @@ from alignment.chat import EncodedDialogue
 from alignment.data import load_dialogues, pick
 from alignment.errors import DataError
 from alignment.logprobs import response_logprobs
-from alignment.models import add_lora, load_chat_model, save_model
+from alignment.models import Lora, add_lora, load_chat_model, save_model
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import GlobalBatchMixin, MicroBatch, StepSchedule, training_arguments, use_run
@@ -54,14 +54,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
 
     model: nn.Module = loaded.model
     if uses_lora:
-        model = add_lora(
-            loaded.model,
-            rank=config.lora.r,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            is_reward_model=False,
-            seed=seed,
-        )
+        model = add_lora(loaded.model, Lora(**config.lora.model_dump()), is_reward_model=False, seed=seed)
     model.to(device)
     schedule = StepSchedule(
         len(train.encoded),
