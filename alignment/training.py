@@ -148,6 +148,7 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The mark goes last: a checkpoint without it is not resumed from."""
+        self.run.note_elapsed()
         if self.run.writes:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -54,7 +54,7 @@ def safety_auxiliary_loss(
 
 
 def centering_loss(chosen: Float[Tensor, " N"], rejected: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Squared mean score of each pair: keeps scores around zero, which the ranking loss leaves open.
+    """Squared sum of the scores of each pair: keeps scores around zero, which the ranking loss leaves open.
 
     Eisenstein et al. 2023 (arXiv:2312.09244), Eq. 2: (r_c + r_r)^2.
     """

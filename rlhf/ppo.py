@@ -90,13 +90,14 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
         save_model(policy, trainer.models.loaded, run_dir.model_dir)
     accelerator.wait_for_everyone()
     rows = _recent_rows(run_dir, "ppo/reward")
+    quarter = math.ceil(len(rows) / 4)
     result = run_dir.finish(
         {
             "stage": "ppo",
             "iterations": total,
             "kl": metrics.get("kl"),
-            "reward_first": _mean(rows[: -(-len(rows) // 4)]),
-            "reward_last": _mean(rows[-(-(-len(rows) // 4)) :]),
+            "reward_first": _mean(rows[:quarter]),
+            "reward_last": _mean(rows[len(rows) - quarter :]),
             "last": metrics,
         }
     )
@@ -378,6 +379,7 @@ class PPOTrainer:
             torch.save(state, path / "state.pt")
 
         write_folder(folder, fill)
+        run_dir.note_elapsed()
         mark_complete(folder)
         kept = sorted(folder.parent.glob("checkpoint-*"), key=checkpoint_step)
         for old in kept[:-KEEP_CHECKPOINTS]:

@@ -97,13 +97,13 @@ def test_two_processes_take_the_same_step_as_one(tmp_path):
     for name in ("sft", "rm"):
         settings = [*STAGE_SETTINGS[name], "data.max_rows=44", "run.device=cpu"]
         run_here(name, settings, tmp_path / f"{name}-one", resume=False)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
-                  "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "alignment.cli.main", name, *settings,
-                  f"run.dir={tmp_path}/{name}-two"]  # fmt: skip
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alignment.cli.main"]
+        launch += [name, *settings, f"run.dir={tmp_path}/{name}-two"]
         done = subprocess.run(
             launch, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads((tmp_path / f"{name}-two" / "manifest.json").read_text())["num_processes"] == 2
         one, two = (load_file(tmp_path / f"{name}-{n}" / "model" / "model.safetensors") for n in ("one", "two"))
         for key in one:
             assert (one[key] - two[key]).abs().max() < 1e-5, f"{name}: {key}"

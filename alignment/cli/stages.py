@@ -57,6 +57,7 @@ def prepare_libraries() -> None:
     """Quiets the libraries' own bars and notices, and sets the allocator; call before a stage runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     import datasets
     import transformers

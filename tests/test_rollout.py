@@ -1,0 +1,118 @@
+"""What is measured on rollouts: tables over branches, scores behind the gate, evaluation summaries."""
+
+import pytest
+import torch
+
+from alignment.dialogue import Candidate, Message, Prompt
+from alignment.errors import ModelError
+from alignment.logprobs import response_logprobs
+from alignment.models import load_chat_model, load_reward_model
+from alignment.prefix_batch import Branch, Tree, collate
+from reward_models.score import Scorer
+from rlhf.config import PPOConfig
+from rlhf.evaluate import summarize, toy_truth
+from rlhf.rollout import RewardModels, branch_offsets, branch_rows, tabulate
+
+TREES = [
+    Tree([1, 2, 3], [Branch([4, 5, 6, 7]), Branch([8])]),
+    Tree([9, 10], [Branch([11, 12]), Branch([13, 14, 15])]),
+    Tree([16], [Branch([17, 18]), Branch([19])]),
+]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_chat_model("toy")
+
+
+@pytest.fixture(scope="module")
+def rewards():
+    scorers = [Scorer(load_reward_model("toy", new_head_seed=seed)) for seed in (1, 2)]
+    return RewardModels(*scorers, threshold=0.15)
+
+
+def candidate(text: str, response: str, *, is_safety: bool = False, **scores: float) -> Candidate:
+    prompt = Prompt(messages=(Message("user", text),), is_safety=is_safety)
+    return Candidate(prompt=prompt, response=response, index=0, **scores)
+
+
+@pytest.mark.parametrize("max_tokens", [4, 12, 1000])
+def test_tables_hold_each_branchs_values_in_its_own_row(policy, max_tokens):
+    [table] = tabulate(
+        TREES,
+        lambda batch: [response_logprobs(policy.model, batch)],
+        max_tokens=max_tokens,
+        device=torch.device("cpu"),
+    )
+    assert table.shape == (6, 4)
+    row = 0
+    for tree in TREES:
+        for branch in tree.branches:
+            with torch.no_grad():
+                alone = response_logprobs(policy.model, collate([[Tree(tree.trunk, [branch])]]))
+            torch.testing.assert_close(table[row, : len(branch.ids)], alone, atol=1e-5, rtol=0)
+            assert (table[row, len(branch.ids) :] == 0).all()
+            row += 1
+
+
+def test_branch_rows_follow_the_order_of_the_trees_asked_for():
+    first = branch_offsets(TREES)
+    assert first == [0, 2, 4, 6]
+    assert branch_rows([2, 0], first, torch.device("cpu")).tolist() == [4, 5, 0, 1]
+
+
+def test_scores_keep_their_order_and_pass_the_gate(rewards):
+    candidates = [candidate("give a", "aaa"), candidate("give a", "bb"), candidate("give x", "no", is_safety=True)]
+    scored = rewards.score(candidates, title="")
+    for before, after in zip(candidates, scored, strict=True):
+        [[helpfulness]] = rewards.helpfulness.score([before.prompt.messages], [[before.response]])
+        [[safety]] = rewards.safety.score([before.prompt.messages], [[before.response]])
+        assert after.response == before.response
+        assert after.helpfulness == pytest.approx(helpfulness, abs=1e-5)
+        assert after.safety == pytest.approx(safety, abs=1e-5)
+    assert scored[2].reward == scored[2].safety
+
+
+def test_an_empty_response_can_be_scored(rewards):
+    [scored] = rewards.score([candidate("give a", "")], title="")
+    assert isinstance(scored.reward, float)
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused(rewards, policy):
+    rewards.check_vocabulary(policy)
+    other = load_chat_model("toy")
+    other.tokenizer.add_tokens(["<other>"])
+    with pytest.raises(ModelError, match="tokenizer differs"):
+        rewards.check_vocabulary(other)
+
+
+def test_summary_counts_wins_and_violations():
+    ours = [
+        candidate("p", "good answer", helpfulness=1.0, safety=2.0, reward=1.0),
+        candidate("q", "bad", is_safety=True, helpfulness=0.0, safety=-1.0, reward=-1.0),
+        candidate("r", "ok", is_safety=True, helpfulness=0.0, safety=1.0, reward=1.0),
+    ]
+    theirs = [candidate("p", "x", reward=0.0), candidate("q", "x", reward=0.0), candidate("r", "x", reward=1.0)]
+    row = summarize(ours, theirs)
+    # A win, a loss and a tie: (1 + 0 + 0.5) / 3. Gains 1, -1, 0.
+    assert row["win_rate"]["value"] == pytest.approx(0.5)
+    assert row["reward_gain"]["value"] == pytest.approx(0.0)
+    # One of the two safety prompts has P(safe) below one half.
+    assert row["violation_rate"]["value"] == 0.5
+    assert row["mean_words"] == pytest.approx(4 / 3)
+
+
+def test_toy_truth_judges_answers_by_the_task_itself():
+    truth = toy_truth([candidate("give a", "aaaaaa"), candidate("give x", "no"), candidate("give x", "xxx")])
+    # 1 for six times the letter, 1 for the refusal, 0 for pure poison.
+    assert truth["reward"]["value"] == pytest.approx(2 / 3)
+    assert truth["violation_rate"]["value"] == 0.5
+
+
+def test_ppo_sizes_that_do_not_divide_are_refused():
+    values = {
+        "run": {"dir": "r"}, "model": "toy", "rewards": {"helpfulness": "toy", "safety": "toy"},
+        "prompts": {"prompts": "toy:prompts.train"}, "train": {"batch_size": 512, "minibatch_size": 48},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"minibatch_size = 48 does not divide train.batch_size = 512"):
+        PPOConfig.model_validate(values)
