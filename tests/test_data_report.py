@@ -287,7 +287,7 @@ def test_the_preview_shows_a_dialogue_with_its_trained_tokens(write_file: WriteF
     printed = preview_of(path, model_dir, "--rows", "1")
     # "Yo" is two bytes no merge joins, and the end of the turn is trained with them.
     assert re.search(r"dialogue \(\d+ tokens, 3 trained\)", printed)
-    assert "<im_start>user\nHi<im_end>\n<im_start>assistant\nYo<im_end>\n" in text_of(printed)
+    assert "<im_start>user\nHi<im_end>\n<im_start>assistant\n[[Yo<im_end>]]\n" in text_of(printed)
     assert "second" not in text_of(printed)
 
 
@@ -307,7 +307,7 @@ def test_the_preview_shows_the_prompt_and_both_responses_of_a_pair(write_file: W
     for part in ("prompt (", "chosen (3 tokens)", "rejected (", "pairs.jsonl:1"):
         assert part in printed
     assert "<im_start>assistant\n\nchosen" in text_of(printed)
-    assert "Go away<im_end>" in text_of(printed)
+    assert "[[Go away<im_end>]]" in text_of(printed)
 
 
 def test_the_preview_shows_prompts_and_candidates(write_file: WriteFile, model_dir: Path) -> None:

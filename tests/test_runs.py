@@ -262,7 +262,7 @@ def test_leftovers_of_a_killed_write_are_removed(config):
 
 def process(index: int) -> SimpleNamespace:
     """The part of accelerate's PartialState that a run looks at."""
-    return SimpleNamespace(is_main_process=index == 0, wait_for_everyone=lambda: None)
+    return SimpleNamespace(is_main_process=index == 0, wait_for_everyone=lambda: None, num_processes=2)
 
 
 def test_only_the_main_process_writes(config):
