@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -222,7 +222,8 @@ def _check_hub() -> None:
     """Raises where the Hub is out of reach, within seconds; its own client would retry for minutes."""
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
-    httpx.head(constants.ENDPOINT, timeout=5.0).raise_for_status()
+    with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5.0):
+        pass
 
 
 def _demo_model_from_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -135,7 +135,9 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
             dropped["too_long"] += len(lost)
             for index, (sample, *_) in zip(fitting, samples, strict=True):
                 answer = decode_response(loaded.chat, sample.token_ids)
-                if not answer or sample.finish_reason == "length":
+                # An earlier answer that was cut off is context only; the last one would teach the model not to stop.
+                is_last = turn == len(user_turns[index]) - 1
+                if not answer or (is_last and sample.finish_reason == "length"):
                     dropped["cut_off" if answer else "empty"] += 1
                     lost.add(index)
                 else:
