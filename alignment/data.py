@@ -7,7 +7,6 @@ import hashlib
 import json
 import random
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -192,11 +191,6 @@ def pick(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
     if limit is None or len(rows) <= limit:
         return list(rows)
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-
-
-def count_by(rows: Iterable[Any], name: str) -> dict[str, int]:
-    """How many rows have each value of an attribute, most frequent first."""
-    return dict(Counter(str(getattr(row, name)) for row in rows).most_common())
 
 
 def file_sha256(path: Path) -> str:

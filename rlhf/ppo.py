@@ -46,7 +46,7 @@ from rlhf.policy import (
     sampler_for,
     trained_state,
 )
-from rlhf.rewards import kl_k3, per_token_rewards
+from rlhf.rewards import kl_k1, kl_k3, per_token_rewards
 from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, tabulate
 
 KEEP_CHECKPOINTS = 2
@@ -214,7 +214,7 @@ class PPOTrainer:
 
         mask = rollouts.mask
         lengths = mask.sum(1).float()
-        kl = torch.where(mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0)
+        kl = torch.where(mask, kl_k1(rollouts.logprobs, rollouts.ref_logprobs), 0.0)
         stopped = [sample.finish_reason == "stop" for samples in drawn for sample in samples]
         gate = safety_gate(safety, is_safety, threshold=self.rewards.threshold).float()
         local = {
