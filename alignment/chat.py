@@ -170,6 +170,9 @@ class JinjaFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        # What the template writes depends on the roles alone, of which a data set has few sequences.
+        self._pieces_by_roles: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+        self._ids_by_piece: dict[str, list[int]] = {}
         probe = (Message("user", "u"), Message("assistant", "a"), Message("user", "v"), Message("assistant", "b"))
         self._check_prefixes(probe)
         self._closing = self._pieces(probe[:2], generation=False)[-1]
@@ -201,6 +204,12 @@ class JinjaFormat:
 
     def _pieces(self, messages: Sequence[Message], *, generation: bool) -> list[str]:
         """The template's own text before, between and after the messages' texts."""
+        key = (generation, tuple(message.role for message in messages))
+        if key not in self._pieces_by_roles:
+            self._pieces_by_roles[key] = self._render_pieces(messages, generation=generation)
+        return self._pieces_by_roles[key]
+
+    def _render_pieces(self, messages: Sequence[Message], *, generation: bool) -> list[str]:
         marked = [{"role": m.role, "content": _MARK.format(index)} for index, m in enumerate(messages)]
         try:
             text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation)
@@ -237,7 +246,9 @@ class JinjaFormat:
         )
 
     def _encode_template(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        if text not in self._ids_by_piece:
+            self._ids_by_piece[text] = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        return self._ids_by_piece[text]
 
     def _encode_text(self, text: str) -> list[int]:
         return _encode_plain(self.tokenizer, text)

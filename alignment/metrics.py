@@ -67,6 +67,13 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def column(self, name: str) -> list[float]:
+        """One figure of every row that has it, in the order of steps."""
+        if not self.path.exists():
+            return []
+        rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return [row[name] for row in rows if name in row]
+
     def truncate_after(self, step: int) -> None:
         """Drops rows beyond `step` (and a half-written last row), so that a resumed run does not repeat them."""
         if not self.path.exists():

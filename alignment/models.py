@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from alignment.chat import ChatFormat, chat_format
+from alignment.config import LoraSection
 from alignment.data import file_sha256
 from alignment.errors import ModelError
 from alignment.runs import write_folder
@@ -47,16 +48,6 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     chat: ChatFormat
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Adapters as `LoraSection` describes them; `r = 0` is none."""
-
-    r: int
-    alpha: float
-    dropout: float = 0.0
-    last_layers: int | None = None
 
 
 def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto") -> LoadedModel:
@@ -113,11 +104,13 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, *, is_reward_model: bool, seed: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool, seed: int) -> nn.Module:
     """Adapters on the linear layers of a frozen model; a reward model's head is trained whole.
 
-    Adapter weights are float32 whatever the frozen weights are.
+    Adapter weights are float32 whatever the frozen weights are. With `r = 0` the model itself, trained in full.
     """
+    if lora.r == 0:
+        return model
     decoder = model.get_decoder()
     linear = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     num_layers = model.config.num_hidden_layers

@@ -59,8 +59,8 @@ class Run:
     Only the main process writes; the others get the same object with `writes = False`.
     """
 
-    def __init__(self, path: Path, stage: str, *, writes: bool, resumed: bool) -> None:
-        self.path, self.writes, self.resumed = path, writes, resumed
+    def __init__(self, path: Path, stage: str, *, writes: bool) -> None:
+        self.path, self.writes = path, writes
         self.metrics = MetricsLog(path / "metrics.jsonl", stage)
         self._started = time.monotonic()
         self._manifest: dict[str, Any] = {}
@@ -146,7 +146,7 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         import torch
 
         torch.set_num_threads(config.run.num_threads)
-    run = Run(path, config.stage, writes=is_main, resumed=resume)
+    run = Run(path, config.stage, writes=is_main)
     run._manifest = read_manifest(path) or {}
     run.note(
         stage=config.stage,

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
 
+from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
+from alignment.distributed import gather_objects
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar
 from alignment.runs import Run, mark_complete
@@ -42,6 +44,15 @@ class MicroBatch:
         return MicroBatch(self.batch.to(device), moved, self.weight)
 
 
+class TrainingConfig(Protocol):
+    """The sections of a stage's configuration that decide how it is trained."""
+
+    model: ModelSection
+    optim: OptimSection
+    train: TrainSection
+    run: RunSection
+
+
 # Loss summed (not averaged) over a micro-batch, with sums of metrics over the same weight.
 LossFunction = Callable[[nn.Module, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 # The micro-batches of some rows of the data set, given by index.
@@ -51,17 +62,15 @@ Batcher = Callable[[Sequence[int]], Iterator[MicroBatch]]
 class StepSchedule(Dataset):
     """Row indices of every optimizer step: `epochs` shuffled passes over `num_rows`, the last step possibly smaller."""
 
-    def __init__(
-        self, num_rows: int, *, batch_size: int, epochs: float, seed: int, max_steps: int | None = None
-    ) -> None:
-        total = math.ceil(num_rows * epochs)
+    def __init__(self, num_rows: int, train: TrainSection, *, seed: int) -> None:
+        total = math.ceil(num_rows * train.epochs)
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         while len(order) < total:
             order += torch.randperm(num_rows, generator=generator).tolist()
         order = order[:total]
-        steps = [order[start : start + batch_size] for start in range(0, total, batch_size)]
-        self.steps = steps[:max_steps]
+        steps = [order[start : start + train.batch_size] for start in range(0, total, train.batch_size)]
+        self.steps = steps[: train.max_steps]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -112,7 +121,7 @@ class GlobalBatchMixin:
                     sums_by_name[name] = sums_by_name.get(name, 0) + value.detach().float()
         names = sorted(sums_by_name)
         if accelerator.num_processes > 1:
-            names = sorted({name for found in _gather_objects(names) for name in found})
+            names = sorted({name for found in gather_objects(names) for name in found})
         stacked = torch.stack([loss_sum, *(sums_by_name.get(name, torch.zeros_like(loss_sum)) for name in names)])
         stacked = accelerator.reduce(stacked, reduction="sum") / total
         self.step_metrics = {"loss": stacked[0].item(), **dict(zip(names, stacked[1:].tolist(), strict=True))}
@@ -166,63 +175,47 @@ def use_run(trainer: Any, run: Run, title: str, metric_prefix: str) -> None:
 
 
 def training_arguments(
-    run: Run,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    schedule: str,
-    final_lr_fraction: float,
-    warmup_fraction: float,
-    min_warmup_steps: int,
-    num_steps: int,
-    save_every: int,
-    seed: int,
-    bf16: bool,
-    use_cpu: bool,
-    gradient_checkpointing: bool,
-    report_to: Sequence[str],
+    run: Run, config: TrainingConfig, *, num_steps: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Keyword arguments for TrainingArguments (or SFTConfig) that make Trainer take our steps as they are."""
-    name, extra = scheduler_name(schedule, final_lr_fraction)
+    optim, seed = config.optim, config.run.seed
+    name, extra = scheduler_name(optim)
     return {
         "output_dir": str(run.path / "checkpoints"),
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "num_train_epochs": 1,
-        "learning_rate": lr,
-        "adam_beta1": betas[0],
-        "adam_beta2": betas[1],
-        "adam_epsilon": eps,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
+        "learning_rate": optim.lr,
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "adam_epsilon": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
         "lr_scheduler_type": name,
         "lr_scheduler_kwargs": extra,
-        "warmup_steps": num_warmup_steps(num_steps, warmup_fraction, min_warmup_steps),
+        "warmup_steps": num_warmup_steps(num_steps, optim.warmup_fraction, optim.min_warmup_steps),
         "save_strategy": "steps",
-        "save_steps": save_every,
+        "save_steps": config.train.save_every,
         "save_total_limit": 2,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
-        "report_to": list(report_to) or "none",
+        "report_to": list(config.run.report_to) or "none",
         "seed": seed,
         "data_seed": seed,
-        "bf16": bf16,
-        "use_cpu": use_cpu,
-        "gradient_checkpointing": gradient_checkpointing,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "gradient_checkpointing": config.model.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
 
 
-def scheduler_name(schedule: str, final_lr_fraction: float) -> tuple[str, dict[str, Any]]:
+def scheduler_name(optim: OptimSection) -> tuple[str, dict[str, Any]]:
     """transformers' scheduler of a schedule, with its arguments."""
-    if schedule == "cosine":
-        return "cosine_with_min_lr", {"min_lr_rate": final_lr_fraction}
+    if optim.schedule == "cosine":
+        return "cosine_with_min_lr", {"min_lr_rate": optim.final_lr_fraction}
     return "constant_with_warmup", {}
 
 
@@ -232,27 +225,13 @@ def num_warmup_steps(num_steps: int, fraction: float, at_least: int) -> int:
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer,
-    *,
-    schedule: str,
-    final_lr_fraction: float,
-    warmup_fraction: float,
-    min_warmup_steps: int,
-    num_steps: int,
+    optimizer: torch.optim.Optimizer, optim: OptimSection, *, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The same schedule for our own loops."""
-    name, extra = scheduler_name(schedule, final_lr_fraction)
-    warmup = num_warmup_steps(num_steps, warmup_fraction, min_warmup_steps)
+    name, extra = scheduler_name(optim)
+    warmup = num_warmup_steps(num_steps, optim.warmup_fraction, optim.min_warmup_steps)
     return get_scheduler(name, optimizer, warmup, num_steps, scheduler_specific_kwargs=extra)
 
 
 def _only(items: list[list[int]]) -> list[int]:
     return items[0]
-
-
-def _gather_objects(value: Any) -> list[Any]:
-    import torch.distributed as dist
-
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found

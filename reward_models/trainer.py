@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from alignment.data import load_pairs, pick
 from alignment.errors import DataError
 from alignment.logprobs import branch_scores
-from alignment.models import Lora, add_lora, load_reward_model, save_model
+from alignment.models import add_lora, load_reward_model, save_model
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepSchedule, training_arguments, use_run
@@ -37,10 +37,9 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir.note_sources([*train_data.sources, *valid_data.sources])
 
     dtype = run_dir.dtype(device, config.model.dtype)
-    uses_lora = config.lora.r > 0
     loaded = load_reward_model(
         config.model.path,
-        dtype=dtype if uses_lora else torch.float32,
+        dtype=dtype if config.lora.r else torch.float32,
         chat_template=config.model.chat_template,
         new_head_seed=seed,
     )
@@ -62,30 +61,11 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     if not train.encoded:
         raise DataError(f"data.train: no pair fits into data.max_length = {config.data.max_length} tokens.")
 
-    model: nn.Module = loaded.model
-    if uses_lora:
-        model = add_lora(loaded.model, Lora(**config.lora.model_dump()), is_reward_model=True, seed=seed)
-    model.to(device)
-    schedule = StepSchedule(
-        len(train.encoded),
-        batch_size=config.train.batch_size,
-        epochs=config.train.epochs,
-        seed=seed,
-        max_steps=config.train.max_steps,
-    )
+    model = add_lora(loaded.model, config.lora, is_reward_model=True, seed=seed).to(device)
+    schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     budget = config.train.max_tokens_per_batch
     checkpoint = newest_checkpoint(run_dir) if resume else None
-    arguments = training_arguments(
-        run_dir,
-        **config.optim.model_dump(),
-        num_steps=len(schedule),
-        save_every=config.train.save_every,
-        seed=seed,
-        bf16=dtype == torch.bfloat16,
-        use_cpu=device.type == "cpu",
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        report_to=config.run.report_to,
-    )
+    arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)
     trainer = RewardTrainer(model=model, args=TrainingArguments(**arguments), processing_class=loaded.tokenizer)
     safety_weight = config.safety_loss_weight
     if safety_weight is None:

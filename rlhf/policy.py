@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from alignment.config import LoraSection
 from alignment.logprobs import unwrap
-from alignment.models import LoadedModel, Lora, add_lora, load_chat_model, load_reward_model, merged_copy
+from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, merged_copy
 from alignment.sampling.torch_engine import TorchSampler
 
 
@@ -45,7 +46,7 @@ def load_actor_critic(
     *,
     dtype: torch.dtype,
     chat_template: str,
-    lora: Lora,
+    lora: LoraSection,
     seed: int,
     device: torch.device,
     gradient_checkpointing: bool = False,
@@ -58,14 +59,9 @@ def load_actor_critic(
     weights = dtype if lora.r else torch.float32
     loaded = load_chat_model(policy_path, dtype=weights, chat_template=chat_template)
     value = load_reward_model(critic_path, dtype=weights, chat_template=chat_template)
-    policy: nn.Module = loaded.model
-    critic: nn.Module = value.model
-    reference = None
-    if lora.r:
-        policy = add_lora(loaded.model, lora, is_reward_model=False, seed=seed)
-        critic = add_lora(value.model, lora, is_reward_model=True, seed=seed)
-    else:
-        reference = copy.deepcopy(loaded.model).to(device).requires_grad_(False)
+    reference = None if lora.r else copy.deepcopy(loaded.model).to(device).requires_grad_(False)
+    policy = add_lora(loaded.model, lora, is_reward_model=False, seed=seed)
+    critic = add_lora(value.model, lora, is_reward_model=True, seed=seed)
     if gradient_checkpointing:
         for model in (policy, critic):
             unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -88,20 +84,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters by name, for a checkpoint."""
-    return {name: p.detach().cpu() for name, p in _unparallel(model).named_parameters() if p.requires_grad}
-
-
-def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Puts a checkpoint's parameters back; raises KeyError where a name is unknown."""
-    parameters = dict(_unparallel(model).named_parameters())
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)
-
-
-def _unparallel(model: nn.Module) -> nn.Module:
-    return model.module if hasattr(model, "module") else model

@@ -15,41 +15,32 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignment.chat import fit_prompt
 from alignment.data import load_prompts
 from alignment.dialogue import Prompt
+from alignment.distributed import mean_over_processes, whiten_over_processes
 from alignment.errors import ConfigError, DataError
 from alignment.logprobs import response_logprobs, response_stats, token_values
-from alignment.models import Lora, save_model
+from alignment.models import save_model
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
-from alignment.runs import Run, checkpoint_step, mark_complete, newest_checkpoint, open_run, write_folder
+from alignment.runs import Run, newest_checkpoint, open_run
 from alignment.sampling.prompts import choose_prompts, sample_ids
-from alignment.tensor_ops import masked_mean, masked_var, whiten
 from alignment.training import build_scheduler
 from rlhf.advantages import gae
+from rlhf.checkpoint import Learner, load_checkpoint, save_checkpoint
 from rlhf.config import PPOConfig
 from rlhf.gating import safety_gate
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, is_clipped
-from rlhf.policy import (
-    ActorCritic,
-    load_actor_critic,
-    load_trained_state,
-    parameter_groups,
-    sampler_for,
-    trained_state,
-)
-from rlhf.rewards import kl_k1, kl_k3, per_token_rewards
-from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, tabulate
-
-KEEP_CHECKPOINTS = 2
+from rlhf.policy import ActorCritic, load_actor_critic, parameter_groups, sampler_for
+from rlhf.rewards import per_token_rewards
+from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, rollout_metrics, tabulate
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
 
     start = 0
     if resume and (checkpoint := newest_checkpoint(run_dir)):
-        start = trainer.load(checkpoint)
+        start = load_checkpoint(checkpoint, trainer.learners)
     if accelerator.is_main_process:
         run_dir.metrics.truncate_after(start)
     metrics: dict[str, float] = {}
@@ -83,21 +74,22 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
             run_dir.log(step + 1, {f"ppo/{name}": value for name, value in metrics.items()})
             bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
             if (step + 1) % config.train.save_every == 0 and accelerator.is_main_process:
-                trainer.save(run_dir, step + 1)
+                save_checkpoint(run_dir, step + 1, trainer.learners)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         policy = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
         save_model(policy, trainer.models.loaded, run_dir.model_dir)
     accelerator.wait_for_everyone()
-    rows = _recent_rows(run_dir, "ppo/reward")
-    quarter = math.ceil(len(rows) / 4)
+    # Prompts differ from iteration to iteration, so first and last are means over a quarter of the run each.
+    rewards = run_dir.metrics.column("ppo/reward")
+    quarter = math.ceil(len(rewards) / 4)
     result = run_dir.finish(
         {
             "stage": "ppo",
             "iterations": total,
             "kl": metrics.get("kl"),
-            "reward_first": _mean(rows[:quarter]),
-            "reward_last": _mean(rows[len(rows) - quarter :]),
+            "reward_first": sum(rewards[:quarter]) / quarter,
+            "reward_last": sum(rewards[len(rewards) - quarter :]) / quarter,
             "last": metrics,
         }
     )
@@ -116,7 +108,7 @@ class PPOTrainer:
             config.rewards.helpfulness.path,
             dtype=dtype,
             chat_template=config.model.chat_template,
-            lora=Lora(**config.lora.model_dump()),
+            lora=config.lora,
             seed=config.run.seed,
             device=device,
             gradient_checkpointing=config.model.gradient_checkpointing,
@@ -129,27 +121,20 @@ class PPOTrainer:
                 f"train.minibatch_size = {config.train.minibatch_size} cannot be shared by {num_processes} processes "
                 f"with {config.sampling.num_candidates} rollouts a prompt. Choose a multiple of their product."
             )
-        optim = config.optim
-        adam = {"betas": optim.betas, "eps": optim.eps}
-        num_updates = config.train.max_steps * self._updates_per_iteration()
-        optimizers, schedulers = [], []
-        for model, lr in ((self.models.policy, optim.lr), (self.models.critic, config.ppo.critic_lr)):
-            optimizer = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=lr, **adam)
-            optimizers.append(optimizer)
-            schedulers.append(
-                build_scheduler(
-                    optimizer,
-                    schedule=optim.schedule,
-                    final_lr_fraction=optim.final_lr_fraction,
-                    warmup_fraction=optim.warmup_fraction,
-                    min_warmup_steps=optim.min_warmup_steps,
-                    num_steps=num_updates,
-                )
-            )
-        self.policy, self.critic, self.policy_optimizer, self.critic_optimizer = accelerator.prepare(
-            self.models.policy, self.models.critic, *optimizers
-        )
-        self.schedulers = schedulers
+        self.learners = {
+            "policy": self._learner(self.models.policy, config.optim.lr),
+            "critic": self._learner(self.models.critic, config.ppo.critic_lr),
+        }
+        self.policy, self.critic = (learner.model for learner in self.learners.values())
+
+    def _learner(self, model: nn.Module, lr: float) -> Learner:
+        optim = self.config.optim
+        groups = parameter_groups(model, optim.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+        num_updates = self.config.train.max_steps * self._updates_per_iteration()
+        scheduler = build_scheduler(optimizer, optim, num_steps=num_updates)
+        model, optimizer = self.accelerator.prepare(model, optimizer)
+        return Learner(model, optimizer, scheduler)
 
     def encode(self, prompts: Sequence[Prompt], run_dir: Run) -> list[EncodedPrompt]:
         """Prompts that fit, with their ids. Raises DataError where there are too few for one iteration."""
@@ -202,19 +187,17 @@ class PPOTrainer:
         clock.lap("score")
 
         # 3. Whiten over the global batch, before the KL term.
-        whitened = self._whiten_globally(gated.to(accelerator.device))
+        gated = gated.to(accelerator.device)
+        whitened = whiten_over_processes(gated, torch.ones_like(gated, dtype=torch.bool), accelerator)
 
         # 4. Log-probabilities under policy and reference, and the critic's values.
-        rollouts, rewards = self._measure(trees, whitened)
+        rollouts = self._measure(trees, whitened)
         clock.lap("measure")
 
         # 5. One gradient step a minibatch, policy and critic.
         update = self._update(rollouts)
         clock.lap("update")
 
-        mask = rollouts.mask
-        lengths = mask.sum(1).float()
-        kl = torch.where(mask, kl_k1(rollouts.logprobs, rollouts.ref_logprobs), 0.0)
         stopped = [sample.finish_reason == "stop" for samples in drawn for sample in samples]
         gate = safety_gate(safety, is_safety, threshold=self.rewards.threshold).float()
         local = {
@@ -222,18 +205,13 @@ class PPOTrainer:
             "helpfulness": helpfulness.mean(),
             "safety": safety.mean(),
             "gated_rate": gate.mean(),
-            "kl": kl.sum(1).mean(),
-            "kl_k3": torch.where(mask, kl_k3(rollouts.logprobs, rollouts.ref_logprobs), 0.0).sum(1).mean(),
-            "entropy": masked_mean(rollouts.entropy, mask),
-            "length": lengths.mean(),
             "truncated_rate": 1.0 - sum(stopped) / len(stopped),
-            "return": torch.where(mask, rewards, 0.0).sum(1).mean(),
-            "explained_variance": _explained_variance(rollouts),
+            **rollout_metrics(rollouts),
         }
-        return {**self._mean_over_processes(local), **update, **clock.seconds}
+        return {**mean_over_processes(local, accelerator), **update, **clock.seconds}
 
-    def _measure(self, trees: list[Tree], rewards: Tensor) -> tuple[Rollouts, Tensor]:
-        """Everything the losses need, and the per-token rewards."""
+    def _measure(self, trees: list[Tree], rewards: Tensor) -> Rollouts:
+        """Everything the losses need."""
         config, device = self.config, self.accelerator.device
         temperature = config.sampling.temperature
         options = {"max_tokens": config.train.max_tokens_per_batch, "device": device}
@@ -253,8 +231,18 @@ class PPOTrainer:
         mask = counted > 0
         token_rewards = per_token_rewards(rewards, logprobs, ref_logprobs, mask, beta=config.ppo.beta)
         advantages, returns = gae(token_rewards, values, mask, gamma=config.ppo.gamma, lam=config.ppo.lam)
-        advantages = self._whiten_masked_globally(advantages, mask)
-        return Rollouts(trees, mask, logprobs, ref_logprobs, entropy, values, advantages, returns), token_rewards
+        advantages = whiten_over_processes(advantages, mask, self.accelerator)
+        return Rollouts(
+            trees=trees,
+            mask=mask,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            entropy=entropy,
+            rewards=token_rewards,
+            values=values,
+            advantages=advantages,
+            returns=returns,
+        )
 
     def _update(self, rollouts: Rollouts) -> dict[str, float]:
         """Minibatches in order, micro-batches inside; losses are means over the tokens of the global minibatch."""
@@ -278,16 +266,12 @@ class PPOTrainer:
                 for name, value in parts.items():
                     totals[name] = totals.get(name, 0.0) + value.detach()
             norms = {}
-            for name, model, optimizer in (
-                ("policy", self.policy, self.policy_optimizer),
-                ("critic", self.critic, self.critic_optimizer),
-            ):
-                norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+            for name, learner in self.learners.items():
+                norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.optim.max_grad_norm)
                 norms[f"{name}_grad_norm"] = float(norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            for scheduler in self.schedulers:
-                scheduler.step()
+                learner.optimizer.step()
+                learner.optimizer.zero_grad()
+                learner.scheduler.step()
             means = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum") * scale
             step = dict(zip(totals, (means / accelerator.num_processes).tolist(), strict=True)) | norms
             if num_updates == 0:
@@ -342,63 +326,6 @@ class PPOTrainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def _whiten_globally(self, rewards: Tensor) -> Tensor:
-        """R~_c = WHITEN(LOGIT(R_c)) over the rollouts of all processes; this process's share."""
-        everything = self.accelerator.gather(rewards)
-        white = whiten(everything, torch.ones_like(everything, dtype=torch.bool))
-        start = self.accelerator.process_index * len(rewards)
-        return white[start : start + len(rewards)]
-
-    def _whiten_masked_globally(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Zero mean and unit variance over the masked entries of all processes, whose tables differ in width."""
-        if self.accelerator.num_processes == 1:
-            return whiten(values, mask)
-        flat = values[mask].double()
-        moments = torch.stack([flat.sum(), (flat**2).sum(), torch.tensor(float(len(flat)), dtype=torch.float64)])
-        total, squares, count = self.accelerator.reduce(moments.float(), reduction="sum").double()
-        mean = total / count
-        scaled = (values - mean) * torch.rsqrt(squares / count - mean**2 + 1e-8)
-        return torch.where(mask, scaled, 0.0).to(values.dtype)
-
-    def _mean_over_processes(self, values: dict[str, Any]) -> dict[str, float]:
-        stacked = torch.tensor([float(value) for value in values.values()], device=self.accelerator.device)
-        return dict(zip(values, self.accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
-
-    def save(self, run_dir: Run, step: int) -> None:
-        """A checkpoint of everything that changes; older ones but the last go."""
-        folder = run_dir.path / "checkpoints" / f"checkpoint-{step}"
-
-        def fill(path: Path) -> None:
-            state = {
-                "policy": trained_state(self.policy),
-                "critic": trained_state(self.critic),
-                "optimizers": [self.policy_optimizer.state_dict(), self.critic_optimizer.state_dict()],
-                "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-                "rng": torch.get_rng_state(),
-            }
-            torch.save(state, path / "state.pt")
-
-        write_folder(folder, fill)
-        run_dir.note_elapsed()
-        mark_complete(folder)
-        kept = sorted(folder.parent.glob("checkpoint-*"), key=checkpoint_step)
-        for old in kept[:-KEEP_CHECKPOINTS]:
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
-
-    def load(self, folder: Path) -> int:
-        """Puts a checkpoint's state back; returns the iterations done."""
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        load_trained_state(self.policy, state["policy"])
-        load_trained_state(self.critic, state["critic"])
-        for optimizer, saved in zip((self.policy_optimizer, self.critic_optimizer), state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        return checkpoint_step(folder)
-
 
 class _Clock:
     """Seconds of each phase."""
@@ -413,24 +340,5 @@ class _Clock:
         self._last = now
 
 
-def _explained_variance(rollouts: Rollouts) -> Tensor:
-    """1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant one."""
-    error = masked_var(rollouts.returns - rollouts.values, rollouts.mask)
-    return 1 - error / masked_var(rollouts.returns, rollouts.mask).clamp_min(1e-8)
-
-
 def _seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    """Prompts differ from iteration to iteration, so first and last are means over a quarter of the run each."""
-    return sum(values) / len(values) if values else None
-
-
-def _recent_rows(run_dir: Run, name: str) -> list[float]:
-    import json
-
-    if not run_dir.metrics.path.exists():
-        return []
-    return [json.loads(line)[name] for line in run_dir.metrics.path.read_text(encoding="utf-8").splitlines()]

@@ -15,9 +15,11 @@ from alignment.errors import ModelError
 from alignment.models import LoadedModel
 from alignment.prefix_batch import PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
+from alignment.tensor_ops import masked_mean, masked_var
 from reward_models.score import Scorer
 from rlhf.config import RewardSection
 from rlhf.gating import gated_logits
+from rlhf.rewards import kl_k1, kl_k3
 
 
 class RewardModels:
@@ -92,6 +94,7 @@ class Rollouts:
         logprobs: (N, T) under the policy that sampled, by the trainer's own forward at sampling temperature.
         ref_logprobs: (N, T) under the reference.
         entropy: (N, T) of the policy's distribution, in nats.
+        rewards: (N, T) per token: the KL penalty, and the response's whitened reward on its last token.
         values: (N, T) the critic's value before each token.
         advantages: (N, T) whitened over the global batch.
         returns: (N, T) the critic's targets.
@@ -102,9 +105,32 @@ class Rollouts:
     logprobs: Float[Tensor, "N T"]
     ref_logprobs: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"]
+    rewards: Float[Tensor, "N T"]
     values: Float[Tensor, "N T"]
     advantages: Float[Tensor, "N T"]
     returns: Float[Tensor, "N T"]
+
+
+def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
+    """Figures of one process's rollouts, sums over a response's tokens and means over responses.
+
+    `kl` is the estimate whose mean is exact (k1), `kl_k3` the one that is never negative; nats a response.
+    `explained_variance` is 1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant one.
+    """
+    mask = rollouts.mask
+
+    def per_response(values: Tensor) -> Tensor:
+        return torch.where(mask, values, 0.0).sum(1).mean()
+
+    error = masked_var(rollouts.returns - rollouts.values, mask)
+    return {
+        "kl": per_response(kl_k1(rollouts.logprobs, rollouts.ref_logprobs)),
+        "kl_k3": per_response(kl_k3(rollouts.logprobs, rollouts.ref_logprobs)),
+        "entropy": masked_mean(rollouts.entropy, mask),
+        "length": mask.sum(1).float().mean(),
+        "return": per_response(rollouts.rewards),
+        "explained_variance": 1 - error / masked_var(rollouts.returns, mask).clamp_min(1e-8),
+    }
 
 
 def tabulate(

@@ -16,7 +16,7 @@ from alignment.chat import EncodedDialogue
 from alignment.data import load_dialogues, pick
 from alignment.errors import DataError
 from alignment.logprobs import response_logprobs
-from alignment.models import Lora, add_lora, load_chat_model, save_model
+from alignment.models import add_lora, load_chat_model, save_model
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import GlobalBatchMixin, MicroBatch, StepSchedule, training_arguments, use_run
@@ -38,10 +38,9 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir.note_sources([*train_data.sources, *valid_data.sources])
 
     dtype = run_dir.dtype(device, config.model.dtype)
-    uses_lora = config.lora.r > 0
     loaded = load_chat_model(
         config.model.path,
-        dtype=dtype if uses_lora else torch.float32,
+        dtype=dtype if config.lora.r else torch.float32,
         chat_template=config.model.chat_template,
     )
     limits = {"max_length": config.data.max_length, "overlong": config.data.overlong}
@@ -52,34 +51,15 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     if not train.encoded:
         raise DataError(f"data.train: no dialogue fits into data.max_length = {config.data.max_length} tokens.")
 
-    model: nn.Module = loaded.model
-    if uses_lora:
-        model = add_lora(loaded.model, Lora(**config.lora.model_dump()), is_reward_model=False, seed=seed)
-    model.to(device)
-    schedule = StepSchedule(
-        len(train.encoded),
-        batch_size=config.train.batch_size,
-        epochs=config.train.epochs,
-        seed=seed,
-        max_steps=config.train.max_steps,
-    )
+    model = add_lora(loaded.model, config.lora, is_reward_model=False, seed=seed).to(device)
+    schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     budget = config.train.max_tokens_per_batch
     checkpoint = newest_checkpoint(run_dir) if resume else None
     before = run_dir.noted("before")
     if before is None:
         before = evaluate(model, valid, max_tokens=budget, dtype=dtype, title="sft: held-out loss before")
         run_dir.note(before=before)
-    arguments = training_arguments(
-        run_dir,
-        **config.optim.model_dump(),
-        num_steps=len(schedule),
-        save_every=config.train.save_every,
-        seed=seed,
-        bf16=dtype == torch.bfloat16,
-        use_cpu=device.type == "cpu",
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        report_to=config.run.report_to,
-    )
+    arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)
     trainer = MaskedSFTTrainer(
         model=model,
         args=trl.SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),

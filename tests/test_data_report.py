@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from alignment.chat import CHATML
 from alignment.cli.data import app
 from alignment.data_report import FileReport, check_files, lengths
-from alignment.dialogue import Message, PreferencePair, safety_bin
 from alignment.errors import DataError, ModelError
 
 Row = dict[str, Any]
@@ -107,24 +106,6 @@ def test_bins_double_in_width_and_hold_every_text_once() -> None:
     assert lengths([0, 3, 4, 7, 8, 33]).histogram == {0: 2, 4: 2, 8: 1, 16: 0, 32: 1}
     assert lengths([5]).histogram == {4: 1}
     assert lengths([64, 127, 128]).histogram == {64: 2, 128: 1}
-
-
-@pytest.mark.parametrize(
-    ("chosen_safe", "rejected_safe", "found"),
-    [
-        (True, False, "chosen_safe_other_unsafe"),
-        (True, True, "both_safe"),
-        (False, False, "both_unsafe"),
-        (False, True, "veto"),
-        (None, True, "unlabelled"),
-        (False, None, "unlabelled"),
-    ],
-)
-def test_safety_bins_are_those_of_the_paper(chosen_safe: bool | None, rejected_safe: bool | None, found: str) -> None:
-    labelled = PreferencePair(
-        prompt=(Message("user", "q"),), chosen="a", rejected="b", chosen_safe=chosen_safe, rejected_safe=rejected_safe
-    )
-    assert safety_bin(labelled) == found
 
 
 def test_ratings_labels_and_lengths_of_pairs_are_counted(write_file: WriteFile) -> None:

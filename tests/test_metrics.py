@@ -100,6 +100,14 @@ def test_truncate_after_drops_later_steps_and_a_half_written_last_row(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_column_holds_one_figure_of_the_rows_that_have_it(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", "rm")
+    assert log.column("rm/loss") == []
+    for step, values in enumerate([{"rm/loss": 3.0}, {"rm/accuracy": 1.0}, {"rm/loss": 1.0}]):
+        log.write(step, values)
+    assert log.column("rm/loss") == [3.0, 1.0]
+
+
 def test_truncate_after_of_a_file_that_is_not_there_makes_none(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl", "rm").truncate_after(3)
     assert not list(tmp_path.iterdir())

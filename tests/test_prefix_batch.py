@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from alignment.config import LoraSection
 from alignment.logprobs import branch_scores, response_logprobs, token_values
-from alignment.models import Lora, add_lora
+from alignment.models import add_lora
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches, pack
 
 VOCAB = 64
@@ -156,7 +157,7 @@ def lora_critic(request, make_reward_model):
 def _with_adapters(model: nn.Module, checkpointed: bool, *, is_reward_model: bool) -> nn.Module:
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = add_lora(model, Lora(r=4, alpha=8), is_reward_model=is_reward_model, seed=1)
+    adapted = add_lora(model, LoraSection(r=4, alpha=8), is_reward_model=is_reward_model, seed=1)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # starts at zero: the adapters would not show

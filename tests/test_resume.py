@@ -75,35 +75,60 @@ def reward_model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
+def ppo_settings(reward_model: Path) -> list[str]:
     models = [
         f"rewards.{kind}.{key}"
         for kind in ("helpfulness", "safety")
         for key in (f"path={reward_model}", "dtype=float32")
     ]
-    settings = [
-        *COMMON, *models, "model=toy", "prompts.prompts=toy:prompts.train", f"lora.r={lora}", "optim.lr=1e-3",
-        "sampling.max_new_tokens=8", "sampling.num_candidates=2", "train.max_steps=14", "train.batch_size=8",
-        "train.minibatch_size=4",
+    return [
+        *COMMON, *models, "model=toy", "prompts.prompts=toy:prompts.train", "optim.lr=1e-3",
+        "sampling.max_new_tokens=8", "sampling.num_candidates=2", "train.batch_size=8", "train.minibatch_size=4",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
+    settings = [*ppo_settings(reward_model), f"lora.r={lora}", "train.max_steps=14"]
     run_here("ppo", settings, tmp_path / "whole", resume=False)
     kill_after_first_checkpoint(command("ppo", settings, tmp_path / "killed"), tmp_path / "killed")
     run_here("ppo", settings, tmp_path / "killed", resume=True)
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_two_processes_take_the_same_step_as_one(tmp_path):
-    for name in ("sft", "rm"):
-        settings = [*STAGE_SETTINGS[name], "data.max_rows=44", "run.device=cpu"]
-        run_here(name, settings, tmp_path / f"{name}-one", resume=False)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alignment.cli.main"]
-        launch += [name, *settings, f"run.dir={tmp_path}/{name}-two"]
-        done = subprocess.run(
-            launch, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+def run_in_two_processes(stage: str, settings: list[str], run_dir: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alignment.cli.main"]
+    done = subprocess.run(
+        [*launch, stage, *settings, f"run.dir={run_dir}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((run_dir / "manifest.json").read_text())["num_processes"] == 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "ppo-lora"])
+def test_two_processes_take_the_same_step_as_one(stage, reward_model, tmp_path):
+    """The same prompts are sampled with the same streams, rewards and advantages whitened over both processes."""
+    name, *lora = stage.split("-")
+    if name == "ppo":
+        settings = [*ppo_settings(reward_model), f"lora.r={4 if lora else 0}", "train.max_steps=2"]
+    else:
+        settings = [*STAGE_SETTINGS[name], "data.max_rows=44"]
+    run_here(name, settings, tmp_path / "one", resume=False)
+    run_in_two_processes(name, settings, tmp_path / "two")
+    one, two = (load_file(tmp_path / count / "model" / "model.safetensors") for count in ("one", "two"))
+    for key in one:
+        assert (one[key] - two[key]).abs().max() < 1e-5, key
+    if name == "ppo":
+        first, second = (
+            [json.loads(line) for line in (tmp_path / count / "metrics.jsonl").read_text().splitlines()]
+            for count in ("one", "two")
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert json.loads((tmp_path / f"{name}-two" / "manifest.json").read_text())["num_processes"] == 2
-        one, two = (load_file(tmp_path / f"{name}-{n}" / "model" / "model.safetensors") for n in ("one", "two"))
-        for key in one:
-            assert (one[key] - two[key]).abs().max() < 1e-5, f"{name}: {key}"
+        for key in ("reward", "kl", "length", "policy_loss", "value_loss", "policy_grad_norm"):
+            assert [row[f"ppo/{key}"] for row in second] == pytest.approx(
+                [row[f"ppo/{key}"] for row in first], abs=1e-5
+            ), key

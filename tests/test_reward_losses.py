@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from alignment.chat import CHATML, chat_format, encode_prompt
-from alignment.dialogue import Message, PreferencePair, safety_bin
+from alignment.dialogue import Message, PreferencePair
 from alignment.errors import DataError, ModelError
 from alignment.models import LoadedModel, load_reward_model
 from reward_models.config import MARGIN_TABLES
@@ -155,21 +155,6 @@ def test_the_veto_may_flip_pairs_and_then_forgets_their_rating():
 def test_the_veto_may_be_waived_and_still_counts():
     pairs = [pair(**VETOED), pair()]
     assert apply_veto(pairs, "keep") == (pairs, 1)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "name"),
-    [
-        (True, False, "chosen_safe_other_unsafe"),
-        (True, True, "both_safe"),
-        (False, False, "both_unsafe"),
-        (False, True, "veto"),
-        (None, True, "unlabelled"),
-        (False, None, "unlabelled"),
-    ],
-)
-def test_pairs_fall_into_the_papers_safety_bins(chosen, rejected, name):
-    assert safety_bin(pair(chosen_safe=chosen, rejected_safe=rejected)) == name
 
 
 # ------------------------------------------------------------------------------------------------ pairs as rows

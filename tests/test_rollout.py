@@ -11,7 +11,7 @@ from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.evaluate import summarize, toy_truth
-from rlhf.rollout import RewardModels, branch_offsets, branch_rows, tabulate
+from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, rollout_metrics, tabulate
 
 TREES = [
     Tree([1, 2, 3], [Branch([4, 5, 6, 7]), Branch([8])]),
@@ -59,6 +59,29 @@ def test_branch_rows_follow_the_order_of_the_trees_asked_for():
     first = branch_offsets(TREES)
     assert first == [0, 2, 4, 6]
     assert branch_rows([2, 0], first, torch.device("cpu")).tolist() == [4, 5, 0, 1]
+
+
+def test_figures_of_rollouts_by_hand():
+    """Two responses, of two tokens and of one; whatever stands beyond a response's end counts nowhere."""
+    nan = float("nan")
+    tables = {
+        "logprobs": torch.tensor([[-1.0, -2.0], [-3.0, nan]]),
+        "ref_logprobs": torch.tensor([[-1.5, -2.5], [-2.0, nan]]),
+        "entropy": torch.tensor([[1.0, 2.0], [6.0, nan]]),
+        "rewards": torch.tensor([[0.5, 1.5], [-1.0, nan]]),
+        "values": torch.tensor([[1.0, 1.0], [1.0, nan]]),
+        "advantages": torch.zeros(2, 2),
+        "returns": torch.tensor([[2.0, 1.0], [0.0, nan]]),
+    }
+    found = rollout_metrics(Rollouts(trees=[], mask=torch.tensor([[True, True], [True, False]]), **tables))
+    assert {name: round(value.item(), 4) for name, value in found.items()} == {
+        "kl": 0.0,  # (0.5 + 0.5) and -1, halved
+        "kl_k3": 0.4657,  # exp(d) - 1 - d with d -0.5, -0.5 and 1: (2 * 0.1065 + 0.7183) / 2
+        "entropy": 3.0,
+        "length": 1.5,
+        "return": 0.5,
+        "explained_variance": 0.0,  # a constant critic
+    }
 
 
 def test_scores_keep_their_order_and_pass_the_gate(rewards):

@@ -102,7 +102,7 @@ def test_a_killed_folder_write_leaves_the_old_folder_and_the_next_one_starts_cle
 
 def test_a_run_writes_its_configuration_and_manifest_at_once(config):
     run = open_run(config)
-    assert run.writes and not run.resumed
+    assert run.writes
     assert load_config(SmallConfig, run.path / "config.yaml") == config
     manifest = read_manifest(run.path)
     assert (manifest["stage"], manifest["status"], manifest["seed"]) == ("small", "running", 4)
@@ -149,7 +149,6 @@ def test_notes_are_on_disk_at_once_and_are_found_on_resuming(config):
     run.note(before={"loss": 2.5})
     assert json.loads((run.path / "manifest.json").read_text())["before"] == {"loss": 2.5}
     again = open_run(config, resume=True)
-    assert again.resumed
     assert again.noted("before") == {"loss": 2.5}
     assert again.noted("after") is None
 
@@ -178,10 +177,10 @@ def test_a_finished_run_is_not_touched(config, resume):
 
 
 def test_an_unfinished_run_goes_on_only_when_asked_to(config):
-    open_run(config)
+    open_run(config).note(before=1)
     with pytest.raises(RunError, match=r"holds an unfinished run\. Add --resume"):
         open_run(config)
-    assert open_run(config, resume=True).resumed
+    assert open_run(config, resume=True).noted("before") == 1
 
 
 def test_a_run_does_not_go_on_with_other_settings(config):
@@ -193,10 +192,10 @@ def test_a_run_does_not_go_on_with_other_settings(config):
 
 def test_a_run_goes_on_with_another_tracker_or_from_another_place(config, tmp_path):
     """The folder and what is reported decide nothing about the outcome."""
-    open_run(config)
+    open_run(config).note(before=1)
     Path(config.run.dir).rename(tmp_path / "moved")
     moved = with_run(config, dir=str(tmp_path / "moved"), report_to=["tensorboard"])
-    assert open_run(moved, resume=True).resumed
+    assert open_run(moved, resume=True).noted("before") == 1
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -212,7 +211,7 @@ def test_a_folder_that_no_run_made_is_never_touched(config, overwrite, resume):
 
 def test_an_empty_folder_may_be_used(config):
     Path(config.run.dir).mkdir()
-    assert not open_run(config).resumed
+    assert read_manifest(open_run(config).path)["status"] == "running"
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -223,7 +222,7 @@ def test_overwrite_starts_anew(config, finished):
     if finished:
         run.finish({})
     again = open_run(with_run(config, overwrite=True))
-    assert not again.resumed and again.noted("before") is None
+    assert again.noted("before") is None
     assert sorted(file.name for file in again.path.iterdir()) == ["config.yaml", "manifest.json"]
     assert not is_finished(again.path)
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from alignment.chat import EncodedDialogue
-from alignment.config import OptimSection, RunSection, StageConfig
+from alignment.config import ModelSection, OptimSection, RunSection, StageConfig, TrainSection
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import Run, newest_checkpoint, open_run
 from alignment.training import (
@@ -40,7 +40,7 @@ from sft.trainer import response_loss
 
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 12), epochs=st.integers(1, 4), seed=st.integers(0, 5))
 def test_every_row_comes_once_in_every_epoch(rows, batch_size, epochs, seed):
-    schedule = StepSchedule(rows, batch_size=batch_size, epochs=epochs, seed=seed)
+    schedule = StepSchedule(rows, TrainSection(batch_size=batch_size, epochs=epochs), seed=seed)
     order = [row for step in schedule for row in step]
     for epoch in range(epochs):
         assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
@@ -52,23 +52,23 @@ def test_every_row_comes_once_in_every_epoch(rows, batch_size, epochs, seed):
 
 def test_the_schedule_is_a_function_of_the_seed():
     torch.manual_seed(1)
-    first = StepSchedule(30, batch_size=4, epochs=2, seed=3).steps
+    first = StepSchedule(30, TrainSection(batch_size=4, epochs=2), seed=3).steps
     torch.manual_seed(2)
-    assert StepSchedule(30, batch_size=4, epochs=2, seed=3).steps == first
-    assert StepSchedule(30, batch_size=4, epochs=2, seed=4).steps != first
+    assert StepSchedule(30, TrainSection(batch_size=4, epochs=2), seed=3).steps == first
+    assert StepSchedule(30, TrainSection(batch_size=4, epochs=2), seed=4).steps != first
 
 
 def test_epochs_are_shuffled_differently():
-    order = [row for step in StepSchedule(30, batch_size=5, epochs=2, seed=0) for row in step]
+    order = [row for step in StepSchedule(30, TrainSection(batch_size=5, epochs=2), seed=0) for row in step]
     assert order[:30] != order[30:] != list(range(30))
 
 
 def test_half_an_epoch_takes_half_of_the_rows_and_max_steps_cuts():
-    half = StepSchedule(9, batch_size=2, epochs=0.5, seed=0)
+    half = StepSchedule(9, TrainSection(batch_size=2, epochs=0.5), seed=0)
     assert [len(step) for step in half] == [2, 2, 1]  # 4.5 rows, rounded up
     assert (
-        StepSchedule(9, batch_size=2, epochs=3, seed=0, max_steps=2).steps
-        == StepSchedule(9, batch_size=2, epochs=3, seed=0).steps[:2]
+        StepSchedule(9, TrainSection(batch_size=2, epochs=3, max_steps=2), seed=0).steps
+        == StepSchedule(9, TrainSection(batch_size=2, epochs=3), seed=0).steps[:2]
     )
 
 
@@ -83,9 +83,8 @@ def test_warmup_steps_of_worked_examples():
 
 def test_the_cosine_rises_to_its_peak_and_ends_at_a_tenth():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = build_scheduler(
-        optimizer, schedule="cosine", final_lr_fraction=0.1, warmup_fraction=0.2, min_warmup_steps=0, num_steps=10
-    )
+    optim = OptimSection(schedule="cosine", final_lr_fraction=0.1, warmup_fraction=0.2, min_warmup_steps=0)
+    scheduler = build_scheduler(optimizer, optim, num_steps=10)
     rates = []
     for _ in range(11):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -103,6 +102,10 @@ def test_the_cosine_rises_to_its_peak_and_ends_at_a_tenth():
 class TinyConfig(StageConfig):
     stage: ClassVar[str] = "tiny"
 
+    model: ModelSection = ModelSection(path="toy")
+    optim: OptimSection = OptimSection(lr=1e-3, min_warmup_steps=0, warmup_fraction=0.0)
+    train: TrainSection = TrainSection(save_every=1000)
+
 
 @pytest.fixture
 def open_tiny_run(tmp_path: Path) -> Callable[[str], Run]:
@@ -110,19 +113,10 @@ def open_tiny_run(tmp_path: Path) -> Callable[[str], Run]:
 
 
 def arguments(run: Run, num_steps: int, **changes: Any) -> TrainingArguments:
-    optim = {**OptimSection(lr=1e-3, min_warmup_steps=0, warmup_fraction=0.0).model_dump(), **changes}
-    values = training_arguments(
-        run,
-        **optim,
-        num_steps=num_steps,
-        save_every=1000,
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        report_to=[],
-    )
-    return TrainingArguments(**values)
+    config = TinyConfig(run=RunSection(dir=str(run.path)))
+    config = config.model_copy(update={"optim": config.optim.model_copy(update=changes)})
+    device = torch.device("cpu")
+    return TrainingArguments(**training_arguments(run, config, num_steps=num_steps, dtype=torch.float32, device=device))
 
 
 def random_dialogues(count: int) -> list[EncodedDialogue]:
@@ -169,7 +163,7 @@ def rm_batcher(max_tokens: int) -> Callable[[Sequence[int]], Iterator[MicroBatch
 
 def train(model: nn.Module, run: Run, batcher: Any, loss: Any, *, steps: int = 2, **changes: Any) -> RewardTrainer:
     """Two optimizer steps of four rows each."""
-    schedule = StepSchedule(8, batch_size=4, epochs=steps / 2, seed=1)
+    schedule = StepSchedule(8, TrainSection(batch_size=4, epochs=steps / 2), seed=1)
     trainer = RewardTrainer(model=model, args=arguments(run, len(schedule), **changes))
     trainer.use_steps(schedule, batcher, loss)
     use_run(trainer, run, "tiny", "tiny")
@@ -230,7 +224,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_the_global_batch(stage, open_t
     model.zero_grad()
 
     trainer = RewardTrainer(model=model, args=arguments(open_tiny_run("run"), 1))
-    trainer.use_steps(StepSchedule(8, batch_size=4, epochs=1, seed=0), batcher(30), loss)
+    trainer.use_steps(StepSchedule(8, TrainSection(batch_size=4, epochs=1), seed=0), batcher(30), loss)
     found = trainer.training_step(model, rows)
     assert found.item() == pytest.approx(expected_loss.item(), abs=1e-5)
     assert trainer.step_metrics["loss"] == pytest.approx(expected_loss.item(), abs=1e-5)
@@ -240,7 +234,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_the_global_batch(stage, open_t
 
 def test_step_metrics_are_means_over_the_pairs_of_the_step(reward_llama, open_tiny_run):
     trainer = RewardTrainer(model=reward_llama, args=arguments(open_tiny_run("run"), 1))
-    trainer.use_steps(StepSchedule(8, batch_size=8, epochs=1, seed=0), rm_batcher(30), PAIR_LOSS)
+    trainer.use_steps(StepSchedule(8, TrainSection(batch_size=8, epochs=1), seed=0), rm_batcher(30), PAIR_LOSS)
     trainer.training_step(reward_llama, list(range(8)))
     reward_llama.eval()
     wins, lead = 0, 0.0
@@ -271,7 +265,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(llama, open_tiny_run):
     trainer = RewardTrainer(
         model=llama, args=arguments(run, 1, max_grad_norm=0.01, weight_decay=0.0, schedule="constant")
     )
-    trainer.use_steps(StepSchedule(8, batch_size=8, epochs=1, seed=0), sft_batcher(100), response_loss)
+    trainer.use_steps(StepSchedule(8, TrainSection(batch_size=8, epochs=1), seed=0), sft_batcher(100), response_loss)
     trainer.optimizer = torch.optim.SGD(llama.parameters(), lr=1.0)
     use_run(trainer, run, "tiny", "tiny")
     before = copy.deepcopy(llama)
@@ -288,7 +282,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(make_lla
         args.save_steps = 2
         args.max_steps = steps
         trainer = RewardTrainer(model=model, args=args)
-        schedule = StepSchedule(8, batch_size=4, epochs=2, seed=1)
+        schedule = StepSchedule(8, TrainSection(batch_size=4, epochs=2), seed=1)
         trainer.use_steps(schedule, sft_batcher(60), response_loss)
         use_run(trainer, run, "tiny", "tiny")
         return trainer

@@ -1,0 +1,70 @@
+"""PPO's checkpoints: everything that changes during a run, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignment.runs import Run, checkpoint_step, mark_complete, write_folder
+
+KEEP_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model in training with its optimizer and learning-rate schedule."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    def state(self) -> dict[str, Any]:
+        """Trained parameters by name, moments and the schedule's position."""
+        trained = {name: p.detach().cpu() for name, p in self._named_parameters() if p.requires_grad}
+        return {
+            "parameters": trained,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Puts a state back. Raises KeyError where it has a parameter that the model lacks."""
+        parameters = dict(self._named_parameters())
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                parameters[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+    def _named_parameters(self) -> Any:
+        return (self.model.module if hasattr(self.model, "module") else self.model).named_parameters()
+
+
+def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner]) -> None:
+    """Writes `checkpoints/checkpoint-STEP`, marks it complete last, and removes older ones but the last."""
+    folder = run_dir.path / "checkpoints" / f"checkpoint-{step}"
+
+    def fill(path: Path) -> None:
+        state = {name: learner.state() for name, learner in learners.items()}
+        torch.save({"learners": state, "rng": torch.get_rng_state()}, path / "state.pt")
+
+    write_folder(folder, fill)
+    run_dir.note_elapsed()
+    mark_complete(folder)
+    for old in sorted(folder.parent.glob("checkpoint-*"), key=checkpoint_step)[:-KEEP_CHECKPOINTS]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> int:
+    """Puts a checkpoint's state back; returns the iterations done."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    for name, learner in learners.items():
+        learner.load_state(state["learners"][name])
+    torch.set_rng_state(state["rng"])
+    return checkpoint_step(folder)
