@@ -53,6 +53,15 @@ class Loaded(Generic[Row]):
     rows: list[Row]
     sources: list[SourceReport]
 
+    def by_source(self) -> dict[str, list[Row]]:
+        """The rows of each source, by the name it was given."""
+        found: dict[str, list[Row]] = {}
+        start = 0
+        for report in self.sources:
+            found.setdefault(report.name, []).extend(self.rows[start : start + report.num_kept])
+            start += report.num_kept
+        return found
+
 
 @dataclass(frozen=True)
 class Line:
@@ -91,18 +100,13 @@ def load_rows(
     errors: list[str] = []
     for name in sources:
         found = find_data(name)
-        stem = str(name).split("/")[-1].split(".jsonl")[0]
         kept, source_errors, num_rows = [], [], 0
-        for line in read_lines(found):
+        for row in _typed_rows(name, found, parse):
             num_rows += 1
-            try:
-                if line.row is None:
-                    raise RowError(line.problem or "unreadable")
-                row = parse(line.row)
-            except RowError as error:
-                source_errors.append(f"{line.where}: {error.problem}")
-                continue
-            kept.append(replace(row, source=stem) if getattr(row, "source", None) == "" else row)
+            if isinstance(row, _BadRow):
+                source_errors.append(row.message)
+            else:
+                kept.append(row)
         if not num_rows:
             errors.append(f"{name}: has no rows. Give a file with one JSON object a line.")
         elif not kept and on_error == "skip":
@@ -115,6 +119,15 @@ def load_rows(
     if errors:
         raise DataError(_summary(errors))
     return Loaded(rows, reports)
+
+
+def stream_rows(sources: Sequence[str], parse: Callable[[Mapping[str, Any]], Row]) -> Iterator[Row]:
+    """`load_rows` one by one, for sources that do not fit into memory. Raises DataError at a bad row."""
+    for name in sources:
+        for row in _typed_rows(name, find_data(name), parse):
+            if isinstance(row, _BadRow):
+                raise DataError(row.message)
+            yield row
 
 
 def read_lines(source: Path | str) -> Iterator[Line]:
@@ -197,6 +210,26 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class _BadRow:
+    """Where a row is and what is wrong with it."""
+
+    message: str
+
+
+def _typed_rows(name: str, found: Path | str, parse: Callable[[Mapping[str, Any]], Row]) -> Iterator[Row | _BadRow]:
+    stem = str(name).split("/")[-1].split(".jsonl")[0]
+    for line in read_lines(found):
+        try:
+            if line.row is None:
+                raise RowError(line.problem or "unreadable")
+            row = parse(line.row)
+        except RowError as error:
+            yield _BadRow(f"{line.where}: {error.problem}")
+        else:
+            yield replace(row, source=stem) if getattr(row, "source", None) == "" else row
 
 
 def _digest(source: Path | str) -> str:

@@ -143,6 +143,7 @@ def guess_layout(row: Mapping[str, Any]) -> str | None:
         "pku-saferlhf": {"response_0", "response_1"} <= set(row),
         "oasst": isinstance(prompt, Mapping) and "replies" in prompt,
         "alpaca": {"instruction", "output"} <= set(row),
+        "pandalm": {"response1", "response2", "annotator1"} <= set(row),
         "hh-rlhf": isinstance(chosen, str) and chosen.lstrip().startswith("Human:"),
         "ultrafeedback": "rejected" in row and bool({"score_chosen", "chosen-rating"} & set(row)),
         "trl": isinstance(prompt, str) or "completion" in row,

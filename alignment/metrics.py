@@ -20,13 +20,24 @@ class Interval:
     high: float
     count: int
 
-    def to_json(self) -> dict[str, float | int]:
-        """`{"value", "low", "high", "count"}`."""
-        return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
+    def to_json(self) -> dict[str, float | int | None]:
+        """`{"value", "low", "high", "count"}`; null where a number cannot be given."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: number if math.isfinite(number) else None for name, number in numbers.items()} | {
+            "count": self.count
+        }
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".3f"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def show(entry: Mapping[str, float | None], spec: str = ".3f", *, bounds: bool = False) -> str:
+    """An interval's JSON as text: `0.512`, or `0.512 [0.489, 0.535]` with its bounds; `-` where there is no number."""
+    value, low, high = (
+        "-" if (number := entry[name]) is None else format(number, spec) for name in ("value", "low", "high")
+    )
+    return f"{value} [{low}, {high}]" if bounds else value
 
 
 def wilson_interval(num_successes: float, count: int) -> Interval:

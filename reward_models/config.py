@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
 
 from alignment.config import (
     DataSection,
+    DataSources,
     LoraSection,
     ModelSection,
     NonNegativeFloat,
@@ -13,6 +16,7 @@ from alignment.config import (
     OptimSection,
     PositiveFloat,
     PositiveInt,
+    Section,
     StageConfig,
     TrainSection,
 )
@@ -26,6 +30,40 @@ MARGIN_TABLES: dict[str, Margins] = {
     "small": {"significantly_better": 1.0, "better": 2 / 3, "slightly_better": 1 / 3, "negligibly_better": 0.0},
     "large": {"significantly_better": 3.0, "better": 2.0, "slightly_better": 1.0, "negligibly_better": 0.0},
 }
+
+
+class RewardData(DataSection):
+    """Training and validation pairs, and how sources are mixed (Llama 2 Sec. 3.2.2)."""
+
+    mix_in: DataSources = []
+    """Pairs of the other aim: safety pairs for a helpfulness model, helpfulness pairs for a safety model."""
+
+    mix: Literal["all", "equal_parts", "90/10"] | dict[str, PositiveFloat] = "all"
+    """`all`: every row of `train` and `mix_in`. `equal_parts`: all of `train` and as many rows drawn from `mix_in`.
+    `90/10`: all of `train`, and rows of `mix_in` up to a tenth of the whole. Or a weight for every source by the name
+    given in `train` or `mix_in`: as many rows as these proportions allow. Drawn without replacement by the seed.
+    Paper: equal parts for helpfulness, 90/10 for safety."""
+
+    @model_validator(mode="after")
+    def _mix_has_its_sources(self) -> RewardData:
+        if self.mix in ("equal_parts", "90/10") and not self.mix_in:
+            raise ValueError(f"data.mix = {self.mix} mixes in nothing. Name the other aim's pairs in data.mix_in.")
+        if isinstance(self.mix, dict):
+            given, wanted = set(self.mix), {*self.train, *self.mix_in}
+            if given != wanted:
+                wrong = ", ".join(sorted(given ^ wanted))
+                raise ValueError(f"data.mix: give one weight to each source of train and mix_in. Look at: {wrong}.")
+        if doubled := sorted({name for name in self.mix_in if name in self.train}):
+            raise ValueError(f"data.mix_in: {', '.join(doubled)} is in data.train too. Name it once.")
+        return self
+
+
+class EvaluationSection(Section):
+    """What the report on held-out pairs looks for."""
+
+    wanted_precision: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """The report names the threshold on P(safe) at which flagging unsafe responses reaches this precision. The gate's
+    0.15 had 0.89 in the paper."""
 
 
 class RewardOptim(OptimSection):
@@ -59,7 +97,7 @@ class RewardModelConfig(StageConfig):
     model: ModelSection
     """A chat model to start from; its output matrix is replaced by a scalar head."""
     lora: LoraSection = LoraSection()
-    data: DataSection
+    data: RewardData
     margin: Literal["none", "small", "large"] | Margins = "small"
     """Margin by rating: a table of the paper, or numbers of your own by rating. Paper: small (Table 27)."""
 
@@ -77,3 +115,4 @@ class RewardModelConfig(StageConfig):
 
     optim: RewardOptim = RewardOptim()
     train: RewardTrain = RewardTrain()
+    evaluation: EvaluationSection = EvaluationSection()

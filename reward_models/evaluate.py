@@ -1,20 +1,23 @@
-"""How well a reward model agrees with people: accuracy by source, rating and safety bin, with intervals."""
+"""How well a reward model agrees with people, and two of them side by side."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from alignment.dialogue import RATINGS, PreferencePair, safety_bin
-from alignment.metrics import Interval, wilson_interval
+from alignment.metrics import Interval, mean_interval, wilson_interval
+from reward_models.calibration import histogram, length_bias, reliability
+from reward_models.unsafe_detection import unsafe_detection
+
+WANTED_PRECISION = 0.9
 
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> Interval:
     """Share of pairs whose chosen response scores higher; a tie counts half. Llama 2 Sec. 3.2.2, Table 7."""
-    wins = sum(1.0 if c > r else 0.5 if c == r else 0.0 for c, r in zip(chosen, rejected, strict=True))
-    return wilson_interval(wins, len(chosen))
+    wins = [_win(*both) for both in zip(chosen, rejected, strict=True)]
+    return wilson_interval(sum(wins), len(wins))
 
 
 def label_accuracy(scores: Sequence[float], labels: Sequence[bool | None]) -> Interval:
@@ -24,39 +27,100 @@ def label_accuracy(scores: Sequence[float], labels: Sequence[bool | None]) -> In
 
 
 def evaluate_pairs(
-    pairs: Sequence[PreferencePair], chosen: Sequence[float], rejected: Sequence[float]
+    pairs: Sequence[PreferencePair],
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    *,
+    wanted_precision: float = WANTED_PRECISION,
 ) -> dict[str, Any]:
-    """Accuracy overall, per source, per rating (Table 8) and per safety bin, "longer wins" beside it; JSON-ready."""
-    labels = [label for pair in pairs for label in (pair.chosen_safe, pair.rejected_safe)]
-    scores = [score for both in zip(chosen, rejected, strict=True) for score in both]
+    """The whole report on scored pairs, JSON-ready.
+
+    Accuracy overall, per source, per rating (Table 8) and per safety bin, each with Wilson's 95 % interval; the rules
+    "longer wins" and "shorter wins" (characters) beside it; correlation of score and length; calibration of
+    P(chosen) = sigmoid(difference); histograms; and, where responses carry safety labels, how well P(safe) finds the
+    unsafe ones. Intervals take pairs as independent, which pairs that share a prompt are not quite.
+
+    Args:
+        pairs: N of them.
+        chosen: (N,) raw scores of the chosen responses.
+        rejected: (N,) raw scores of the others.
+        wanted_precision: of flagging unsafe responses; the report names the threshold that reaches it.
+    """
+    lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    longer = pair_accuracy([c for c, _ in lengths], [r for _, r in lengths])
+    shorter = pair_accuracy([-c for c, _ in lengths], [-r for _, r in lengths])
+    scores = [*chosen, *rejected]
     report: dict[str, Any] = {
         "pairs": len(pairs),
         "accuracy": pair_accuracy(chosen, rejected).to_json(),
         "by_source": _by(pairs, chosen, rejected, lambda pair: pair.source or "unknown"),
         "by_rating": _by(pairs, chosen, rejected, lambda pair: pair.rating or "unrated", order=RATINGS),
         "by_safety_bin": _by(pairs, chosen, rejected, safety_bin),
-        "longer_wins": pair_accuracy([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]).to_json(),
-        "mean_chosen": sum(chosen) / max(1, len(chosen)),
-        "mean_rejected": sum(rejected) / max(1, len(rejected)),
+        "longer_wins": longer.to_json(),
+        "shorter_wins": shorter.to_json(),
+        "length_correlation": length_bias(
+            scores,
+            [c for c, _ in lengths] + [r for _, r in lengths],
+            [c - r for c, r in zip(chosen, rejected, strict=True)],
+            [c - r for c, r in lengths],
+        ),
+        "mean_chosen": math.fsum(chosen) / max(1, len(chosen)),
+        "mean_rejected": math.fsum(rejected) / max(1, len(rejected)),
+        "calibration": reliability(chosen, rejected),
+        "histogram": histogram({"chosen": chosen, "rejected": rejected}),
     }
+    labels = [pair.chosen_safe for pair in pairs] + [pair.rejected_safe for pair in pairs]
     if any(label is not None for label in labels):
         report["safety_label_accuracy"] = label_accuracy(scores, labels).to_json()
+        judged = [(score, label) for score, label in zip(scores, labels, strict=True) if label is not None]
+        report["unsafe_detection"] = unsafe_detection(
+            [score for score, _ in judged], [label for _, label in judged], wanted_precision=wanted_precision
+        )
     return report
 
 
-def report_table(report: dict[str, Any], title: str) -> Table:
-    """The report for a terminal."""
-    table = Table("pairs of", "accuracy", "95 % interval", "n", title=title, title_justify="left")
-    for name, entry in [("all", report["accuracy"]), *_groups(report)]:
-        table.add_row(name, f"{entry['value']:.3f}", f"{entry['low']:.3f} - {entry['high']:.3f}", str(entry["count"]))
-    longer = report["longer_wins"]
-    table.add_row("(the longer response)", f"{longer['value']:.3f}", f"{longer['low']:.3f} - {longer['high']:.3f}", "")
-    if label := report.get("safety_label_accuracy"):
-        table.add_row(
-            "(safety label right)", f"{label['value']:.3f}", f"{label['low']:.3f} - {label['high']:.3f}",
-            str(label["count"]),
-        )  # fmt: skip
-    return table
+def compare(
+    pairs: Sequence[PreferencePair],
+    first: tuple[Sequence[float], Sequence[float]],
+    second: tuple[Sequence[float], Sequence[float]],
+) -> dict[str, Any]:
+    """Two models on the same pairs: accuracy of each, and second minus first, pair by pair, with a 95 % interval.
+
+    `p_value` is McNemar's exact test on the pairs that only one of them gets right, two-sided (ties left out).
+
+    Args:
+        pairs: N of them.
+        first: (chosen, rejected), (N,) raw scores each.
+        second: the same of the other model.
+    """
+    wins = [[_win(*both) for both in zip(*scores, strict=True)] for scores in (first, second)]
+
+    def figures(indices: Sequence[int]) -> dict[str, Any]:
+        ours, theirs = ([row[index] for index in indices] for row in wins)
+        only_first = sum(a == 1 and b == 0 for a, b in zip(ours, theirs, strict=True))
+        only_second = sum(a == 0 and b == 1 for a, b in zip(ours, theirs, strict=True))
+        return {
+            "first": wilson_interval(sum(ours), len(ours)).to_json(),
+            "second": wilson_interval(sum(theirs), len(theirs)).to_json(),
+            "difference": mean_interval([b - a for a, b in zip(ours, theirs, strict=True)]).to_json(),
+            "p_value": mcnemar_p_value(only_first, only_second),
+        }
+
+    by_source = _groups(pairs, lambda pair: pair.source or "unknown")
+    return {
+        **figures(range(len(pairs))),
+        "by_source": {name: figures(indices) for name, indices in sorted(by_source.items())},
+    }
+
+
+def mcnemar_p_value(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of McNemar's test: how unlikely so uneven a split of the discordant pairs is by chance."""
+    total, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(total, count) for count in range(fewer + 1)) / 2**total)
+
+
+def _win(chosen: float, rejected: float) -> float:
+    return 1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0
 
 
 def _by(
@@ -66,9 +130,7 @@ def _by(
     key: Callable[[PreferencePair], str],
     order: Sequence[str] = (),
 ) -> dict[str, Any]:
-    groups: dict[str, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        groups.setdefault(key(pair), []).append(index)
+    groups = _groups(pairs, key)
     rank = {name: position for position, name in enumerate(order)}
     return {
         name: pair_accuracy([chosen[i] for i in groups[name]], [rejected[i] for i in groups[name]]).to_json()
@@ -76,9 +138,8 @@ def _by(
     }
 
 
-def _groups(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    rows = []
-    for group in ("by_source", "by_rating", "by_safety_bin"):
-        if len(report[group]) > 1:
-            rows += [(f"  {name}", entry) for name, entry in report[group].items()]
-    return rows
+def _groups(pairs: Sequence[PreferencePair], key: Callable[[PreferencePair], str]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(key(pair), []).append(index)
+    return groups

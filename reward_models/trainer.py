@@ -20,6 +20,7 @@ from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepS
 from reward_models.config import MARGIN_TABLES, RewardModelConfig
 from reward_models.evaluate import evaluate_pairs
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss
+from reward_models.mixing import mix_rows
 from reward_models.preferences import EncodedPair, EncodedPairs, apply_veto, encode_pairs, pair_batches
 
 
@@ -31,7 +32,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains a reward model, measures it on held-out pairs, saves it; returns the headline figures."""
     state = PartialState(cpu=config.run.device == "cpu")
     device, seed = state.device, config.run.seed
-    train_data = load_pairs(config.data.train, on_error=config.data.on_error)
+    train_data = load_pairs([*config.data.train, *config.data.mix_in], on_error=config.data.on_error)
     valid_data = load_pairs(config.data.valid, on_error=config.data.on_error)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*train_data.sources, *valid_data.sources])
@@ -50,7 +51,16 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
         "max_length": config.data.max_length,
         "overlong": config.data.overlong,
     }
-    kept, vetoed = apply_veto(pick(train_data.rows, config.data.max_rows, seed), config.veto)
+    by_source = train_data.by_source()
+    mixed = mix_rows(
+        {name: by_source[name] for name in config.data.train},
+        {name: by_source[name] for name in config.data.mix_in},
+        config.data.mix,
+        seed=seed,
+    )
+    run_dir.note(mix={name: len(rows) for name, rows in mixed.items()})
+    chosen_rows = pick([row for rows in mixed.values() for row in rows], config.data.max_rows, seed)
+    kept, vetoed = apply_veto(chosen_rows, config.veto)
     train = encode_pairs(loaded.chat, kept, **limits)
     held_out, held_out_vetoed = apply_veto(pick(valid_data.rows, config.data.max_valid_rows, seed), config.veto)
     valid = encode_pairs(loaded.chat, held_out, **limits)
@@ -79,7 +89,14 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    report = evaluate(model, valid.encoded, max_tokens=budget, dtype=dtype, title=f"rm ({config.kind}): held-out pairs")
+    report = evaluate(
+        model,
+        valid.encoded,
+        max_tokens=budget,
+        dtype=dtype,
+        wanted_precision=config.evaluation.wanted_precision,
+        title=f"rm ({config.kind}): held-out pairs",
+    )
     if state.is_main_process:
         save_model(model, loaded, run_dir.model_dir)
     state.wait_for_everyone()
@@ -126,7 +143,13 @@ def pair_loss(*, safety_weight: float, centering_weight: float) -> LossFunction:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, pairs: Sequence[EncodedPair], *, max_tokens: int, dtype: torch.dtype, title: str
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    *,
+    max_tokens: int,
+    dtype: torch.dtype,
+    wanted_precision: float,
+    title: str,
 ) -> dict[str, Any]:
     """Scores held-out pairs and reports the agreement; an empty dict where there are none."""
     if not pairs:
@@ -142,7 +165,7 @@ def evaluate(
                 scores[row] = (chosen, rejected)
             bar.advance(len(values) // 2)
     chosen, rejected = zip(*(scores[index] for index in range(len(pairs))), strict=True)
-    return evaluate_pairs([pair.pair for pair in pairs], chosen, rejected)
+    return evaluate_pairs([pair.pair for pair in pairs], chosen, rejected, wanted_precision=wanted_precision)
 
 
 def _counts(pairs: EncodedPairs) -> dict[str, Any]:

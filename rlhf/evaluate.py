@@ -13,7 +13,7 @@ from alignment import toy
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Candidate
 from alignment.hardware import compute_dtype
-from alignment.metrics import mean_interval, wilson_interval
+from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.models import load_chat_model
 from alignment.runs import open_run
 from alignment.sampling.prompts import as_candidate, choose_prompts, sample_prompts
@@ -99,9 +99,9 @@ def report_table(result: dict[str, Any]) -> Table:
         table.add_column("true reward")
         table.add_column("truly unsafe")
     for name, row in result["policies"].items():
-        cells = [f"{row[key]['value']:+.2f}" for key in ("helpfulness", "safety", "reward")]
-        rates = [f"{row[key]['value']:.0%}" for key in ("win_rate", "violation_rate")]
+        cells = [show(row[key], "+.2f") for key in ("helpfulness", "safety", "reward")]
+        rates = [show(row[key], ".0%") for key in ("win_rate", "violation_rate")]
         truth = row.get("truth")
-        extra = [f"{truth['reward']['value']:.3f}", f"{truth['violation_rate']['value']:.0%}"] if truth else []
+        extra = [show(truth["reward"]), show(truth["violation_rate"], ".0%")] if truth else []
         table.add_row(name, *cells, *rates, f"{row['mean_words']:.0f}", *extra)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -179,3 +180,17 @@ def write_file(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def reward_folder(tmp_path: Path, make_reward_model: Callable[..., Any], make_tokenizer: Callable[..., Any]) -> str:
+    """A tiny reward model on disk whose pad token is, as in many published tokenizers, its end of turn."""
+    from alignment.chat import CHATML
+
+    tokenizer = make_tokenizer(template=CHATML, pad="<|im_end|>")
+    model = make_reward_model(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    folder = tmp_path / "rm"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

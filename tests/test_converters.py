@@ -12,11 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from alignment.cli.data import app
-from alignment.converters import CONVERTERS, Options, convert_file
+from alignment.converters import convert_file
 from alignment.data import load_dialogues, load_pairs
 from alignment.data_report import guess_layout, parse_row
 from alignment.dialogue import Message, RowError
 from alignment.errors import DataError
+from alignment.layouts import CONVERTERS, Options
 
 Row = dict[str, Any]
 WriteFile = Callable[[str, str], Path]
@@ -217,7 +218,7 @@ def test_ultrafeedback_pairs_are_unrated_unless_bins_are_given() -> None:
 )
 def test_a_score_difference_falls_into_its_bin(score: float, rating: str) -> None:
     raw = {**ULTRA, "score_chosen": score}
-    assert rows_of("ultrafeedback", raw, rating_bins=(1.0, 2.0, 3.0))[0]["rating"] == rating
+    assert rows_of("ultrafeedback", raw, rating_bins={"scores": (1.0, 2.0, 3.0)})[0]["rating"] == rating
 
 
 def test_ultrafeedback_scores_must_prefer_the_chosen_response() -> None:
@@ -272,7 +273,7 @@ def test_the_prompt_of_a_reply_is_its_path_from_the_root() -> None:
 
 
 def test_rank_differences_fall_into_bins() -> None:
-    ratings = [row["rating"] for row in rows_of("oasst", TREE, rating_bins=(2, 3, 4))]
+    ratings = [row["rating"] for row in rows_of("oasst", TREE, rating_bins={"ranks": (2, 3, 4)})]
     assert ratings == ["negligibly_better", "slightly_better", "negligibly_better"] + ["negligibly_better"] * 2
 
 
@@ -325,6 +326,64 @@ def test_alpaca_rows_without_text_are_refused() -> None:
     assert "has content 3" in problem_of("alpaca", {"instruction": "a", "output": "b", "history": [["c", 3]]})
 
 
+PANDA: Row = {
+    "instruction": "Name a bird.", "input": "One that talks.", "response1": "A hen.", "response2": "A parrot.",
+    "annotator1": 2, "annotator2": 2, "annotator3": 0,
+}  # fmt: skip
+
+
+def test_pandalm_takes_the_response_that_more_annotators_picked() -> None:
+    assert rows_of("pandalm", PANDA) == [
+        {
+            "prompt": [user("Name a bird.\n\nOne that talks.")],
+            "chosen": [assistant("A parrot.")],
+            "rejected": [assistant("A hen.")],
+        }
+    ]
+    assert rows_of("pandalm", {**PANDA, "annotator2": 1, "annotator3": 1})[0]["chosen"] == [assistant("A hen.")]
+    assert "prefer neither" in problem_of("pandalm", {**PANDA, "annotator2": 1})
+    assert "must be 0, 1 or 2" in problem_of("pandalm", {**PANDA, "annotator2": 3})
+
+
+@pytest.mark.parametrize(
+    ("votes", "rating"),
+    [((2, 2, 2), "significantly_better"), ((2, 2, 0), "better"), ((2, 2, 1), "slightly_better")],
+)
+def test_pandalm_votes_fall_into_their_bin(votes: tuple[int, int, int], rating: str) -> None:
+    raw = PANDA | {f"annotator{number}": vote for number, vote in enumerate(votes, start=1)}
+    assert rows_of("pandalm", raw, rating_bins={"votes": (1, 2, 3)})[0]["rating"] == rating
+
+
+GRADED: Row = {
+    "prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "source": "oasst",
+    "rank_chosen": 0, "rank_rejected": 2, "votes_chosen": None, "votes_rejected": None,
+}  # fmt: skip
+BINS = {"ranks": (2, 3, 4), "votes": (1, 2, 3), "scores": (0.5, 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "rating"),
+    [
+        ({}, "slightly_better"),
+        ({"rank_rejected": 1}, "negligibly_better"),
+        ({"rank_chosen": None, "votes_chosen": 2, "votes_rejected": 0}, "better"),
+        ({"rank_rejected": None, "score_chosen": 8.0, "score_rejected": 5.5}, "significantly_better"),
+    ],
+)
+def test_graded_pairs_are_rated_by_the_measure_they_have(change: Row, rating: str) -> None:
+    [row] = rows_of("graded", {**GRADED, **change}, rating_bins=BINS)
+    assert (row["rating"], row["source"], row["chosen"]) == (rating, "oasst", [assistant("a")])
+
+
+def test_graded_pairs_of_a_measure_without_bins_stay_unrated() -> None:
+    assert "rating" not in rows_of("graded", GRADED, rating_bins={"votes": (1, 2, 3)})[0]
+
+
+def test_graded_pairs_must_have_a_measure_that_prefers_the_chosen_response() -> None:
+    assert "no measure of strength" in problem_of("graded", {**GRADED, "rank_chosen": None})
+    assert '"rank_chosen" is not better' in problem_of("graded", {**GRADED, "rank_chosen": 2})
+
+
 EXAMPLES: dict[str, Row] = {
     "hh-rlhf": HH,
     "trl": {"prompt": "q", "chosen": "a", "rejected": "b"},
@@ -333,12 +392,15 @@ EXAMPLES: dict[str, Row] = {
     "oasst": TREE,
     "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     "alpaca": {"instruction": "a", "input": "", "output": "b"},
+    "pandalm": PANDA,
+    "graded": GRADED,
 }
 
 
 def test_every_layout_is_recognised_by_its_example() -> None:
     assert set(EXAMPLES) == set(CONVERTERS)
-    assert {layout: guess_layout(raw) for layout, raw in EXAMPLES.items()} == {layout: layout for layout in CONVERTERS}
+    foreign = CONVERTERS.keys() - {"graded"}  # whose rows are ours already
+    assert {layout: guess_layout(EXAMPLES[layout]) for layout in foreign} == {layout: layout for layout in foreign}
     assert guess_layout(SKY) is None
 
 
@@ -392,9 +454,9 @@ def test_nothing_is_written_where_no_row_fits(write_file: WriteFile, tmp_path: P
         ("hh-rlhf", "out.json", None, "must end with .jsonl or .jsonl.gz"),
         ("hh-rlhf", "nowhere/out.jsonl", None, "there is no folder"),
         ("hh-rlhf", "hh.jsonl", None, "is the file to convert"),
-        ("hh-rlhf", "out.jsonl", (1, 2, 3), "hh-rlhf says nothing of strength"),
-        ("oasst", "out.jsonl", (1, 3, 2), "not three increasing positive numbers"),
-        ("oasst", "out.jsonl", (0, 1, 2), "not three increasing positive numbers"),
+        ("hh-rlhf", "out.jsonl", {"scores": (1, 2, 3)}, "hh-rlhf has no scores. These have: oasst (ranks)"),
+        ("oasst", "out.jsonl", {"ranks": (1, 3, 2)}, "not three increasing positive numbers"),
+        ("oasst", "out.jsonl", {"ranks": (0, 1, 2)}, "not three increasing positive numbers"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_before_reading(
@@ -417,6 +479,16 @@ def test_the_command_converts_and_reports(write_file: WriteFile, tmp_path: Path)
         f"1 x the score of the chosen response ties with that of the rejected one. (first: {source}:2)" in result.stdout
     )
     assert json.loads(gzip.decompress(out.read_bytes()))["rating"] == "better"
+
+
+def test_the_command_takes_bins_by_measure(write_file: WriteFile, tmp_path: Path) -> None:
+    source, out = write_file("graded.jsonl", lines(GRADED)), tmp_path / "out.jsonl"
+    arguments = ["convert", str(source), "--from", "graded", "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--rating-bins", "1,2,3"])
+    assert "Say for which measure, e.g. ranks=1,2,3." in str(result.exception)
+    result = CliRunner().invoke(app, [*arguments, "--rating-bins", "ranks=1,2,3", "--rating-bins", "votes=1,2,3"])
+    assert result.exit_code == 0
+    assert load_pairs([str(out)]).rows[0].rating == "better"
 
 
 def test_the_command_takes_an_aim(write_file: WriteFile, tmp_path: Path) -> None:

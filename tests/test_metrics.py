@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.metrics import Interval, MetricsLog, mean_interval, wilson_interval
+from alignment.metrics import Interval, MetricsLog, mean_interval, show, wilson_interval
 
 
 def test_wilson_interval_of_eight_in_ten_worked_by_hand():
@@ -74,6 +74,13 @@ def test_an_interval_prints_and_saves_itself():
     assert f"{interval}" == "0.812 [0.700, 0.900]"
     assert f"{interval:.1f}" == "0.8 [0.7, 0.9]"
     assert interval.to_json() == {"value": 0.81234, "low": 0.7, "high": 0.9, "count": 30}
+    assert (show(interval.to_json()), show(interval.to_json(), ".1%", bounds=True)) == ("0.812", "81.2% [70.0%, 90.0%]")
+
+
+def test_an_interval_without_numbers_is_null_in_json_and_a_dash_in_tables():
+    entry = mean_interval([2.0]).to_json()
+    assert entry == {"value": 2.0, "low": None, "high": None, "count": 1}
+    assert show(entry, "+.1f", bounds=True) == "+2.0 [-, -]"
 
 
 def test_each_step_is_one_flat_object_on_disk_at_once(tmp_path):

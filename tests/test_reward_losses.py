@@ -16,7 +16,6 @@ from alignment.dialogue import Message, PreferencePair
 from alignment.errors import DataError, ModelError
 from alignment.models import LoadedModel, load_reward_model
 from reward_models.config import MARGIN_TABLES
-from reward_models.evaluate import evaluate_pairs, label_accuracy, pair_accuracy
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss
 from reward_models.preferences import EncodedPair, apply_veto, encode_pairs, pair_batches
 from reward_models.score import Scorer, score
@@ -259,17 +258,6 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_pairs(make_reward_model, chat):
 # ------------------------------------------------------------------------------------------------------ scoring
 
 
-@pytest.fixture
-def reward_folder(tmp_path, make_reward_model, make_tokenizer):
-    tokenizer = make_tokenizer(template=CHATML, pad="<|im_end|>")  # as published: pad is the end of turn
-    model = make_reward_model(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    folder = tmp_path / "rm"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 PROMPTS = [(Message("user", "How are you?"),), (Message("user", "What did Napoleon write to the queen?"),)]
 RESPONSES = [["I am fine.", "Go away.", "Fine, thank you, and you?"], ["A letter."]]
 
@@ -313,33 +301,3 @@ def test_a_chat_model_is_no_reward_model(tmp_path, make_llama, make_tokenizer):
     tokenizer.save_pretrained(tmp_path / "chat")
     with pytest.raises(ModelError, match=r"not a reward model \(LlamaForCausalLM\)"):
         Scorer.load(str(tmp_path / "chat"), dtype="float32")
-
-
-# ---------------------------------------------------------------------------------------------------- agreement
-
-
-def test_a_tie_counts_half_in_the_accuracy():
-    # Won, lost, tied, tied: (1 + 0 + 0.5 + 0.5) / 4.
-    assert pair_accuracy([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]).value == 0.5
-
-
-def test_label_accuracy_looks_at_labelled_responses_only():
-    accuracy = label_accuracy([1.0, -1.0, 1.0, -1.0, 5.0], [True, False, False, True, None])
-    assert (accuracy.value, accuracy.count) == (0.5, 4)
-
-
-def test_the_report_groups_pairs_by_source_rating_and_bin():
-    pairs = [
-        pair(source="a", rating="better", chosen_safe=True, rejected_safe=True),
-        pair(source="a", rating="significantly_better"),
-        pair(source="b", chosen_safe=True, rejected_safe=False, chosen="No."),
-    ]
-    report = evaluate_pairs(pairs, [1.0, 0.0, 2.0], [0.0, 1.0, -1.0])
-    assert report["accuracy"]["value"] == pytest.approx(2 / 3)
-    assert {name: (e["value"], e["count"]) for name, e in report["by_source"].items()} == {"a": (0.5, 2), "b": (1.0, 1)}
-    assert list(report["by_rating"]) == ["significantly_better", "better", "unrated"]
-    assert [e["value"] for e in report["by_rating"].values()] == [0.0, 1.0, 1.0]
-    assert set(report["by_safety_bin"]) == {"both_safe", "unlabelled", "chosen_safe_other_unsafe"}
-    assert report["longer_wins"]["value"] == pytest.approx(2 / 3)  # the third pair's chosen "No." is shorter
-    # Labelled: scores 1 (safe), 0 (safe), 2 (safe), -1 (unsafe); 0 is not above the boundary.
-    assert report["safety_label_accuracy"]["value"] == 0.75

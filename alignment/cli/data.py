@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from alignment.converters import CONVERTERS, ConversionSummary, convert_file
+from alignment.converters import STRENGTHS, ConversionSummary, convert_file
 from alignment.data import read_lines
 from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, guess_layout, parse_row
 from alignment.dialogue import Candidate, Dialogue, PreferencePair, RowError
 from alignment.errors import DataError, ModelError
+from alignment.layouts import CONVERTERS, RatingBins, Strength
 from alignment.sources import find_data
 
 if TYPE_CHECKING:
@@ -87,17 +88,17 @@ def convert(
         typer.Option(help="pku-saferlhf: the judgement by which a response is the chosen one."),
     ] = "helpfulness",
     rating_bins: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="A,B,C",
-            help="oasst, ultrafeedback: rate pairs by how far apart their ranks or scores are. Below A: "
-            "negligibly_better; from A: slightly_better; from B: better; from C: significantly_better.",
+            metavar="[MEASURE=]A,B,C",
+            help="Rate pairs by how much better the chosen response is: difference of ranks (oasst), of votes "
+            "(pandalm), of scores (ultrafeedback), or what a row of graded has. Below A: negligibly_better; from A: "
+            "slightly_better; from B: better; from C: significantly_better. For graded, once a measure: ranks=1,2,3.",
         ),
     ] = None,
 ) -> None:
     """Turn a public data layout into rows for `align`, leaving out and counting what cannot be used."""
-    bins = _parse_bins(rating_bins) if rating_bins is not None else None
-    summary = convert_file(file, layout, out, aim=aim, rating_bins=bins)
+    summary = convert_file(file, layout, out, aim=aim, rating_bins=_parse_bins(rating_bins or [], layout))
     _print_summary(Console(highlight=False), summary, out)
 
 
@@ -200,12 +201,20 @@ def _encode(chat: ChatFormat, row: TypedRow) -> dict[str, EncodedDialogue]:
     return {name: EncodedDialogue(tokens, [name != "prompt"] * len(tokens)) for name, tokens in ids.items()}
 
 
-def _parse_bins(text: str) -> tuple[float, float, float]:
-    try:
-        a, b, c = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise DataError(f'--rating-bins is "{text}". Give three numbers, e.g. 1,2,3.') from error
-    return a, b, c
+def _parse_bins(options: list[str], layout: str) -> dict[Strength, RatingBins]:
+    """Bins by measure; without a measure, for the only one the layout has."""
+    found: dict[Strength, RatingBins] = {}
+    for option in options:
+        name, _, numbers = option.rpartition("=")
+        measures = STRENGTHS.get(layout, ())
+        if not name and len(measures) > 1:
+            raise DataError(f'--rating-bins is "{option}". Say for which measure, e.g. {measures[0]}={option}.')
+        try:
+            a, b, c = (float(part) for part in numbers.split(","))
+        except ValueError as error:
+            raise DataError(f'--rating-bins is "{option}". Give three numbers, e.g. 1,2,3.') from error
+        found[name or (measures[0] if measures else "scores")] = (a, b, c)
+    return found
 
 
 def _print_summary(console: Console, summary: ConversionSummary, out: Path) -> None:

@@ -15,8 +15,21 @@ from alignment.cli import data
 from alignment.cli.stages import STAGES, Stage, prepare_libraries
 from alignment.errors import AlignError, ConfigError
 
+
+class AlignGroup(typer.core.TyperGroup):
+    """Also finds commands of two words, such as `rm compare`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command, its name and the arguments left."""
+        name = " ".join(args[:2])
+        if name in self.commands:
+            return name, self.commands[name], args[2:]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="align",
+    cls=AlignGroup,
     help="Llama 2-Chat's post-training: SFT, Ghost Attention, two reward models, rejection sampling, PPO, evaluation.",
     no_args_is_help=True,
     add_completion=False,
@@ -115,14 +128,31 @@ def run_pipeline(
 def score(
     model: Annotated[str, typer.Argument(help="A reward model: folder or run.")],
     files: Annotated[list[str], typer.Argument(metavar="DATA...", help="Pairs, or rows with prompt and response.")],
-    out: Annotated[Path | None, typer.Option(help="Write the rows with their scores here.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="F.jsonl", help="Write the rows with their scores here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted call that had --out.")] = False,
 ) -> None:
-    """Score preference pairs (accuracy with intervals) or single responses (score and probability)."""
-    from alignment.cli.inference import score_files
+    """Score preference pairs (accuracy with intervals, calibration, length bias) or responses (score, probability)."""
+    from alignment.cli.scoring import score_files
 
     prepare_libraries()
-    score_files(model, files, out=out, as_json=as_json)
+    score_files(model, files, out=out, as_json=as_json, resume=resume)
+
+
+@app.command("rm compare")
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A reward model, or a file of `align score --out`.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The one to compare with it.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="[DATA]...", help="Pairs; A's validation pairs where left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compare two reward models pair by pair: difference of accuracies with its interval, McNemar's test."""
+    from alignment.cli.scoring import compare_models
+
+    prepare_libraries()
+    compare_models(first, second, files or [], as_json=as_json)
 
 
 @app.command()

@@ -143,7 +143,7 @@ def _check_unchanged(stage: PlannedStage) -> None:
 def _fill_in(value: Any, places: Mapping[str, str], where: str) -> Any:
     """`${name}` replaced in every string. Raises ConfigError for a name that is no earlier stage."""
     if isinstance(value, Mapping):
-        return {key: _fill_in(entry, places, f"{where}.{key}") for key, entry in value.items()}
+        return {_fill_in(k, places, where): _fill_in(entry, places, f"{where}.{k}") for k, entry in value.items()}
     if isinstance(value, list):
         return [_fill_in(entry, places, where) for entry in value]
     if not isinstance(value, str):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.cli.summary import clock, one_line
+from alignment.metrics import show
 from alignment.runs import write_text
 
 NUM_PROMPTS = 6
@@ -35,10 +36,9 @@ def _policies(result: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["policies"].items():
-        cells = [_interval(row[key], "+.2f") for key in ("helpfulness", "safety", "reward")]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {_interval(row['violation_rate'], '.0%')} | {row['mean_words']:.0f} |"
-        )
+        cells = [show(row[key], "+.2f", bounds=True) for key in ("helpfulness", "safety", "reward")]
+        cells += [show(row["violation_rate"], ".0%", bounds=True), f"{row['mean_words']:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -60,10 +60,6 @@ def _answers(folder: Path, policies: list[str]) -> list[str]:
             lines.append(f"- *{name}* ({row['reward']:+.1f}): {_flat(row['response'][0]['content'])}")
         lines.append("")
     return lines
-
-
-def _interval(entry: Mapping[str, float], spec: str) -> str:
-    return f"{entry['value']:{spec}} [{entry['low']:{spec}}, {entry['high']:{spec}}]"
 
 
 def _flat(text: str) -> str:

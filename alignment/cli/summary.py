@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from alignment.metrics import show
+
 Result = Mapping[str, Any]
 
 
@@ -23,8 +25,8 @@ def one_line(result: Result) -> str:
     if kind == "gatt":
         return f"{result['dialogues']} dialogues"
     if kind == "reject":
-        mean, best = result["mean_reward"]["value"], result["mean_best_reward"]["value"]
-        return f"{result['kept']} of {result['prompts']} prompts kept, reward {mean:+.2f} -> best {best:+.2f}"
+        mean, best = show(result["mean_reward"], "+.2f"), show(result["mean_best_reward"], "+.2f")
+        return f"{result['kept']} of {result['prompts']} prompts kept, reward {mean} -> best {best}"
     if kind == "ppo":
         return (
             f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}, "
@@ -40,9 +42,9 @@ def print_result(result: Result, path: Path) -> None:
     console = _console()
     console.print(f"{result['stage']}: {one_line(result)}")
     if result["stage"] == "rm" and result["valid"]:
-        from reward_models.evaluate import report_table
+        from reward_models.tables import report_tables
 
-        console.print(report_table(result["valid"], "held-out pairs"))
+        console.print(report_tables(result["valid"], "Held-out pairs"))
     if result["stage"] == "eval":
         console.print(_policies(result))
     console.print(f"{clock(result['time_seconds'])}, peak {result['peak_memory_gb']:.1f} GB. Everything is in {path}")

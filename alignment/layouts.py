@@ -1,0 +1,270 @@
+"""Public data layouts, one function each from a raw object to our rows.
+
+HH-RLHF, TRL, PKU-SafeRLHF, UltraFeedback, OASST, ShareGPT, Alpaca, PandaLM, and our pairs with a measure of strength.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, combinations
+from typing import Any, Literal
+
+from alignment.dialogue import RATINGS, RowError
+
+Raw = Mapping[str, Any]
+Aim = Literal["helpfulness", "safety"]
+Strength = Literal["ranks", "votes", "scores"]
+RatingBins = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a converter cannot read off a row.
+
+    `aim`: which of PKU-SafeRLHF's two judgements decides.
+
+    `rating_bins`: how graded sources get Llama 2's ratings, which no public layout has. For each measure of strength
+    three increasing thresholds a < b < c on how much better the chosen response is: places between the two ranks
+    (OASST), the chosen's votes minus the other's (PandaLM, of three annotators), difference of the scores
+    (UltraFeedback). Below a is `negligibly_better`, from a `slightly_better`, from b `better`, from c
+    `significantly_better`. Rows whose measure has no bins stay unrated.
+    """
+
+    aim: Aim = "helpfulness"
+    rating_bins: Mapping[Strength, RatingBins] = field(default_factory=dict)
+
+
+Converter = Callable[[Raw, Options], Iterator[dict[str, Any]]]
+
+
+def from_hh_rlhf(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    r"""`{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}`: whole transcripts, equal but for the end."""
+    chosen, rejected = (_transcript(_text(raw, name), name) for name in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise RowError('"chosen" and "rejected" differ before their last turn.')
+    yield {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def from_trl(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    """Preference, prompt-completion, prompt-only and language-modelling rows, of text or of messages.
+
+    Text becomes one turn, without the space around it that glued TRL's texts together. A completion is trained,
+    its prompt is not. Raises RowError for unpaired preferences: a completion marked as bad is no demonstration.
+    """
+    if raw.get("chosen") is not None:
+        yield {**raw, **_pair_turns(raw)}
+    elif "label" in raw or "labels" in raw:
+        raise RowError('an unpaired or stepwise row (it has "label"). Pairs need "chosen" and "rejected".')
+    elif raw.get("completion") is not None:
+        prompt, completion = _turns(raw, "prompt", "user"), _turns(raw, "completion", "assistant")
+        if len(completion) != 1:
+            raise RowError('"completion" has several turns. It must be one assistant message.')
+        yield {**raw, "messages": prompt + completion, "train_on": "last"}
+    elif raw.get("messages") is not None:
+        yield dict(raw)
+    elif "response" in raw:
+        raise RowError('"response" is no field of TRL. Rename it to "completion" where it is a demonstration.')
+    else:
+        yield {**raw, "prompt": _turns(raw, "prompt", "user")}
+
+
+def from_pku_saferlhf(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    """Two labelled responses; `better_response_id` (helpfulness) or `safer_response_id` (safety) is the chosen one."""
+    name = "safer_response_id" if options.aim == "safety" else "better_response_id"
+    chosen = raw.get(name)
+    if chosen not in (0, 1):
+        raise RowError(f'"{name}" is {chosen!r}. It must be 0 or 1.')
+    row: dict[str, Any] = {"prompt": _turns(raw, "prompt", "user")}
+    for side, index in (("chosen", int(chosen)), ("rejected", 1 - int(chosen))):
+        row[side] = _turns(raw, f"response_{index}", "assistant")
+        row[f"{side}_safe"] = raw.get(f"is_response_{index}_safe")
+    yield {**row, "is_safety": True} if options.aim == "safety" else row
+
+
+def from_ultrafeedback(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    """Binarized rows with `score_chosen` and `score_rejected` (or `chosen-rating`, `rejected-rating`)."""
+    scores = [raw.get(f"score_{side}", raw.get(f"{side}-rating")) for side in ("chosen", "rejected")]
+    if not all(isinstance(score, int | float) for score in scores):
+        raise RowError('"score_chosen" and "score_rejected" must be numbers.')
+    if scores[0] <= scores[1]:
+        how = "ties with" if scores[0] == scores[1] else "is below"
+        raise RowError(f"the score of the chosen response {how} that of the rejected one.")
+    yield {**_pair_turns(raw), **_rated("scores", scores[0] - scores[1], options)}
+
+
+def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    """Message trees, `{"prompt": {"text", "role", "replies": [{"text", "rank", "replies": ...}]}}`; rank 0 is best.
+
+    Every two replies to one user message with different ranks make a pair; its prompt is the path from the root.
+    Replies that were deleted or turned down in review are left out; all languages and synthetic replies are kept.
+    """
+    root = raw.get("prompt")
+    if not isinstance(root, Mapping):
+        raise RowError('"prompt" must be the root of a message tree. Flat message files are not supported.')
+    num_pairs, open_nodes = 0, [(root, [])]
+    while open_nodes:
+        node, history = open_nodes.pop()
+        path = [*history, _turn(_text(node, "text"), node.get("role"))]
+        replies = _approved_replies(node)
+        open_nodes += [(reply, path) for reply in replies]
+        ranked = [reply for reply in replies if isinstance(reply.get("rank"), int)]
+        for better, worse in combinations(sorted(ranked, key=lambda reply: reply["rank"]), 2):
+            if better.get("role") == "assistant" and worse["rank"] > better["rank"]:
+                num_pairs += 1
+                sides = {"chosen": _turns(better, "text", "assistant"), "rejected": _turns(worse, "text", "assistant")}
+                yield {"prompt": path, **sides, **_rated("ranks", worse["rank"] - better["rank"], options)}
+    if not num_pairs:
+        raise RowError("no two replies of the tree have different ranks.")
+
+
+def from_sharegpt(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    """`{"conversations": [{"from": "human" | "gpt" | "system", "value"}]}`, and `system` beside it."""
+    turns = raw.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise RowError('"conversations" must be a list of {"from", "value"} objects.')
+    yield {"messages": _system(raw) + [_turn(_text(turn, "value"), turn.get("from")) for turn in turns]}
+
+
+def from_alpaca(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    """`{"instruction", "input", "output"}`, with `system` and `history` ([[user, assistant], ...]) where given."""
+    history = raw.get("history") or []
+    if not (isinstance(history, list) and all(isinstance(exchange, list) for exchange in history)):
+        raise RowError('"history" must be a list of [user, assistant] texts.')
+    turns = [*chain.from_iterable(history), _question(raw), _text(raw, "output")]
+    messages = [_turn(text, ("user", "assistant")[index % 2]) for index, text in enumerate(turns)]
+    yield {"messages": _system(raw) + messages}
+
+
+def from_pandalm(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    """`{"instruction", "input", "response1", "response2", "annotator1": 0 | 1 | 2, ...}`; 0 is a tie.
+
+    The response that more of the annotators picked is the chosen one. Raises RowError where none is.
+    """
+    votes = [raw.get(f"annotator{number}") for number in (1, 2, 3)]
+    if not all(vote in (0, 1, 2) for vote in votes):
+        raise RowError('"annotator1" to "annotator3" must be 0, 1 or 2.')
+    counts = (votes.count(1), votes.count(2))
+    if counts[0] == counts[1]:
+        raise RowError("the annotators prefer neither response.")
+    chosen, rejected = ("response1", "response2") if counts[0] > counts[1] else ("response2", "response1")
+    row = {
+        "prompt": [_turn(_question(raw), "user")],
+        "chosen": _turns(raw, chosen, "assistant"),
+        "rejected": _turns(raw, rejected, "assistant"),
+    }
+    yield row | _rated("votes", abs(counts[0] - counts[1]), options)
+
+
+def from_graded(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
+    """Pairs in our form that carry a measure of strength, which `rating_bins` turn into ratings.
+
+    `rank_chosen` and `rank_rejected` (0 is best), `votes_chosen` and `votes_rejected`, or `score_chosen` and
+    `score_rejected`; the first of these that has numbers counts.
+    """
+    measures: tuple[tuple[Strength, str, int], ...] = (
+        ("ranks", "rank", -1),
+        ("votes", "votes", 1),
+        ("scores", "score", 1),
+    )
+    for strength, name, sign in measures:
+        values = [raw.get(f"{name}_{side}") for side in ("chosen", "rejected")]
+        if all(isinstance(value, int | float) for value in values):
+            difference = sign * (values[0] - values[1])
+            if difference <= 0:
+                raise RowError(f'"{name}_chosen" is not better than "{name}_rejected".')
+            yield {**raw, **_pair_turns(raw), **_rated(strength, difference, options)}
+            return
+    raise RowError('no measure of strength ("rank_chosen", "votes_chosen" or "score_chosen", with "..._rejected").')
+
+
+CONVERTERS: dict[str, Converter] = {
+    "hh-rlhf": from_hh_rlhf,
+    "trl": from_trl,
+    "pku-saferlhf": from_pku_saferlhf,
+    "ultrafeedback": from_ultrafeedback,
+    "oasst": from_oasst,
+    "sharegpt": from_sharegpt,
+    "alpaca": from_alpaca,
+    "pandalm": from_pandalm,
+    "graded": from_graded,
+}
+
+# Measure, field, and 1 where more is better.
+_MEASURES: tuple[tuple[Strength, str, int], ...] = (
+    ("ranks", "rank", -1),
+    ("votes", "votes", 1),
+    ("scores", "score", 1),
+)
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {
+    **dict.fromkeys(("human", "Human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "Assistant", "assistant"), "assistant"),
+    "system": "system",
+}
+
+
+def _turn(text: Any, speaker: Any) -> dict[str, Any]:
+    role = _ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": text.strip() if isinstance(text, str) else text}
+
+
+def _system(raw: Raw) -> list[dict[str, Any]]:
+    return [_turn(_text(raw, "system"), "system")] if raw.get("system") else []
+
+
+def _text(raw: Raw, name: str) -> str:
+    value = raw.get(name)
+    if not isinstance(value, str):
+        raise RowError(f'"{name}" is missing.' if value is None else f'"{name}" is a {type(value).__name__}, not text.')
+    return value
+
+
+def _turns(raw: Raw, name: str, role: str) -> list[Any]:
+    value = raw.get(name)
+    return list(value) if isinstance(value, list) else [_turn(_text(raw, name), role)]
+
+
+def _pair_turns(raw: Raw) -> dict[str, Any]:
+    """Prompt and responses of a pair; turns that both conversations open with belong to the prompt."""
+    chosen, rejected = (_turns(raw, name, "assistant") for name in ("chosen", "rejected"))
+    prompt, shared = raw.get("prompt"), chosen[:-1]
+    if shared != rejected[:-1]:
+        raise RowError('"chosen" and "rejected" differ before their last turn.')
+    if not shared:
+        prompt = _turns(raw, "prompt", "user")
+    elif isinstance(prompt, list) and shared[: len(prompt)] != prompt:
+        prompt = prompt + shared
+    else:
+        prompt = shared
+    return {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def _transcript(text: str, name: str) -> list[dict[str, Any]]:
+    before, *parts = _SPEAKER.split(text)
+    if before.strip() or not parts:
+        raise RowError(f'"{name}" does not open with "Human:".')
+    turns = [_turn(content, speaker) for speaker, content in zip(parts[0::2], parts[1::2], strict=True)]
+    if turns[-1]["role"] != "assistant":
+        raise RowError(f'"{name}" ends with a user turn, not with a response.')
+    return turns
+
+
+def _rated(strength: Strength, difference: float, options: Options) -> dict[str, str]:
+    bins = options.rating_bins.get(strength)
+    return {"rating": RATINGS[3 - bisect_right(bins, difference)]} if bins else {}
+
+
+def _question(raw: Raw) -> str:
+    """Alpaca's instruction and, where there is one, its input."""
+    asked = [_text(raw, "instruction"), _text(raw, "input") if raw.get("input") else ""]
+    return "\n\n".join(filter(str.strip, asked))
+
+
+def _approved_replies(node: Raw) -> list[Raw]:
+    replies = node.get("replies") or []
+    if not (isinstance(replies, list) and all(isinstance(reply, Mapping) for reply in replies)):
+        raise RowError('"replies" must be a list of messages.')
+    return [reply for reply in replies if not reply.get("deleted") and reply.get("review_result") is not False]

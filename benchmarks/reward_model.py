@@ -1,0 +1,254 @@
+"""Reward-model training: TRL's RewardTrainer and ours on the same pairs, the same token ids, the same optimizer steps.
+
+    ALIGN_DATA_DIR=/path/to/data python benchmarks/reward_model.py                    # full fine-tuning
+    ALIGN_DATA_DIR=/path/to/data python benchmarks/reward_model.py --lora 16
+
+Each measurement is a child process of its own, so that its peak memory is its own; the two sides take turns. One
+optimizer step of 16 pairs warms up, the following ones are timed. Both sides run with the same allocator settings, the
+same arithmetic type and AdamW; trained weights are float32, those that LoRA freezes are of the arithmetic type. Prints
+pairs a second, peak memory, ratios, and the share of the machine's matrix throughput that our side's tokens need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+STEP_PAIRS = 16
+ALLOCATOR = {  # what the `align` command sets for itself, here for both sides
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+
+def main() -> None:
+    """Runs the children in turn and prints the table."""
+    options = _arguments()
+    if options.side:
+        sys.stdout.write(json.dumps(run_side(options)) + "\n")
+        return
+    sides = [("trl", batch) for batch in options.trl_batch] + [("align", tokens) for tokens in options.tokens]
+    found: dict[tuple[str, int], list[dict[str, float]]] = {side: [] for side in sides}
+    for _ in range(options.rounds):
+        for side in sides:
+            found[side].append(_child(options, *side))
+            print(f"{side[0]:>5} {side[1]:>5}: {found[side][-1]['pairs_per_second']:.3f} pairs/s", file=sys.stderr)
+    _print_table(options, found)
+
+
+def run_side(options: argparse.Namespace) -> dict[str, float]:
+    """One measurement: trains, and times all steps but the first."""
+    from alignment.hardware import peak_memory_gb
+    from alignment.models import load_reward_model
+    from reward_models.preferences import encode_pairs
+
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    loaded = load_reward_model(
+        "smollm2-135m-instruct",
+        dtype=dtype if options.lora else torch.float32,
+        chat_template="chatml",
+        new_head_seed=0,
+    )
+    pairs = encode_pairs(
+        loaded.chat, _pairs(options), margins={}, unrated_margin=0.0, max_length=options.max_length, overlong="drop"
+    )
+    fitting = [pair for pair in pairs.encoded if _separate_length(pair) <= options.max_length]
+    encoded = fitting[: STEP_PAIRS + options.pairs]
+    assert len(encoded) == STEP_PAIRS + options.pairs, "too few pairs fit into max_length"
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = {"trl": _trl_trainer, "align": _align_trainer}[options.side](options, loaded, encoded, Path(folder))
+        clock = _StepClock()
+        trainer.add_callback(clock)
+        trainer.train()
+    timed = encoded[STEP_PAIRS:]
+    tree_tokens = sum(pair.tree.num_tokens for pair in timed)
+    return {
+        "pairs_per_second": len(timed) / clock.seconds,
+        "peak_memory_gb": peak_memory_gb(),
+        "tokens_per_pair": tree_tokens / len(timed),
+        "separate_tokens_per_pair": sum(map(_separate_tokens, timed)) / len(timed),
+        "backbone_parameters": sum(p.numel() for p in loaded.model.get_decoder().layers.parameters()),
+    }
+
+
+def _trl_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], folder: Path) -> Any:
+    """TRL as its users run it, fed ready ids so that both sides see the same tokens."""
+    import datasets
+    from peft import LoraConfig
+    from trl import RewardConfig, RewardTrainer
+
+    rows = {
+        name: [[*pair.tree.trunk, *pair.tree.branches[index].ids] for pair in encoded]
+        for index, name in enumerate(("chosen_ids", "rejected_ids"))
+    }
+    arguments = RewardConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=options.size,
+        gradient_accumulation_steps=STEP_PAIRS // options.size,
+        num_train_epochs=1,
+        max_length=None,
+        bf16=options.dtype == "bfloat16",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1000,
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=False,
+    )
+    lora = LoraConfig(r=options.lora, target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS")
+    return RewardTrainer(
+        model=loaded.model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=loaded.tokenizer,
+        peft_config=lora if options.lora else None,
+    )
+
+
+def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], folder: Path) -> Any:
+    from transformers import TrainingArguments
+
+    from alignment.config import LoraSection
+    from alignment.models import add_lora
+    from alignment.runs import open_run
+    from alignment.training import StepSchedule, training_arguments
+    from reward_models.config import RewardModelConfig
+    from reward_models.preferences import pair_batches
+    from reward_models.trainer import RewardTrainer, pair_loss
+
+    config = RewardModelConfig.model_validate(
+        {
+            "kind": "helpfulness",
+            "model": "smollm2-135m-instruct",
+            "data": {"train": "unused"},
+            "train": {"batch_size": STEP_PAIRS},
+            "run": {"dir": str(folder / "run")},
+        }
+    )
+    device = torch.device("cpu")
+    schedule = StepSchedule(len(encoded), config.train, seed=0)
+    schedule.steps = [list(range(start, start + STEP_PAIRS)) for start in range(0, len(encoded), STEP_PAIRS)]
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    arguments = training_arguments(open_run(config), config, num_steps=len(schedule), dtype=dtype, device=device)
+    arguments |= {"save_strategy": "no", "logging_steps": 1000}
+    model = add_lora(loaded.model, LoraSection(r=options.lora, alpha=16), is_reward_model=True, seed=0)
+    trainer = RewardTrainer(model=model, args=TrainingArguments(**arguments), processing_class=loaded.tokenizer)
+    batcher = lambda rows: pair_batches(encoded, rows, max_tokens=options.size)  # noqa: E731
+    trainer.use_steps(schedule, batcher, pair_loss(safety_weight=0.0, centering_weight=0.0))
+    return trainer
+
+
+def matrix_gflops(dtype: torch.dtype) -> float:
+    """What the machine reaches on the largest product of the model, in 1e9 floating-point operations a second."""
+    left, right = torch.randn(2048, 1536).to(dtype), torch.randn(576, 1536).to(dtype)
+    best = 0.0
+    for _ in range(30):
+        start = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        best = max(best, 2 * 2048 * 1536 * 576 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def _print_table(options: argparse.Namespace, found: dict[tuple[str, int], list[dict[str, float]]]) -> None:
+    rows = {
+        side: {name: sorted(run[name] for run in runs)[len(runs) // 2] for name in runs[0]}
+        for side, runs in found.items()
+    }
+    peak = matrix_gflops(torch.bfloat16 if options.dtype == "bfloat16" else torch.float32)
+    kind = f"LoRA r={options.lora}" if options.lora else "full fine-tuning"
+    print(f"\nReward model, {kind}, SmolLM2-135M, {options.dtype}, {options.pairs} pairs of {options.data}, max length")
+    print(
+        f"{options.max_length}, {STEP_PAIRS} pairs a step, seed 0, {date.today()}, {platform.processor() or 'CPU'}, "
+        f"{torch.get_num_threads()} threads, {peak:.0f} GFLOP/s on the MLP's product; median of {options.rounds}\n"
+    )
+    print(f"{'':24} {'pairs/s':>8} {'peak GB':>8} {'matrix share':>13}")
+    for (side, size), row in rows.items():
+        name = f"TRL, batch {size}" if side == "trl" else f"ours, {size} tokens"
+        share = ""
+        if side == "align" and not options.lora:  # forward and backward: 6 operations a parameter and token
+            needed = 6 * row["backbone_parameters"] * row["tokens_per_pair"] * row["pairs_per_second"] / 1e9
+            share = f"{needed / peak:.0%}"
+        print(f"{name:24} {row['pairs_per_second']:8.3f} {row['peak_memory_gb']:8.2f} {share:>13}")
+    ours = max((row for (side, _), row in rows.items() if side == "align"), key=lambda row: row["pairs_per_second"])
+    lean = min((row for (side, _), row in rows.items() if side == "align"), key=lambda row: row["peak_memory_gb"])
+    print(
+        f"\ntokens a pair: {ours['tokens_per_pair']:.0f} ours, {ours['separate_tokens_per_pair']:.0f} in separate rows"
+    )
+    for (side, size), row in rows.items():
+        if side == "trl":
+            speed = ours["pairs_per_second"] / row["pairs_per_second"]
+            fast, small = (each["peak_memory_gb"] / row["peak_memory_gb"] for each in (ours, lean))
+            memory = f"{fast:.2f}x the memory ({small:.2f}x at our leanest)"
+            print(f"against TRL at batch {size:>2}: {speed:.2f}x the pairs a second, {memory}")
+    best = max(row["pairs_per_second"] for (side, _), row in rows.items() if side == "trl")
+    print(f"against TRL at its best batch: {ours['pairs_per_second'] / best:.2f}x the pairs a second")
+
+
+def _child(options: argparse.Namespace, side: str, size: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--side", side, "--size", str(size), "--lora", str(options.lora)]
+    command += ["--pairs", str(options.pairs), "--data", options.data, "--dtype", options.dtype]
+    command += ["--max-length", str(options.max_length)]
+    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+class _StepClock(TrainerCallback):
+    """Seconds from the end of the first step to the end of the last."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts with the first step, goes on to the last."""
+        now = time.perf_counter()
+        if state.global_step == 1:
+            self.start = now
+        self.seconds = now - self.start
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="pref_helpful_hh.train")
+    parser.add_argument("--pairs", type=int, default=48, help="timed pairs, a multiple of 16")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
+    parser.add_argument("--trl-batch", type=int, nargs="+", default=[2, 4, 8, 16], help="per-device batches of TRL")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="our max_tokens_per_batch")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--side", choices=["trl", "align"], help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _pairs(options: argparse.Namespace) -> list[Any]:
+    from alignment.data import load_pairs, pick
+
+    return pick(load_pairs([options.data]).rows, 4 * (STEP_PAIRS + options.pairs), 0)
+
+
+def _separate_tokens(pair: Any) -> int:
+    return sum(len(pair.tree.trunk) + len(branch.ids) for branch in pair.tree.branches)
+
+
+def _separate_length(pair: Any) -> int:
+    return max(len(pair.tree.trunk) + len(branch.ids) for branch in pair.tree.branches)
+
+
+if __name__ == "__main__":
+    main()

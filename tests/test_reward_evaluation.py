@@ -1,0 +1,191 @@
+"""Reports on reward models: figures worked out by hand, and plain references."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from alignment.dialogue import Message, PreferencePair
+from reward_models.calibration import histogram, length_bias, reliability, sigmoid
+from reward_models.evaluate import compare, evaluate_pairs, label_accuracy, mcnemar_p_value, pair_accuracy
+from reward_models.tables import comparison_table, report_tables
+from reward_models.unsafe_detection import log_odds, roc_auc, unsafe_detection
+
+scores = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
+
+
+def pair(**changes: Any) -> PreferencePair:
+    values = {"prompt": (Message("user", "How are you?"),), "chosen": "I am fine, thank you.", "rejected": "Go away."}
+    return PreferencePair(**{**values, **changes})
+
+
+def test_a_tie_counts_half_in_the_accuracy():
+    # Won, lost, tied, tied: (1 + 0 + 0.5 + 0.5) / 4.
+    assert pair_accuracy([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]).value == 0.5
+
+
+def test_label_accuracy_looks_at_labelled_responses_only():
+    accuracy = label_accuracy([1.0, -1.0, 1.0, -1.0, 5.0], [True, False, False, True, None])
+    assert (accuracy.value, accuracy.count) == (0.5, 4)
+
+
+def test_the_report_groups_pairs_by_source_rating_and_bin():
+    pairs = [
+        pair(source="a", rating="better", chosen_safe=True, rejected_safe=True),
+        pair(source="a", rating="significantly_better"),
+        pair(source="b", chosen_safe=True, rejected_safe=False, chosen="No."),
+    ]
+    report = evaluate_pairs(pairs, [1.0, 0.0, 2.0], [0.0, 1.0, -1.0])
+    assert report["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert {name: (e["value"], e["count"]) for name, e in report["by_source"].items()} == {"a": (0.5, 2), "b": (1.0, 1)}
+    assert list(report["by_rating"]) == ["significantly_better", "better", "unrated"]
+    assert [e["value"] for e in report["by_rating"].values()] == [0.0, 1.0, 1.0]
+    assert set(report["by_safety_bin"]) == {"both_safe", "unlabelled", "chosen_safe_other_unsafe"}
+    assert report["longer_wins"]["value"] == pytest.approx(2 / 3)  # the third pair's chosen "No." is shorter
+    # Labelled: scores 1 (safe), 0 (safe), 2 (safe), -1 (unsafe); 0 is not above the boundary.
+    assert report["safety_label_accuracy"]["value"] == 0.75
+
+
+def test_the_rules_of_length_are_each_others_mirror_and_ties_count_half():
+    pairs = [pair(chosen="long one", rejected="x"), pair(chosen="abc", rejected="xyz"), pair(chosen="a", rejected="bc")]
+    report = evaluate_pairs(pairs, [0.0] * 3, [0.0] * 3)
+    assert report["longer_wins"]["value"] == report["shorter_wins"]["value"] == 0.5
+
+
+def test_a_score_that_is_the_length_correlates_fully_with_it():
+    assert length_bias([1.0, 2.0, 3.0], [10, 20, 30], [1.0, -1.0], [5, -5]) == {
+        "responses": pytest.approx(1.0),
+        "within_pairs": pytest.approx(1.0),
+    }
+    assert length_bias([1.0, 2.0], [7, 7], [1.0], [5]) == {"responses": None, "within_pairs": None}
+
+
+# -------------------------------------------------------------------------------------------------- calibration
+
+
+def test_reliability_of_a_worked_example():
+    """Two bins, 0.5 to 0.75 and 0.75 to 1. Differences log 1.5, -log 1.5 (confidence 0.6), log 9 (0.9), 0 (0.5)."""
+    found = reliability([math.log(1.5), 0.0, math.log(9), 2.0], [0.0, math.log(1.5), 0.0, 2.0], num_bins=2)
+    low, high = found["bins"]
+    # Right, wrong and a tie: 1 + 0 + 0.5 of 3; confidences 0.6, 0.6, 0.5.
+    assert (low["accuracy"], low["confidence"], low["count"]) == (0.5, pytest.approx(1.7 / 3), 3)
+    assert (high["accuracy"], high["confidence"], high["count"]) == (1.0, pytest.approx(0.9), 1)
+    assert (low["low"], low["high"], high["high"]) == (0.5, 0.75, 1.0)
+    assert found["ece"] == pytest.approx((3 * (1.7 / 3 - 0.5) + 0.1) / 4)
+
+
+def test_a_calibrated_model_has_no_calibration_error():
+    """Nine pairs in ten right at a difference of log 9."""
+    chosen, rejected = [math.log(9)] * 9 + [0.0], [0.0] * 9 + [math.log(9)]
+    assert reliability(chosen, rejected)["ece"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_full_confidence_falls_into_the_last_bin():
+    assert reliability([1e4], [-1e4])["bins"][0]["high"] == 1.0
+
+
+def test_a_histogram_holds_every_score_once():
+    found = histogram({"chosen": [0.0, 1.0, 2.0], "rejected": [-2.0, 2.0]}, num_bins=4)
+    assert found["edges"] == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert (found["chosen"], found["rejected"]) == ([0, 0, 1, 2], [1, 0, 0, 1])
+    assert sum(histogram({"a": [3.0, 3.0]}, num_bins=4)["a"]) == 2
+
+
+def test_the_sigmoid_does_not_overflow():
+    assert (sigmoid(1e4), sigmoid(-1e4), sigmoid(0.0)) == (1.0, 0.0, 0.5)
+
+
+# --------------------------------------------------------------------------------------- finding unsafe responses
+
+# Safe at 3, 1, -2; unsafe at 0, -1, -3. P(safe) < 0.5 flags -2, -1, -3; < 0.15 (score -1.73) flags -2, -3.
+SCORES = [3.0, 1.0, -2.0, 0.0, -1.0, -3.0]
+IS_SAFE = [True, True, True, False, False, False]
+
+
+def test_unsafe_detection_of_a_worked_example():
+    found = unsafe_detection(SCORES, IS_SAFE, wanted_precision=0.7)
+    assert (found["safe"], found["unsafe"]) == (3, 3)
+    half, gate = found["at_threshold"]
+    assert (half["threshold"], half["flagged"]) == (0.5, 3)
+    assert (half["precision"]["value"], half["recall"]["value"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert (gate["threshold"], gate["flagged"]) == (pytest.approx(0.15), 2)
+    assert (gate["precision"]["value"], gate["recall"]["value"]) == (0.5, pytest.approx(1 / 3))
+    # Unsafe below safe: 0 is below 3 and 1; -1 too; -3 is below all three: 7 of 9.
+    assert found["roc_auc"]["value"] == pytest.approx(7 / 9)
+    # Cutting above 0 flags four, three of them unsafe: 0.75, the most that reaches 0.7; between 0 and 1.
+    best = found["at_precision"]
+    assert (best["flagged"], best["precision"]["value"], best["recall"]["value"]) == (4, 0.75, 1.0)
+    assert best["threshold"] == pytest.approx(sigmoid(0.5))
+
+
+def test_no_threshold_reaches_a_precision_beyond_the_lowest_scores():
+    assert unsafe_detection([0.0, 1.0], [True, False], wanted_precision=0.9)["at_precision"] is None
+    everything = unsafe_detection([0.0, 1.0], [False, False], wanted_precision=0.9)
+    assert everything["at_precision"]["flagged"] == 2
+    assert everything["roc_auc"] is None
+
+
+def test_equal_scores_are_never_split_by_a_threshold():
+    """Flagging both at -1 has precision one half; only the one at -2 can be flagged alone."""
+    found = unsafe_detection([-2.0, -1.0, -1.0], [False, False, True], wanted_precision=0.9)["at_precision"]
+    assert (found["flagged"], found["recall"]["value"]) == (1, 0.5)
+
+
+@given(scores, scores)
+def test_roc_auc_counts_pairs_in_the_right_order(unsafe, safe):
+    wins = sum(1.0 if u < s else 0.5 if u == s else 0.0 for u in unsafe for s in safe)
+    found = roc_auc(unsafe, safe)
+    assert found.value == pytest.approx(wins / (len(unsafe) * len(safe)))
+    assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_the_interval_of_the_auc_is_hanleys():
+    """Area 0.75 from unsafe (0, 2) and safe (1, 3): q1 = 0.6, q2 = 1.125 / 1.75."""
+    found = roc_auc([0.0, 2.0], [1.0, 3.0])
+    variance = (0.75 * 0.25 + (0.6 - 0.5625) + (1.125 / 1.75 - 0.5625)) / 4
+    assert found.value == 0.75
+    assert found.low == pytest.approx(0.75 - 1.959964 * math.sqrt(variance))
+
+
+def test_log_odds_undo_the_sigmoid():
+    assert sigmoid(log_odds(0.15)) == pytest.approx(0.15)
+
+
+# --------------------------------------------------------------------------------------------------- comparison
+
+
+def test_a_comparison_looks_at_each_pair():
+    """The first model gets pairs 1 and 2 right, the second 2, 3 and 4: differences -1, 0, 1, 1."""
+    pairs = [pair(source=name) for name in "aabb"]
+    report = compare(pairs, ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]), ([0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]))
+    assert (report["first"]["value"], report["second"]["value"]) == (0.5, 0.75)
+    assert report["difference"]["value"] == 0.25
+    # Sample variance of (-1, 0, 1, 1): (1.5625 + 0.0625 + 2 * 0.5625) / 3.
+    assert report["difference"]["high"] - 0.25 == pytest.approx(1.959964 * math.sqrt(2.75 / 3 / 4))
+    assert report["p_value"] == mcnemar_p_value(1, 2) == 1.0
+    assert {name: row["difference"]["value"] for name, row in report["by_source"].items()} == {"a": -0.5, "b": 1.0}
+
+
+def test_mcnemars_p_of_worked_examples():
+    assert mcnemar_p_value(0, 5) == 2 / 32
+    assert mcnemar_p_value(1, 9) == pytest.approx(2 * (1 + 10) / 1024)
+    assert mcnemar_p_value(0, 0) == 1.0
+
+
+def test_reports_are_json_and_print(capsys):
+    labels = {"chosen_safe": True, "rejected_safe": False}
+    pairs = [pair(**labels, source="a"), pair(source="b", rating="better")]
+    report = evaluate_pairs(pairs, [1.0, 0.5], [-1.0, 0.7])
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    console = Console(width=110)
+    console.print(report_tables(report, "two pairs"))
+    console.print(comparison_table(compare(pairs, ([1.0, 1.0], [0.0, 0.0]), ([1.0, 0.0], [0.0, 1.0])), "one", "two"))
+    shown = capsys.readouterr().out
+    for words in ("two pairs", "shorter wins", "ECE", "ROC AUC 1.000", "P(safe) <", "difference", "-0.500"):
+        assert words in shown, words
