@@ -65,15 +65,17 @@ def test_figures_of_rollouts_by_hand():
     """Two responses, of two tokens and of one; whatever stands beyond a response's end counts nowhere."""
     nan = float("nan")
     tables = {
-        "logprobs": torch.tensor([[-1.0, -2.0], [-3.0, nan]]),
-        "ref_logprobs": torch.tensor([[-1.5, -2.5], [-2.0, nan]]),
-        "entropy": torch.tensor([[1.0, 2.0], [6.0, nan]]),
-        "rewards": torch.tensor([[0.5, 1.5], [-1.0, nan]]),
-        "values": torch.tensor([[1.0, 1.0], [1.0, nan]]),
-        "advantages": torch.zeros(2, 2),
-        "returns": torch.tensor([[2.0, 1.0], [0.0, nan]]),
+        "logprobs": torch.tensor([[-1.0, -2.0, nan], [-3.0, nan, nan]]),
+        "ref_logprobs": torch.tensor([[-1.5, -2.5, nan], [-2.0, nan, nan]]),
+        "entropy": torch.tensor([[1.0, 2.0, nan], [6.0, nan, nan]]),
+        "rewards": torch.tensor([[0.5, 1.5, nan], [-1.0, nan, nan]]),
+        "values": torch.tensor([[1.0, 1.0, nan], [1.0, nan, nan]]),
+        "advantages": torch.zeros(2, 3),
+        "returns": torch.tensor([[2.0, 1.0, nan], [0.0, nan, nan]]),
     }
-    found = rollout_metrics(Rollouts(trees=[], mask=torch.tensor([[True, True], [True, False]]), **tables))
+    found = rollout_metrics(
+        Rollouts(trees=[], mask=torch.tensor([[True, True, False], [True, False, False]]), **tables)
+    )
     assert {name: round(value.item(), 4) for name, value in found.items()} == {
         "kl": 0.0,  # (0.5 + 0.5) and -1, halved
         "kl_k3": 0.4657,  # exp(d) - 1 - d with d -0.5, -0.5 and 1: (2 * 0.1065 + 0.7183) / 2

@@ -168,5 +168,12 @@ def test_scores_of_other_pairs_are_refused(reward_folder, pairs, tmp_path):
     assert "Name the pairs to compare on" in str(result.exception)
 
 
+def test_progress_counts_every_prompt(reward_folder):
+    prompts = [scoring._as_response(entry).prompt.messages for entry in RESPONSES]
+    heard: list[int] = []
+    Scorer.load(reward_folder, max_tokens=100).score(prompts, [["ok"]] * len(prompts), on_progress=heard.append)
+    assert sum(heard) == len(prompts) and 1 < len(heard) < len(prompts)
+
+
 def test_the_stage_keeps_its_own_command():
     assert "mix_in" in align("rm", "--help").stdout

@@ -119,6 +119,21 @@ def arguments(run: Run, num_steps: int, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**training_arguments(run, config, num_steps=num_steps, dtype=torch.float32, device=device))
 
 
+def test_every_setting_of_the_optimizer_reaches_the_trainer(open_tiny_run):
+    found = arguments(open_tiny_run("run"), 10, betas=(0.7, 0.8), eps=1e-3, weight_decay=0.3, max_grad_norm=2.0)
+    assert (found.learning_rate, found.adam_beta1, found.adam_beta2, found.adam_epsilon) == (1e-3, 0.7, 0.8, 1e-3)
+    assert (found.weight_decay, found.max_grad_norm) == (0.3, 2.0)
+
+
+def test_dropout_is_on_in_training(reward_llama, open_tiny_run):
+    """Where it were off, two steps with it would end where two steps without it end."""
+    plain = copy.deepcopy(reward_llama)
+    reward_llama.model.layers[0].mlp.down_proj = nn.Sequential(reward_llama.model.layers[0].mlp.down_proj, nn.Dropout())
+    train(plain, open_tiny_run("plain"), rm_batcher(30), PAIR_LOSS)
+    train(reward_llama, open_tiny_run("dropout"), rm_batcher(30), PAIR_LOSS)
+    assert (plain.score.weight - reward_llama.score.weight).abs().max() > 1e-4
+
+
 def random_dialogues(count: int) -> list[EncodedDialogue]:
     """Very unequal in length and in trained tokens, so that a mean of means would show."""
     generator = torch.Generator().manual_seed(5)

@@ -1,0 +1,71 @@
+"""PPO's checkpoints: what is put back, and which are kept."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from alignment.config import RunSection, StageConfig
+from alignment.runs import newest_checkpoint, open_run
+from rlhf.checkpoint import Learner, load_checkpoint, save_checkpoint
+
+
+class TinyConfig(StageConfig):
+    stage: ClassVar[str] = "tiny"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return open_run(TinyConfig(run=RunSection(dir=str(tmp_path / "run"))))
+
+
+def learner() -> Learner:
+    model = nn.Linear(3, 1)
+    nn.init.zeros_(model.bias).requires_grad_(False)  # frozen weights come from the model a run starts from
+    optimizer = torch.optim.AdamW([model.weight], lr=0.1)
+    return Learner(model, optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=10))
+
+
+def step(one: Learner) -> torch.Tensor:
+    """A step whose gradient is drawn from torch's generator; the weights after it."""
+    one.model(torch.randn(4, 3)).pow(2).mean().backward()
+    one.optimizer.step()
+    one.optimizer.zero_grad()
+    one.scheduler.step()
+    return one.model.weight.detach().clone()
+
+
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(run):
+    torch.manual_seed(0)
+    first = {"policy": learner(), "critic": learner()}
+    for one in first.values():
+        step(one)
+    save_checkpoint(run, 7, first)
+    expected = [step(one) for one in first.values() for _ in range(3)]
+    torch.manual_seed(99)
+    again = {"policy": learner(), "critic": learner()}
+    assert load_checkpoint(newest_checkpoint(run), again) == 7
+    found = [step(one) for one in again.values() for _ in range(3)]
+    assert all(ours.equal(theirs) for ours, theirs in zip(expected, found, strict=True))
+    assert again["critic"].scheduler.get_last_lr() == first["critic"].scheduler.get_last_lr()
+
+
+def test_frozen_parameters_are_not_written(run):
+    assert list(learner().state()["parameters"]) == ["weight"]
+
+
+def test_the_last_two_checkpoints_are_kept(run):
+    for number in (2, 4, 10):
+        save_checkpoint(run, number, {"policy": learner()})
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-4"]
+    assert newest_checkpoint(run).name == "checkpoint-10"
+
+
+def test_a_parameter_that_the_model_lacks_is_an_error():
+    state = learner().state()
+    state["parameters"]["other"] = torch.zeros(1)
+    with pytest.raises(KeyError, match="other"):
+        learner().load_state(state)

@@ -1,0 +1,91 @@
+"""Demonstrations on their way to training, and the held-out loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from alignment.chat import CHATML, EncodedDialogue, chat_format, encode_dialogue
+from alignment.dialogue import Dialogue, Message
+from alignment.logprobs import response_logprobs
+from alignment.prefix_batch import Branch, Tree, collate
+from sft.examples import Examples, make_examples
+from sft.trainer import _as_dataset, evaluate
+
+
+@pytest.fixture
+def chat(make_tokenizer):
+    return chat_format(make_tokenizer(template=CHATML))
+
+
+def dialogue(turns: int, *, train_on: str = "all", system: bool = False, source: str = "s") -> Dialogue:
+    texts = ["How are you today?", "I am fine, thank you."]
+    messages = [Message(("user", "assistant")[index % 2], f"{texts[index % 2]} {index}") for index in range(turns)]
+    head = [Message("system", "Be brief.")] if system else []
+    return Dialogue(messages=(*head, *messages), train_on=train_on, source=source)
+
+
+def test_a_dialogue_of_just_the_longest_length_stays_whole(chat):
+    length = len(encode_dialogue(chat, dialogue(4)).input_ids)
+    found = make_examples(chat, [dialogue(4)], max_length=length, overlong="truncate")
+    assert (len(found.encoded[0].input_ids), found.cut, found.dropped) == (length, 0, {})
+
+
+def test_one_token_more_and_the_oldest_exchange_goes_but_the_system_turn_stays(chat):
+    long = dialogue(6, system=True)
+    length = len(encode_dialogue(chat, long).input_ids)
+    found = make_examples(chat, [long], max_length=length - 1, overlong="truncate")
+    shorter = Dialogue(messages=(long.messages[0], *long.messages[3:]), source="s")
+    assert found.encoded == [encode_dialogue(chat, shorter)]
+    assert (found.cut, found.sources) == (1, ["s"])
+
+
+def test_rows_are_dropped_where_that_is_asked_for_or_nothing_is_left_to_cut(chat):
+    length = len(encode_dialogue(chat, dialogue(2)).input_ids)
+    rows = [dialogue(2, source="short"), dialogue(4, source="long")]
+    found = make_examples(chat, rows, max_length=length, overlong="drop")
+    assert (found.sources, found.cut, found.dropped) == (["short"], 0, {"too_long": 1})
+    found = make_examples(chat, rows, max_length=length - 1, overlong="truncate")
+    assert (found.sources, found.dropped) == ([], {"too_long": 2})
+
+
+def test_a_ghost_attention_dialogue_never_loses_its_first_turn(chat):
+    """Its instruction stands there: without it the kept answers would make no sense."""
+    length = len(encode_dialogue(chat, dialogue(4)).input_ids)
+    found = make_examples(chat, [dialogue(4, train_on="last")], max_length=length - 1, overlong="truncate")
+    assert (found.encoded, found.dropped) == ([], {"too_long": 1})
+
+
+def example(length: int, trained: int) -> EncodedDialogue:
+    ids = torch.randint(64, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    return EncodedDialogue(ids, [False] * (length - trained) + [True] * trained)
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens_overall_and_by_source(llama):
+    encoded = [example(9, 2), example(20, 15), example(6, 1)]
+    losses = []
+    for one in encoded:
+        batch = collate([[Tree([], [Branch(one.input_ids, one.loss_mask)])]])
+        losses.append(-response_logprobs(llama, batch).detach())
+    found = evaluate(llama, Examples(encoded, ["a", "b", "a"], 0, {}), max_tokens=30, dtype=torch.float32)
+    assert found["tokens"] == 18
+    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
+    assert found["by_source"] == {
+        "a": pytest.approx(torch.cat([losses[0], losses[2]]).mean().item(), abs=1e-5),
+        "b": pytest.approx(losses[1].mean().item(), abs=1e-5),
+    }
+    assert evaluate(llama, Examples([], [], 0, {}), max_tokens=30, dtype=torch.float32) == {}
+
+
+def test_the_held_out_loss_is_measured_without_dropout(llama):
+    examples = Examples([example(12, 8)], ["a"], 0, {})
+    still = evaluate(llama, examples, max_tokens=30, dtype=torch.float32)
+    llama.model.layers[0].mlp.down_proj = nn.Sequential(llama.model.layers[0].mlp.down_proj, nn.Dropout(0.5))
+    assert evaluate(llama.train(), examples, max_tokens=30, dtype=torch.float32)["loss"] == pytest.approx(still["loss"])
+
+
+def test_trl_sees_labels_on_trained_tokens_only():
+    one = example(5, 2)
+    row = _as_dataset([one])[0]
+    assert row == {"input_ids": one.input_ids, "labels": [-100] * 3 + one.input_ids[3:]}
