@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from alignment.prefix_batch import PrefixBatch
+from alignment.tree_attention import TREE_ATTENTION, tree_blocks
 
 CHUNK_TOKENS = 256
 
@@ -95,17 +96,36 @@ def last_hidden_states(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, "R
     taken: list[Tensor] = []
     handle = inner.get_decoder().register_forward_hook(lambda _m, _a, output: taken.append(output.last_hidden_state))
     extra = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
+    flat = batch.input_ids.device.type == "cpu" and inner.config._attn_implementation == TREE_ATTENTION
     try:
-        model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **extra,
-        )
+        model(**(_flat_inputs(inner, batch) if flat else _padded_inputs(batch)), use_cache=False, **extra)
     finally:
         handle.remove()
-    return taken[0]
+    [hidden] = taken
+    if not flat:
+        return hidden
+    real = batch.tree_ids >= 0
+    return hidden.new_zeros(*real.shape, hidden.shape[-1]).masked_scatter(real[..., None], hidden)
+
+
+def _padded_inputs(batch: PrefixBatch) -> dict[str, Tensor]:
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+    }
+
+
+def _flat_inputs(inner: nn.Module, batch: PrefixBatch) -> dict[str, Any]:
+    """The real tokens in one row, and the blocks of their attention. A mask of four axes stops transformers' own."""
+    real = batch.tree_ids >= 0
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inner.dtype
+    return {
+        "input_ids": batch.input_ids[real][None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        "position_ids": batch.position_ids[real][None],
+        "blocks": tree_blocks(batch, dtype),
+    }
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -33,6 +33,7 @@ from alignment.runs import write_folder
 from alignment.sources import cached_folder, find_model
 from alignment.toy import TOY_VERSION
 from alignment.toy_model import make_toy_model
+from alignment.tree_attention import TREE_ATTENTION
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -163,7 +164,7 @@ def model_folder(name: str) -> Path | str:
 
 def _from_pretrained(cls: type, folder: Path | str, name: str, dtype: torch.dtype, **extra: object) -> PreTrainedModel:
     try:
-        return cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **extra)
+        return cls.from_pretrained(folder, dtype=dtype, attn_implementation=TREE_ATTENTION, **extra)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE."

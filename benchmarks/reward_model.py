@@ -70,6 +70,8 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     encoded = fitting[: STEP_PAIRS + options.pairs]
     assert len(encoded) == STEP_PAIRS + options.pairs, "too few pairs fit into max_length"
     with tempfile.TemporaryDirectory() as folder:
+        if options.side == "trl":
+            loaded.model.set_attn_implementation(options.trl_attention)
         trainer = {"trl": _trl_trainer, "align": _align_trainer}[options.side](options, loaded, encoded, Path(folder))
         clock = _StepClock()
         trainer.add_callback(clock)
@@ -203,7 +205,7 @@ def _print_table(options: argparse.Namespace, found: dict[tuple[str, int], list[
 def _child(options: argparse.Namespace, side: str, size: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--side", side, "--size", str(size), "--lora", str(options.lora)]
     command += ["--pairs", str(options.pairs), "--data", options.data, "--dtype", options.dtype]
-    command += ["--max-length", str(options.max_length)]
+    command += ["--max-length", str(options.max_length), "--trl-attention", options.trl_attention]
     done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
@@ -230,6 +232,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
     parser.add_argument("--trl-batch", type=int, nargs="+", default=[2, 4, 8, 16], help="per-device batches of TRL")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="our max_tokens_per_batch")
+    parser.add_argument("--trl-attention", choices=["sdpa", "eager"], default="sdpa", help="sdpa is what users get")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--side", choices=["trl", "align"], help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)

@@ -20,6 +20,7 @@ from alignment.models import LoadedModel, load_chat_model
 from alignment.progress import ProgressBar
 from alignment.sampling.prompts import as_candidate, choose_prompts, sample_ids, sample_prompts
 from alignment.sampling.torch_engine import TorchSampler
+from reward_models.calibration import sigmoid
 from reward_models.score import Scorer
 
 

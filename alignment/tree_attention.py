@@ -1,0 +1,178 @@
+"""Attention over prefix-shared trees on a CPU: all tokens side by side without padding, each block by matrix products.
+
+The CPU kernels behind `scaled_dot_product_attention` compute what the mask throws away (padding, other branches) and,
+in bfloat16, run at a fraction of the matrix throughput. Here a batch is one flat row; a block of queries (a trunk, a
+branch, or a whole small tree) meets only the keys it may see. The backward pass computes the probabilities again, so
+that memory grows with tokens, not with their square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from alignment.prefix_batch import PrefixBatch
+
+TREE_ATTENTION = "align_tree"
+# A matrix product for a block costs about as much as this many scores: small trees are computed whole.
+BLOCK_OVERHEAD = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries `start` to `stop` of the flat row, the ranges of keys they meet, and what is added to the scores.
+
+    `bias` (stop - start, keys) is 0 where a query sees a key and -inf elsewhere.
+    """
+
+    start: int
+    stop: int
+    keys: tuple[tuple[int, int], ...]
+    bias: Float[Tensor, "Q K"]
+
+
+def tree_blocks(batch: PrefixBatch, dtype: torch.dtype) -> list[Block]:
+    """The blocks of a batch whose real tokens stand side by side in the order of rows and columns."""
+    blocks: list[Block] = []
+    offset = 0
+    for tree_ids, branch_ids in zip(batch.tree_ids, batch.branch_ids, strict=True):
+        length = int((tree_ids >= 0).sum())
+        # A new stretch begins where the tree or the branch changes: a trunk, its branches, the next trunk, ...
+        stretches = torch.stack([tree_ids, branch_ids])[:, :length]
+        values, counts = torch.unique_consecutive(stretches, dim=1, return_counts=True)
+        start = offset
+        parts: dict[int, list[tuple[int, int, int]]] = {}
+        for (tree, branch), count in zip(values.T.tolist(), counts.tolist(), strict=True):
+            parts.setdefault(tree, []).append((branch, start, start + count))
+            start += count
+        for stretches_of_tree in parts.values():
+            blocks += _blocks_of_tree(stretches_of_tree, dtype)
+        offset += length
+    return blocks
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B G K D"],
+    value: Float[Tensor, "B G K D"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    blocks: Sequence[Block] | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B Q H D"], None]:
+    """An attention function of transformers; without `blocks` (sampling, other batches) it is SDPA's.
+
+    Grouped queries are supported: H heads share the keys and values of G.
+    """
+    if blocks is None:
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if dropout:
+        raise NotImplementedError("attention dropout: set model.config.attention_dropout to 0")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    dtype = value.dtype  # under autocast, rotary embeddings leave queries and keys in float32
+    output = _BlockAttention.apply(query[0].to(dtype), key[0].to(dtype), value[0], scale, blocks)
+    return output.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """softmax(scale q k^T + bias) v, block by block. q is (H, N, D); k and v are (G, N, D), H a multiple of G."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]) -> Tensor:
+        """The output (H, N, D)."""
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.blocks = scale, blocks
+        grouped = q.unflatten(0, (len(k), -1))  # (G, H / G, N, D)
+        output = torch.empty_like(grouped)
+        for block in blocks:
+            queries, keys, values = _operands(grouped, k, v, block)
+            probabilities = _probabilities(queries, keys, block, scale)
+            output[:, :, block.start : block.stop] = (probabilities @ values).view(len(k), -1, *_shape(block, q))
+        return output.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v = ctx.saved_tensors
+        grouped, grad = (tensor.unflatten(0, (len(k), -1)) for tensor in (q, grad_output))
+        grad_q, grad_k, grad_v = torch.empty_like(grouped), torch.zeros_like(k), torch.zeros_like(v)
+        for block in ctx.blocks:
+            queries, keys, values = _operands(grouped, k, v, block)
+            upstream = grad[:, :, block.start : block.stop].reshape(len(k), -1, q.shape[-1])
+            probabilities = _probabilities(queries, keys, block, ctx.scale)
+            grad_probabilities = upstream @ values.transpose(1, 2)
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                grad_probabilities, probabilities, -1, probabilities.dtype
+            ).mul_(ctx.scale)
+            grad_q[:, :, block.start : block.stop] = (grad_scores @ keys).view(len(k), -1, *_shape(block, q))
+            _add_to_ranges(grad_k, grad_scores.transpose(1, 2) @ queries, block)
+            _add_to_ranges(grad_v, probabilities.transpose(1, 2) @ upstream, block)
+        return grad_q.flatten(0, 1), grad_k, grad_v, None, None
+
+
+def _operands(grouped: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """(G, H / G * Q, D) queries, (G, K, D) keys and values of a block."""
+    queries = grouped[:, :, block.start : block.stop].reshape(len(k), -1, grouped.shape[-1])
+    keys, values = (torch.cat([tensor[:, a:b] for a, b in block.keys], dim=1) for tensor in (k, v))
+    return queries, keys, values
+
+
+def _probabilities(queries: Tensor, keys: Tensor, block: Block, scale: float) -> Tensor:
+    scores = (queries @ keys.transpose(1, 2)).mul_(scale)
+    scores.view(len(keys), -1, *block.bias.shape).add_(block.bias)
+    return torch.softmax(scores, dim=-1)
+
+
+def _shape(block: Block, q: Tensor) -> tuple[int, int]:
+    return block.stop - block.start, q.shape[-1]
+
+
+def _add_to_ranges(gradient: Tensor, addition: Tensor, block: Block) -> None:
+    position = 0
+    for start, stop in block.keys:
+        gradient[:, start:stop] += addition[:, position : position + stop - start]
+        position += stop - start
+
+
+def _blocks_of_tree(stretches: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> list[Block]:
+    """One block, or one for the trunk and each branch, whichever computes less. Stretches are (branch, start, stop)."""
+    trunk = next(((start, stop) for branch, start, stop in stretches if branch == 0), None)
+    trunk_length = trunk[1] - trunk[0] if trunk else 0
+    first, last = stretches[0][1], stretches[-1][2]
+    lengths = [stop - start for branch, start, stop in stretches if branch]
+    apart = sum(length * (trunk_length + length) + BLOCK_OVERHEAD for length in lengths)
+    apart += trunk_length**2 + BLOCK_OVERHEAD * bool(trunk_length)
+    if (last - first) ** 2 + BLOCK_OVERHEAD <= apart:
+        branches = torch.cat([torch.full((stop - start,), branch) for branch, start, stop in stretches])
+        seen = (branches[None] == 0) | (branches[None] == branches[:, None])
+        return [Block(first, last, ((first, last),), _bias(seen.tril(), dtype))]
+    blocks = []
+    for branch, start, stop in stretches:
+        length = stop - start
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        if branch == 0 or trunk is None:
+            blocks.append(Block(start, stop, ((start, stop),), _bias(causal, dtype)))
+        else:
+            seen = torch.cat([torch.ones(length, trunk_length, dtype=torch.bool), causal], dim=1)
+            blocks.append(Block(start, stop, (trunk, (start, stop)), _bias(seen, dtype)))
+    return blocks
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
