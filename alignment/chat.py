@@ -8,6 +8,7 @@ text, so nobody can type a turn border into a message.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ class ChatFormat(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
     end_of_turn_id: int
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Raises DataError where a text cannot be written in this format."""
+        ...
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The ids of a whole dialogue or, where the last turn is a user's, of a prompt up to the response."""
@@ -183,6 +188,10 @@ class JinjaFormat:
                 "two ways to stop. Set model.chat_template to chatml or to another Jinja file."
             )
         self.end_of_turn_id = closing[-1]
+        self._typed_control = self._typed_control_pattern(probe)
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Any text will do: control tokens in it are taken apart."""
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """See ChatFormat."""
@@ -251,7 +260,22 @@ class JinjaFormat:
         return self._ids_by_piece[text]
 
     def _encode_text(self, text: str) -> list[int]:
-        return _encode_plain(self.tokenizer, text)
+        """Ids of a message's text; a control token typed into it is cut in two, so that it stays text."""
+        if self._typed_control is None:
+            return _encode_plain(self.tokenizer, text)
+        cuts = [0, *(found.start() + 1 for found in self._typed_control.finditer(text)), len(text)]
+        parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+        return [token for part in parts for token in _encode_plain(self.tokenizer, part)]
+
+    def _typed_control_pattern(self, probe: Messages) -> re.Pattern[str] | None:
+        """Matches the template's own tokens that tokenizers know as added but not as special.
+
+        `split_special_tokens` takes special ones apart when they are typed, not these. Whitespace is no control.
+        """
+        added = {token: str(known) for token, known in self.tokenizer.added_tokens_decoder.items() if not known.special}
+        written = {token for piece in self._pieces(probe, generation=True) for token in self._encode_template(piece)}
+        names = [added[token] for token in written & added.keys() if len(added[token].strip()) > 1]
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
 
 class Llama2Format:
@@ -269,11 +293,15 @@ class Llama2Format:
         self.tokenizer.chat_template = LLAMA2_JINJA
         self.end_of_turn_id = tokenizer.eos_token_id
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """See ChatFormat. Raises DataError where a text holds one of the layout's tags."""
+    def check(self, messages: Sequence[Message]) -> None:
+        """Raises DataError where a text holds one of the layout's tags."""
         for message in messages:
             if tag := next((tag for tag in LLAMA2_TAGS if tag in message.content), None):
                 raise DataError(f"a {message.role} turn contains {tag}, a tag of the Llama 2 layout. Remove it.")
+
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+        """See ChatFormat. Raises DataError where a text holds one of the layout's tags."""
+        self.check(messages)
         turns = [message.content.strip() for message in messages]
         offset = 0
         if messages[0].role == "system":

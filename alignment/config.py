@@ -224,6 +224,7 @@ class StageConfig(Section):
 
 
 Config = TypeVar("Config", bound=StageConfig)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 def load_config(
@@ -260,6 +261,14 @@ def build_config(
     if config is None or problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config
+
+
+def build_section(cls: type[SectionT], values: Mapping[str, Any], where: str = "command line") -> SectionT:
+    """A validated group of settings. Raises ConfigError with all problems."""
+    section, problems = _validate(cls, values)
+    if section is None:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    return section
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -334,7 +343,7 @@ def _description(cls: type[BaseModel], name: str) -> str:
     return next((text for base in sections if (text := base.model_fields[name].description)), "")
 
 
-def _validate(cls: type[Config], values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+def _validate(cls: type[SectionT], values: Mapping[str, Any]) -> tuple[SectionT | None, list[str]]:
     """The configuration, or None, with every problem found.
 
     Rules that look at several keys run only once each key is valid, so a wrong key is taken out and the rest

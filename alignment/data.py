@@ -116,9 +116,14 @@ def load_rows(
         rows.extend(kept)
         if on_error == "stop":
             errors.extend(source_errors)
-    if errors:
-        raise DataError(_summary(errors))
+    raise_together(errors)
     return Loaded(rows, reports)
+
+
+def raise_together(problems: Sequence[str]) -> None:
+    """Raises DataError with the problems of many rows (the first 20 in full), if there are any."""
+    if problems:
+        raise DataError(_summary(list(problems)))
 
 
 def stream_rows(sources: Sequence[str], parse: Callable[[Mapping[str, Any]], Row]) -> Iterator[Row]:
@@ -229,7 +234,9 @@ def _typed_rows(name: str, found: Path | str, parse: Callable[[Mapping[str, Any]
         except RowError as error:
             yield _BadRow(f"{line.where}: {error.problem}")
         else:
-            yield replace(row, source=stem) if getattr(row, "source", None) == "" else row
+            if isinstance(row, Dialogue | PreferencePair | Prompt):
+                row = replace(row, source=row.source or stem, where=line.where)
+            yield row
 
 
 def _digest(source: Path | str) -> str:

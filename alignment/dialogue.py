@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Role = Literal["system", "user", "assistant"]
@@ -47,6 +47,7 @@ class Dialogue:
     messages: Messages
     train_on: TrainOn = "all"
     source: str = ""
+    where: str = field(default="", compare=False, repr=False)  # "pairs.jsonl:17", for messages about the row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Dialogue:
@@ -75,6 +76,7 @@ class Prompt:
     messages: Messages
     is_safety: bool = False
     source: str = ""
+    where: str = field(default="", compare=False, repr=False)  # "pairs.jsonl:17", for messages about the row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Prompt:
@@ -108,6 +110,7 @@ class PreferencePair:
     rejected_safe: bool | None = None
     is_safety: bool = False
     source: str = ""
+    where: str = field(default="", compare=False, repr=False)  # "pairs.jsonl:17", for messages about the row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> PreferencePair:

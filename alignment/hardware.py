@@ -12,6 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+
+from alignment.errors import ConfigError
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -28,6 +31,13 @@ def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if device.type == "cpu" and _cpu_prefers_bf16() else torch.float32
+
+
+def process_state(device: str) -> PartialState:
+    """accelerate's state of this process, on `auto`, `cpu` or `cuda`. Raises ConfigError where that is missing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device: cuda, but torch finds no CUDA device here. Use auto or cpu.")
+    return PartialState(cpu=device == "cpu")
 
 
 def tune_allocator() -> None:

@@ -85,6 +85,10 @@ class MetricsLog:
         rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
         return [row[name] for row in rows if name in row]
 
+    def last(self, name: str) -> float | None:
+        """The newest value of a figure, or None."""
+        return next(iter(reversed(self.column(name))), None)
+
     def truncate_after(self, step: int) -> None:
         """Drops rows beyond `step` (and a half-written last row), so that a resumed run does not repeat them."""
         if not self.path.exists():

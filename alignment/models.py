@@ -54,8 +54,8 @@ class LoadedModel:
 def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto") -> LoadedModel:
     """A causal language model in evaluation mode. Raises ModelError where it cannot be loaded."""
     folder = model_folder(path)
-    tokenizer = load_tokenizer(folder)
-    chat = chat_format(tokenizer, chat_template)
+    chat = load_chat(folder, chat_template)
+    tokenizer = chat.tokenizer
     model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype)
     if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
         raise ModelError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's output matrix.")
@@ -72,8 +72,8 @@ def load_reward_model(
     (Llama 2 Sec. 3.2.2). Without, the folder must hold a reward model: raises ModelError where it does not.
     """
     folder = model_folder(path)
-    tokenizer = load_tokenizer(folder)
-    chat = chat_format(tokenizer, chat_template)
+    chat = load_chat(folder, chat_template)
+    tokenizer = chat.tokenizer
     kind = AutoConfig.from_pretrained(folder).architectures or [""]
     is_reward_model = kind[0].endswith("ForSequenceClassification")
     if new_head_seed is None and not is_reward_model:
@@ -93,16 +93,17 @@ def load_reward_model(
     return LoadedModel(model.eval(), tokenizer, chat)
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a pad token that no text contains."""
+def load_chat(folder: Path | str, chat_template: str = "auto") -> ChatFormat:
+    """The chat format of a model folder; its tokenizer has a pad token that neither a text nor a turn's end has."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
     tokenizer.padding_side = "right"
-    if not _pads_safely(tokenizer):
-        tokenizer.pad_token = _spare_token(tokenizer)
-    return tokenizer
+    chat = chat_format(tokenizer, chat_template)
+    if not _pads_safely(chat):
+        tokenizer.pad_token = _spare_token(chat)
+    return chat
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool, seed: int) -> nn.Module:
@@ -184,15 +185,19 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         model.generation_config.eos_token_id = chat.end_of_turn_id
 
 
-def _pads_safely(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the pad token can never end a response (transformers' classifiers stop at the first pad)."""
-    in_template = tokenizer.pad_token is not None and tokenizer.pad_token in (tokenizer.chat_template or "")
-    return tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id and not in_template
+def _pads_safely(chat: ChatFormat) -> bool:
+    """Whether the pad token can stand nowhere in a dialogue: a plain classifier reads the last token that is no pad."""
+    tokenizer = chat.tokenizer
+    ends = (tokenizer.eos_token_id, chat.end_of_turn_id)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in ends:
+        return False
+    return tokenizer.pad_token not in (tokenizer.chat_template or "")
 
 
-def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
+def _spare_token(chat: ChatFormat) -> str:
     """A control token that neither the template nor the end of a response uses."""
-    used = {tokenizer.eos_token, tokenizer.bos_token}
+    tokenizer = chat.tokenizer
+    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)}
     names = [tokenizer.unk_token, *(str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()))]
     for name in names:
         if name and name not in used and name not in (tokenizer.chat_template or ""):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -158,6 +160,7 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         num_processes=1 if state is None else state.num_processes,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         models=_model_hashes(config),
+        made_from=upstream_runs(config),
     )
     return run
 
@@ -224,8 +227,11 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
     for leftover in path.glob("*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if read_manifest(path) is None:  # the first file, so that whatever a killed run leaves is known to be a run
-        write_json(path / "manifest.json", {"stage": config.stage, "status": "running", "settings": settings(config)})
-    write_text(path / "config.yaml", to_yaml(config))
+        first = {"stage": config.stage, "status": "running", "id": uuid.uuid4().hex, "settings": settings(config)}
+        write_json(path / "manifest.json", first)
+    # Whoever runs the file again wants another run, not this one gone.
+    kept = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
+    write_text(path / "config.yaml", to_yaml(kept))
 
 
 def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, Any], resume: bool) -> None:
@@ -242,15 +248,27 @@ def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, An
         )
 
 
+def upstream_runs(config: StageConfig) -> dict[str, str]:
+    """The ids of the runs whose models or files a stage reads, by key: another id means they were made again."""
+    found = {}
+    for key, name, _ in config.input_names():
+        folder = next((f for f in (Path(name), *Path(name).parents) if (f / "manifest.json").is_file()), None)
+        if folder is not None:
+            found[f"{key}: {name}"] = (read_manifest(folder) or {}).get("id", "")
+    return found
+
+
+def weights_sha256(folder: Path) -> str:
+    """One digest of a model folder's weights: of its only file, or of the digests of all its shards."""
+    digests = [file_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def _model_hashes(config: StageConfig) -> dict[str, str]:
     from alignment.sources import find_model
 
-    hashes = {}
-    for key, name, kind in config.input_names():
-        if kind == "model" and isinstance(found := find_model(name), Path):
-            weights = sorted(found.glob("*.safetensors"))
-            hashes[key] = file_sha256(weights[0]) if weights else ""
-    return hashes
+    models = {key: find_model(name) for key, name, kind in config.input_names() if kind == "model"}
+    return {key: weights_sha256(found) for key, found in models.items() if isinstance(found, Path)}
 
 
 def _versions() -> dict[str, str]:

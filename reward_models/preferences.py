@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 
 from alignment.chat import ChatFormat, fit_prompt
-from alignment.dialogue import PreferencePair
+from alignment.data import OnError, raise_together
+from alignment.dialogue import Message, PreferencePair
+from alignment.errors import DataError
 from alignment.prefix_batch import Branch, Tree, collate, micro_batches
 from alignment.training import MicroBatch
 
@@ -65,12 +67,21 @@ def encode_pairs(
     unrated_margin: float,
     max_length: int,
     overlong: Literal["truncate", "drop"],
+    on_error: OnError = "stop",
 ) -> EncodedPairs:
-    """Token ids and margins. A prompt that leaves no room for its longer response loses its oldest turns first."""
-    encoded = []
+    """Token ids and margins. A prompt that leaves no room for its longer response loses its oldest turns first.
+
+    Raises DataError with all pairs that the chat format refuses, or drops and counts them.
+    """
+    encoded, refused = [], []
     dropped: Counter[str] = Counter()
     cut = 0
     for pair in pairs:
+        try:
+            chat.check((*pair.prompt, Message("assistant", pair.chosen), Message("assistant", pair.rejected)))
+        except DataError as error:
+            refused.append(f"{pair.where}: {error}")
+            continue
         responses = [chat.encode_response(text) for text in (pair.chosen, pair.rejected)]
         room = max_length - max(map(len, responses))
         prompt, was_cut = fit_prompt(chat, pair.prompt, room, may_cut=overlong == "truncate")
@@ -81,6 +92,10 @@ def encode_pairs(
         margin = (margins.get(pair.rating, 0.0) if pair.rating else unrated_margin) if margins else 0.0
         tree = Tree(prompt, [Branch(ids) for ids in responses])
         encoded.append(EncodedPair(tree, margin, pair.chosen_safe, pair.rejected_safe, pair))
+    if on_error == "stop":
+        raise_together(refused)
+    elif refused:
+        dropped["refused_by_chat_format"] = len(refused)
     return EncodedPairs(encoded, cut, dict(dropped))
 
 

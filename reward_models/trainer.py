@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from alignment.data import load_pairs, pick
 from alignment.errors import DataError
+from alignment.hardware import process_state
 from alignment.logprobs import branch_scores
 from alignment.models import add_lora, load_reward_model, save_model
 from alignment.progress import ProgressBar
@@ -30,7 +31,7 @@ class RewardTrainer(GlobalBatchMixin, Trainer):
 
 def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains a reward model, measures it on held-out pairs, saves it; returns the headline figures."""
-    state = PartialState(cpu=config.run.device == "cpu")
+    state = process_state(config.run.device)
     device, seed = state.device, config.run.seed
     train_data = load_pairs([*config.data.train, *config.data.mix_in], on_error=config.data.on_error)
     valid_data = load_pairs(config.data.valid, on_error=config.data.on_error)
@@ -50,6 +51,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
         "unrated_margin": config.unrated_margin,
         "max_length": config.data.max_length,
         "overlong": config.data.overlong,
+        "on_error": config.data.on_error,
     }
     by_source = train_data.by_source()
     mixed = mix_rows(
@@ -106,7 +108,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
             "kind": config.kind,
             "accuracy": report["accuracy"]["value"] if report else None,
             "valid": report,
-            "train_loss_last": trainer.step_metrics.get("loss"),
+            "train_loss_last": run_dir.metrics.last("rm/loss"),
             "steps": len(schedule),
             "train_pairs": len(train.encoded),
             "vetoed_pairs": vetoed,

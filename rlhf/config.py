@@ -108,7 +108,7 @@ class PPOOptim(OptimSection):
 class PPOTrain(TrainSection):
     """Length and batches of PPO (Llama 2 Sec. 3.2.3)."""
 
-    epochs: PositiveFloat = 1.0
+    epochs: PositiveInt = 1
     """Passes over each batch of rollouts. Paper: one gradient step a minibatch."""
 
     max_steps: PositiveInt = 200
@@ -169,16 +169,19 @@ class PPOConfig(StageConfig):
                 f"train.minibatch_size = {train.minibatch_size} does not divide train.batch_size = "
                 f"{train.batch_size}. Choose a divisor (the paper uses 64 of 512)."
             )
-        if train.batch_size % sampling.num_candidates:
+        if train.minibatch_size % sampling.num_candidates:
             raise ValueError(
-                f"sampling.num_candidates = {sampling.num_candidates} does not divide train.batch_size = "
-                f"{train.batch_size}. An iteration takes all rollouts of a prompt."
+                f"sampling.num_candidates = {sampling.num_candidates} does not divide train.minibatch_size = "
+                f"{train.minibatch_size}. A minibatch takes all rollouts of a prompt."
             )
         return self
 
 
 class EvalSampling(SamplingSection):
     """How the answers are drawn."""
+
+    num_candidates: Literal[1] = 1
+    """One answer to a prompt."""
 
     temperature: NonNegativeFloat = 1.0
     max_new_tokens: PositiveInt = 256
@@ -189,7 +192,7 @@ class EvalConfig(StageConfig):
 
     stage: ClassVar[str] = "eval"
 
-    policies: dict[str, ModelSection]
+    policies: Annotated[dict[str, ModelSection], Field(min_length=1)]
     """Chat models by name; the first is the baseline of the comparisons."""
     rewards: RewardSection
     prompts: PromptSection

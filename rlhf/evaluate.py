@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import PartialState
 from rich.table import Table
 
 from alignment import toy
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Candidate
-from alignment.hardware import compute_dtype
+from alignment.hardware import compute_dtype, process_state
 from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.models import load_chat_model
 from alignment.runs import open_run
@@ -23,7 +22,7 @@ from rlhf.rollout import RewardModels
 
 def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples one answer a prompt from every policy with the same seed, scores all, compares with the first policy."""
-    state = PartialState(cpu=config.run.device == "cpu")
+    state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)

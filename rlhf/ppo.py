@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from alignment.chat import fit_prompt
@@ -26,6 +26,7 @@ from alignment.data import load_prompts
 from alignment.dialogue import Prompt
 from alignment.distributed import mean_over_processes, whiten_over_processes
 from alignment.errors import ConfigError, DataError
+from alignment.hardware import process_state
 from alignment.logprobs import response_logprobs, response_stats, token_values
 from alignment.models import save_model
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
@@ -53,11 +54,15 @@ class EncodedPrompt:
 
 def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains the policy; returns the headline figures."""
-    accelerator = Accelerator(cpu=config.run.device == "cpu")
+    state = process_state(config.run.device)
+    trackers = config.run.report_to or None
+    accelerator = Accelerator(cpu=config.run.device == "cpu", log_with=trackers, project_dir=config.run.dir)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    run_dir = open_run(config, resume=resume, state=PartialState())
+    run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
     dtype = run_dir.dtype(accelerator.device, config.model.dtype)
+    if trackers:
+        accelerator.init_trackers("align-ppo")
     trainer = PPOTrainer(config, accelerator, dtype)
     prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
 
@@ -66,15 +71,17 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
         start = load_checkpoint(checkpoint, trainer.learners)
     if accelerator.is_main_process:
         run_dir.metrics.truncate_after(start)
-    metrics: dict[str, float] = {}
     total = config.train.max_steps
     with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=start) as bar:
         for step in range(start, total):
             metrics = trainer.iterate(trainer.prompts_of(step, prompts), seed=_seed(config.run.seed, step))
-            run_dir.log(step + 1, {f"ppo/{name}": value for name, value in metrics.items()})
+            values = {f"ppo/{name}": value for name, value in metrics.items()}
+            run_dir.log(step + 1, values)
+            accelerator.log(values, step=step + 1)
             bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
             if (step + 1) % config.train.save_every == 0 and accelerator.is_main_process:
                 save_checkpoint(run_dir, step + 1, trainer.learners)
+    accelerator.end_training()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         policy = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
@@ -87,10 +94,9 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
         {
             "stage": "ppo",
             "iterations": total,
-            "kl": metrics.get("kl"),
+            "kl": run_dir.metrics.last("ppo/kl_k3"),
             "reward_first": sum(rewards[:quarter]) / quarter,
             "reward_last": sum(rewards[len(rewards) - quarter :]) / quarter,
-            "last": metrics,
         }
     )
     run_dir.clear_checkpoints()
@@ -304,7 +310,7 @@ class PPOTrainer:
         """Trees of each optimizer step on this process."""
         config = self.config
         size = config.train.minibatch_size // (config.sampling.num_candidates * self.accelerator.num_processes)
-        for _ in range(max(1, round(config.train.epochs))):
+        for _ in range(config.train.epochs):
             for start in range(0, num_trees, size):
                 yield list(range(start, min(start + size, num_trees)))
 
@@ -321,7 +327,7 @@ class PPOTrainer:
 
     def _updates_per_iteration(self) -> int:
         train = self.config.train
-        return max(1, round(train.epochs)) * math.ceil(train.batch_size / train.minibatch_size)
+        return train.epochs * (train.batch_size // train.minibatch_size)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)

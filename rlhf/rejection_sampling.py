@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from accelerate import PartialState
-
 from alignment.data import load_prompts, load_rows, write_rows
 from alignment.dialogue import Candidate, Dialogue, Message, Messages
 from alignment.errors import DataError
-from alignment.hardware import compute_dtype
+from alignment.hardware import compute_dtype, process_state
 from alignment.metrics import mean_interval
 from alignment.models import load_chat_model
 from alignment.runs import open_run
@@ -24,7 +22,7 @@ from rlhf.rollout import RewardModels
 
 def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples, scores, selects; writes `candidates.jsonl` (all) and `sft.jsonl` (the best, ready for `align sft`)."""
-    state = PartialState(cpu=config.run.device == "cpu")
+    state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     earlier = load_rows(config.earlier_rounds, Candidate.from_json)
     run_dir = open_run(config, resume=resume, state=state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from alignment.config import (
     DataSection,
@@ -64,6 +66,9 @@ class GattPrompts(PromptSection):
 class GattSampling(SamplingSection):
     """How the answers of the dialogues are drawn."""
 
+    num_candidates: Literal[1] = 1
+    """One answer to a turn."""
+
     temperature: NonNegativeFloat = 0.9
     max_new_tokens: PositiveInt = 128
 
@@ -71,7 +76,11 @@ class GattSampling(SamplingSection):
 class GattInstructions(Section):
     """What the instruction to be kept asks for (Llama 2 Sec. 3.3)."""
 
-    kinds: list[Literal["hobby", "language", "figure"]] = ["hobby", "language", "figure"]
+    kinds: Annotated[list[Literal["hobby", "language", "figure"]], Field(min_length=1)] = [
+        "hobby",
+        "language",
+        "figure",
+    ]
     """Kinds that are drawn from: `hobby`, `language`, `figure`. Paper: all three."""
 
     combine_rate: Fraction = 0.3

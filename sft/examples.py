@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from alignment.chat import ChatFormat, EncodedDialogue, drop_oldest_turns, encode_dialogue
+from alignment.data import OnError, raise_together
 from alignment.dialogue import Dialogue
+from alignment.errors import DataError
 from alignment.prefix_batch import Branch, Tree, collate, micro_batches
 from alignment.training import MicroBatch
 
@@ -24,19 +26,28 @@ class Examples:
 
 
 def make_examples(
-    chat: ChatFormat, dialogues: Sequence[Dialogue], *, max_length: int, overlong: Literal["truncate", "drop"]
+    chat: ChatFormat,
+    dialogues: Sequence[Dialogue],
+    *,
+    max_length: int,
+    overlong: Literal["truncate", "drop"],
+    on_error: OnError = "stop",
 ) -> Examples:
     """Encodes dialogues. Over `max_length` tokens, the oldest exchanges go first; a response is never cut.
 
     A dialogue trained on its last answer only (Ghost Attention) keeps its first turn, which holds the instruction:
-    it is dropped instead.
+    it is dropped instead. Raises DataError with all dialogues that the chat format refuses, or drops and counts them.
     """
-    encoded, sources = [], []
+    encoded, sources, refused = [], [], []
     cut = 0
     dropped: Counter[str] = Counter()
     for dialogue in dialogues:
         shorter: Dialogue | None = dialogue
-        example = encode_dialogue(chat, dialogue)
+        try:
+            example = encode_dialogue(chat, dialogue)
+        except DataError as error:
+            refused.append(f"{dialogue.where}: {error}")
+            continue
         may_cut = overlong == "truncate" and dialogue.train_on == "all"
         while shorter is not None and len(example.input_ids) > max_length:
             messages = drop_oldest_turns(shorter.messages) if may_cut else None
@@ -49,6 +60,10 @@ def make_examples(
         cut += shorter is not dialogue
         encoded.append(example)
         sources.append(dialogue.source)
+    if on_error == "stop":
+        raise_together(refused)
+    elif refused:
+        dropped["refused_by_chat_format"] = len(refused)
     return Examples(encoded, sources, cut, dict(dropped))
 
 

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
-
 from alignment.chat import decode_response, encode_prompt
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Dialogue, Message, Messages, Prompt
 from alignment.errors import DataError
-from alignment.hardware import compute_dtype
+from alignment.hardware import compute_dtype, process_state
 from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
@@ -101,7 +99,7 @@ def seed_turns(prompts: Sequence[Prompt], turns: int, rng: random.Random) -> lis
 
 def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples the dialogues and writes `dialogues.jsonl`, ready for `align sft`."""
-    state = PartialState(cpu=config.run.device == "cpu")
+    state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)

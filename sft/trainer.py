@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alignment.chat import EncodedDialogue
 from alignment.data import load_dialogues, pick
 from alignment.errors import DataError
+from alignment.hardware import process_state
 from alignment.logprobs import response_logprobs
 from alignment.models import add_lora, load_chat_model, save_model
 from alignment.progress import ProgressBar
@@ -30,7 +31,7 @@ class MaskedSFTTrainer(GlobalBatchMixin, trl.SFTTrainer):
 
 def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     """Fine-tunes, evaluates before and after, saves; returns the headline figures."""
-    state = PartialState(cpu=config.run.device == "cpu")
+    state = process_state(config.run.device)
     device = state.device
     train_data = load_dialogues(config.data.train, on_error=config.data.on_error)
     valid_data = load_dialogues(config.data.valid, on_error=config.data.on_error)
@@ -43,7 +44,11 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         dtype=dtype if config.lora.r else torch.float32,
         chat_template=config.model.chat_template,
     )
-    limits = {"max_length": config.data.max_length, "overlong": config.data.overlong}
+    limits = {
+        "max_length": config.data.max_length,
+        "overlong": config.data.overlong,
+        "on_error": config.data.on_error,
+    }
     seed = config.run.seed
     train = make_examples(loaded.chat, pick(train_data.rows, config.data.max_rows, seed), **limits)
     valid = make_examples(loaded.chat, pick(valid_data.rows, config.data.max_valid_rows, seed), **limits)
@@ -82,7 +87,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
             "valid_loss_before": before.get("loss"),
             "valid_loss_after": after.get("loss"),
             "valid_loss_by_source": {"before": before.get("by_source"), "after": after.get("by_source")},
-            "train_loss_last": trainer.step_metrics.get("loss"),
+            "train_loss_last": run_dir.metrics.last("sft/loss"),
             "steps": len(schedule),
             "train_dialogues": len(train.encoded),
             "trained_tokens": sum(example.num_trained for example in train.encoded),

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from alignment import tree_attention
 from alignment.config import LoraSection
-from alignment.logprobs import branch_scores, response_logprobs, token_values
+from alignment.logprobs import branch_scores, response_logprobs, token_values, unwrap
 from alignment.models import add_lora
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches, pack
 
@@ -68,10 +69,10 @@ def separate_scores(model: nn.Module, rows: Rows) -> Tensor:
 
 
 def separate_values(model: nn.Module, rows: Rows) -> Tensor:
-    values = []
+    values, inner = [], unwrap(model)
     for ids, _, counts in separate_rows(rows):
-        hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        values += [model.score(hidden[place - 1])[0] for place, counted in enumerate(counts) if counted]
+        hidden = inner.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        values += [inner.score(hidden[place - 1])[0] for place, counted in enumerate(counts) if counted]
     return torch.stack(values) if values else torch.zeros(0)
 
 
@@ -95,14 +96,26 @@ def assert_same_values_and_gradients(model: nn.Module, ours: Callable[[], Tensor
         )
 
 
-@pytest.fixture(scope="module")
-def policy(make_llama):
-    return make_llama(VOCAB)
+@pytest.fixture(scope="module", params=["sdpa", "whole trees", "blocks"])
+def attention(request):
+    """transformers' attention under a dense mask, and ours on flat rows, with small trees whole and in blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "BLOCK_OVERHEAD", 0 if request.param == "blocks" else 10**6)
+        yield "sdpa" if request.param == "sdpa" else tree_attention.TREE_ATTENTION
 
 
 @pytest.fixture(scope="module")
-def critic(make_reward_model):
-    return make_reward_model(VOCAB)
+def policy(make_llama, attention):
+    model = make_llama(VOCAB)
+    model.set_attn_implementation(attention)
+    return model
+
+
+@pytest.fixture(scope="module")
+def critic(make_reward_model, attention):
+    model = make_reward_model(VOCAB)
+    model.set_attn_implementation(attention)
+    return model
 
 
 # --------------------------------------------------------------------------------------- equal to separate rows
@@ -145,13 +158,17 @@ def test_the_mean_loss_of_the_example_equals_transformers_own(policy):
 
 
 @pytest.fixture(params=["plain", "checkpointed"])
-def lora_policy(request, make_llama):
-    return _with_adapters(make_llama(VOCAB), request.param == "checkpointed", is_reward_model=False)
+def lora_policy(request, make_llama, attention):
+    model = make_llama(VOCAB)
+    model.set_attn_implementation(attention)
+    return _with_adapters(model, request.param == "checkpointed", is_reward_model=False)
 
 
 @pytest.fixture(params=["plain", "checkpointed"])
-def lora_critic(request, make_reward_model):
-    return _with_adapters(make_reward_model(VOCAB), request.param == "checkpointed", is_reward_model=True)
+def lora_critic(request, make_reward_model, attention):
+    model = make_reward_model(VOCAB)
+    model.set_attn_implementation(attention)
+    return _with_adapters(model, request.param == "checkpointed", is_reward_model=True)
 
 
 def _with_adapters(model: nn.Module, checkpointed: bool, *, is_reward_model: bool) -> nn.Module:
@@ -172,6 +189,13 @@ def test_adapters_and_gradient_checkpointing_leave_logprobs_equal(lora_policy):
     )
 
 
+def test_adapters_and_gradient_checkpointing_leave_values_equal(lora_critic):
+    batch = collate(EXAMPLE)
+    assert_same_values_and_gradients(
+        lora_critic, lambda: token_values(lora_critic, batch), lambda: separate_values(lora_critic, EXAMPLE)
+    )
+
+
 def test_adapters_and_gradient_checkpointing_leave_scores_equal(lora_critic):
     batch = collate(EXAMPLE)
     assert_same_values_and_gradients(
@@ -179,8 +203,9 @@ def test_adapters_and_gradient_checkpointing_leave_scores_equal(lora_critic):
     )
 
 
-def test_gradient_checkpointing_of_a_full_model_leaves_logprobs_equal(make_llama):
+def test_gradient_checkpointing_of_a_full_model_leaves_logprobs_equal(make_llama, attention):
     model = make_llama(VOCAB).train()
+    model.set_attn_implementation(attention)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = collate(EXAMPLE)
     assert_same_values_and_gradients(

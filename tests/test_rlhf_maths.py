@@ -192,3 +192,60 @@ def test_value_loss_takes_the_larger_of_clipped_and_unclipped():
     #   value 1: error 0, clipped value 0.2, error 0.8 -> 0.32; value 0.1: error 0.9 both -> 0.405
     loss = clipped_value_loss(torch.tensor([1.0, 0.1]), torch.zeros(2), torch.ones(2), clip_range=0.2)
     assert_close(loss, torch.tensor([0.32, 0.405]))
+
+
+small = st.floats(-2, 2, width=32)
+
+
+@given(st.lists(st.tuples(small, small, small), min_size=1, max_size=8), st.floats(0.05, 0.5))
+def test_policy_loss_equals_the_papers_equation_in_plain_python(rows, eps):
+    """PPO Eq. 7: min(rho A, clip(rho) A), negated, token by token."""
+    logprobs, old, advantages = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    found = clipped_policy_loss(logprobs, old, advantages, clip_range=eps)
+    for value, clipped, new, before, advantage in zip(
+        found,
+        is_clipped(logprobs, old, advantages, clip_range=eps),
+        *map(torch.Tensor.tolist, (logprobs, old, advantages)),
+        strict=True,
+    ):
+        ratio = math.exp(new - before)
+        kept = min(max(ratio, 1 - eps), 1 + eps)
+        assert value.item() == pytest.approx(-min(ratio * advantage, kept * advantage), abs=1e-9)
+        assert value.item() >= -ratio * advantage - 1e-9  # never better than without the clip
+        assert clipped.item() == float(kept * advantage < ratio * advantage)
+
+
+@given(st.lists(st.tuples(small, small, small), min_size=1, max_size=8), st.floats(0.05, 0.5))
+def test_value_loss_equals_its_definition_in_plain_python(rows, eps):
+    values, old, returns = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    for found, (value, before, target) in zip(
+        clipped_value_loss(values, old, returns, clip_range=eps), rows, strict=True
+    ):
+        kept = before + min(max(value - before, -eps), eps)
+        assert found.item() == pytest.approx(max((value - target) ** 2, (kept - target) ** 2) / 2, abs=1e-9)
+        assert found.item() >= (value - target) ** 2 / 2 - 1e-9
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1))
+def test_per_token_rewards_equal_equation_4_in_plain_python(seed, beta):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (3,), generator=generator)
+    mask = torch.arange(5) < lengths[:, None]
+    logprobs, reference = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    rewards = torch.randn(3, generator=generator, dtype=torch.float64)
+    found = per_token_rewards(rewards, logprobs, reference, mask, beta=beta)
+    for row, length in enumerate(lengths.tolist()):
+        for place in range(5):
+            expected = 0.0
+            if place < length:
+                expected = -beta * (logprobs[row, place] - reference[row, place]).item()
+            if place == length - 1:
+                expected += rewards[row].item()
+            assert found[row, place].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_kl_estimators_of_a_worked_example():
+    """log pi = log 0.5, log pi_0 = log 0.25: k1 is log 2; k3 is 0.25 / 0.5 - 1 + log 2."""
+    logprobs, reference = torch.tensor([[math.log(0.5)]]), torch.tensor([[math.log(0.25)]])
+    assert kl_k1(logprobs, reference).item() == pytest.approx(math.log(2))
+    assert kl_k3(logprobs, reference).item() == pytest.approx(math.log(2) - 0.5)

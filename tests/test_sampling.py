@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alignment.logprobs import response_logprobs
+from alignment.models import load_chat_model
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import Sample, SamplingParams
 from alignment.sampling.torch_engine import KeyValueCache, TorchSampler, draw
@@ -20,9 +21,11 @@ VOCAB = 24
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14, 15, 16, 17, 18], [5, 6]]
 
 
-@pytest.fixture(scope="module")
-def exact_llama(make_llama):
+@pytest.fixture(scope="module", params=["random", "toy"])
+def exact_llama(request, make_llama):
     """In float64, so that rounding cannot move a draw from one token to the next."""
+    if request.param == "toy":
+        return load_chat_model("toy").model.double()
     return make_llama(VOCAB, torch.float64)
 
 

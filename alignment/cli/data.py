@@ -57,14 +57,13 @@ def preview(
     chat_template: Annotated[str, typer.Option(help="auto, llama2, chatml or a Jinja file.")] = "auto",
 ) -> None:
     """Show rows as a model sees them, token by token: green carries loss, dim does not."""
-    from alignment.chat import chat_format
     from alignment.chat import preview as token_text
-    from alignment.models import load_tokenizer, model_folder
+    from alignment.models import load_chat, model_folder
 
     shown = list(islice(_typed_rows(file), rows))
     if not shown:
         raise DataError(f"{file}: has no rows.")
-    chat = chat_format(load_tokenizer(model_folder(model)), chat_template)
+    chat = load_chat(model_folder(model), chat_template)
     console = Console(highlight=False)
     for where, row in shown:
         console.print(f"--- {where}", style="bright_black", markup=False, soft_wrap=True)

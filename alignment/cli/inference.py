@@ -11,10 +11,10 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from alignment.config import PromptSection, SamplingSection
+from alignment.config import PromptSection, SamplingSection, build_section
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Message, Messages
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, RunError
 from alignment.hardware import compute_dtype
 from alignment.models import LoadedModel, load_chat_model
 from alignment.progress import ProgressBar
@@ -28,9 +28,11 @@ def sample_file(
     model: str, source: str, settings: Mapping[str, Any], *, max_prompts: int | None, seed: int, out: Path | None
 ) -> None:
     """Candidates of a file's prompts, to a file or the terminal."""
+    if out is not None and out.exists():
+        raise RunError(f"{out}: exists. Name another file, or remove it.")
+    prompts = build_section(PromptSection, {"prompts": [source], "max_prompts": max_prompts})
+    sampling = build_section(SamplingSection, settings)
     data = load_prompts([source])
-    prompts = PromptSection(prompts=[source], max_prompts=max_prompts)
-    sampling = SamplingSection(**settings)
     loaded = _load(model)
     samples, fitting = sample_prompts(
         loaded, choose_prompts(data, prompts, seed), prompts, sampling, seed=seed, title="sample"
@@ -58,11 +60,11 @@ def chat_loop(
     seed: int,
 ) -> None:
     """Reads user turns, prints answers; the history is kept."""
+    sampling = build_section(SamplingSection, {"temperature": temperature, "max_new_tokens": max_new_tokens})
     loaded = _load(model)
     device = PartialState().device
     scorers = {name: Scorer.load(path, device=device) for name, path in _named(helpfulness, safety)}
     sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=1)
-    sampling = SamplingSection(temperature=temperature, max_new_tokens=max_new_tokens)
     console = Console(highlight=False)
     history: Messages = (Message("system", system),) if system else ()
     from alignment.chat import decode_response, fit_prompt

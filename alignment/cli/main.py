@@ -162,9 +162,10 @@ def sample(
     num_candidates: Annotated[int, typer.Option(help="K, responses a prompt.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens in a response at most.")] = 256,
     max_prompts: Annotated[int | None, typer.Option(help="Use at most this many prompts.")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write rows here; the terminal otherwise.")] = None,
 ) -> None:
     """Sample K responses to each prompt of a file."""
@@ -175,6 +176,7 @@ def sample(
         "num_candidates": num_candidates,
         "temperature": temperature,
         "top_p": top_p,
+        "top_k": top_k,
         "max_new_tokens": max_new_tokens,
     }
     sample_file(model, prompts, settings, max_prompts=max_prompts, seed=seed, out=out)
@@ -186,9 +188,9 @@ def chat(
     helpfulness: Annotated[str | None, typer.Option(help="Show this reward model's score of each answer.")] = None,
     safety: Annotated[str | None, typer.Option(help="Show this reward model's P(safe) of each answer.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    temperature: float = 0.7,
-    max_new_tokens: int = 256,
-    seed: int = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer at most.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
 ) -> None:
     """Talk to a model. Lines from a pipe work too; an empty line or Ctrl-D ends."""
     from alignment.cli.inference import chat_loop

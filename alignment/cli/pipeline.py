@@ -24,9 +24,10 @@ from alignment.cli.summary import one_line, print_summary
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
 from alignment.errors import AlignError, ConfigError, RunError
 from alignment.progress import console
-from alignment.runs import is_finished, read_manifest, read_result, settings, write_json
+from alignment.runs import is_finished, read_manifest, read_result, settings, upstream_runs, write_json
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
+_UNKNOWN = "unknown-stage"  # stands for a reference that is reported already
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
         problems.append(f"--from {from_stage}: no such stage. Known: {', '.join(entries)}.")
     runs = Path(given.get("runs") or values.get("runs") or f"runs/{path.stem}")
     defaults = merge(values.get("defaults") or {}, given.get("defaults") or {})
+    known = {name for stage in STAGES.values() for name in stage.config_class().model_fields}
+    problems += [
+        f"{path}: defaults.{key}: no stage has such a section. Known: {', '.join(sorted(known))}."
+        for key in sorted(set(defaults) - known)
+    ]
+    problems += [
+        f"command line: {name}={given[name]}: write {name}.KEY=VALUE."
+        for name in entries
+        if name in given and not isinstance(given[name], Mapping)
+    ]
+    given = {name: value for name, value in given.items() if isinstance(value, Mapping)}
     places = {"here": str(path.parent)}
     stages: list[PlannedStage] = []
     again = False
@@ -80,10 +92,12 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
         fitting = {key: value for key, value in defaults.items() if key in cls.model_fields}
         full = merge(merge(fitting, stage_values), given.get(name) or {})
         full = merge(full, {"run": {"dir": str(runs / name)}})
+        unknown_names: list[str] = []
+        full = _fill_in(full, places, f"{path}: stages.{name}", unknown_names)
+        problems += unknown_names
+        made_earlier = [folder for key, folder in places.items() if key != "here"]
         try:
-            full = _fill_in(full, places, f"{path}: stages.{name}")
-            made_earlier = [folder for key, folder in places.items() if key != "here"]
-            config = build_config(cls, full, f"{path}: stages.{name}", made_earlier=made_earlier)
+            config = build_config(cls, full, f"{path}: stages.{name}", made_earlier=[*made_earlier, _UNKNOWN])
             stages.append(PlannedStage(name, config, again))
         except AlignError as error:
             problems.append(str(error))
@@ -102,11 +116,14 @@ def run_stages(plan: Pipeline) -> None:
     from alignment.hardware import reset_peak_memory
 
     # On CPU alone the first stage decides; a process group can be made only once.
+    for stage in plan.stages:
+        if is_finished(stage.path) and not stage.again:
+            _check_unchanged(stage)
     state = PartialState(cpu=all(stage.config.run.device == "cpu" for stage in plan.stages))
     for number, stage in enumerate(plan.stages, start=1):
         heading = f"[{number}/{len(plan.stages)}] {stage.name}"
         if is_finished(stage.path) and not stage.again:
-            _check_unchanged(stage)
+            _check_up_to_date(stage)
             if state.is_main_process:
                 console.print(f"{heading}: finished before, skipped  ({one_line(read_result(stage.path))})")
             continue
@@ -140,15 +157,29 @@ def _check_unchanged(stage: PlannedStage) -> None:
         )
 
 
-def _fill_in(value: Any, places: Mapping[str, str], where: str) -> Any:
-    """`${name}` replaced in every string. Raises ConfigError for a name that is no earlier stage."""
+def _check_up_to_date(stage: PlannedStage) -> None:
+    """Raises RunError where a run that the finished stage was made from has been made again since."""
+    before, now = (read_manifest(stage.path) or {}).get("made_from", {}), upstream_runs(stage.config)
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    if changed:
+        raise RunError(
+            f"{stage.path}: was made from an earlier version of {', '.join(changed)}. "
+            f"Add --from {stage.name} to run it and the later stages again."
+        )
+
+
+def _fill_in(value: Any, places: Mapping[str, str], where: str, problems: list[str]) -> Any:
+    """`${name}` replaced in every string; names that are no earlier stage are added to `problems`."""
     if isinstance(value, Mapping):
-        return {_fill_in(k, places, where): _fill_in(entry, places, f"{where}.{k}") for k, entry in value.items()}
+        return {
+            _fill_in(key, places, where, problems): _fill_in(entry, places, f"{where}.{key}", problems)
+            for key, entry in value.items()
+        }
     if isinstance(value, list):
-        return [_fill_in(entry, places, where) for entry in value]
+        return [_fill_in(entry, places, where, problems) for entry in value]
     if not isinstance(value, str):
         return value
     for name in _REFERENCE.findall(value):
         if name not in places:
-            raise ConfigError(f"{where}: ${{{name}}} is no earlier stage. Known: {', '.join(places)}.")
-    return _REFERENCE.sub(lambda found: places[found.group(1)], value)
+            problems.append(f"{where}: ${{{name}}} is no earlier stage. Known: {', '.join(places)}.")
+    return _REFERENCE.sub(lambda found: places.get(found.group(1), _UNKNOWN), value)

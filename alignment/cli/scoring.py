@@ -17,7 +17,7 @@ from alignment.dialogue import Candidate, PreferencePair
 from alignment.errors import DataError, RunError
 from alignment.models import model_folder
 from alignment.progress import ProgressBar
-from alignment.runs import write_json
+from alignment.runs import weights_sha256, write_json
 from alignment.sources import find_data
 from reward_models.calibration import sigmoid
 from reward_models.evaluate import compare, evaluate_pairs
@@ -219,8 +219,7 @@ def _validation_files(model: str) -> list[str]:
 
 def _model_hash(model: str) -> str:
     folder = model_folder(model)
-    weights = sorted(Path(folder).glob("*.safetensors")) if isinstance(folder, Path) else []
-    return file_sha256(weights[0]) if weights else model
+    return weights_sha256(folder) if isinstance(folder, Path) else model
 
 
 def _data_hashes(files: Sequence[str]) -> list[str]:

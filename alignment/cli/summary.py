@@ -30,7 +30,7 @@ def one_line(result: Result) -> str:
     if kind == "ppo":
         return (
             f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}, "
-            f"KL to reference {result['last']['kl_k3']:.2f} nats a response"
+            f"KL to reference {result['kl']:.2f} nats a response"
         )
     if kind == "eval":
         return f"{len(result['policies'])} policies on {result['prompts']} prompts"

@@ -1,0 +1,97 @@
+"""Attention in blocks: which blocks a batch has, what falls back to SDPA, bfloat16, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignment import tree_attention
+from alignment.logprobs import branch_scores, response_logprobs
+from alignment.models import load_chat_model, load_reward_model
+from alignment.prefix_batch import Branch, Tree, collate
+from alignment.tree_attention import TREE_ATTENTION, tree_blocks
+
+# Two rows: a trunk of two with branches of two and one, and a packed dialogue of three; a tree with no branch's trunk.
+ROWS = [
+    [Tree([1, 2], [Branch([3, 4]), Branch([5])]), Tree([], [Branch([6, 7, 8])])],
+    [Tree([9], [Branch([10, 11])])],
+]
+
+
+def shown(bias):
+    return ["".join("x" if value == 0 else "." for value in row) for row in bias.tolist()]
+
+
+def test_a_small_tree_is_one_block_whose_branches_are_blind_to_each_other():
+    first, second, third = tree_blocks(collate(ROWS), torch.float32)
+    assert [(b.start, b.stop, b.keys) for b in (first, second, third)] == [
+        (0, 5, ((0, 5),)), (5, 8, ((5, 8),)), (8, 11, ((8, 11),)),
+    ]  # fmt: skip
+    assert shown(first.bias) == ["x....", "xx...", "xxx..", "xxxx.", "xx..x"]
+    assert shown(second.bias) == ["x..", "xx.", "xxx"]
+
+
+def test_a_large_tree_has_a_block_for_its_trunk_and_one_for_each_branch(monkeypatch):
+    monkeypatch.setattr(tree_attention, "BLOCK_OVERHEAD", 0)
+    blocks = tree_blocks(collate(ROWS[:1]), torch.float32)
+    assert [(b.start, b.stop, b.keys) for b in blocks] == [
+        (0, 2, ((0, 2),)), (2, 4, ((0, 2), (2, 4))), (4, 5, ((0, 2), (4, 5))), (5, 8, ((5, 8),)),
+    ]  # fmt: skip
+    assert shown(blocks[1].bias) == ["xxx.", "xxxx"]
+    assert shown(blocks[2].bias) == ["xxx"]
+
+
+def test_neighbouring_trees_without_trunks_are_not_joined():
+    """Both are branch 1 of their tree."""
+    blocks = tree_blocks(collate([[Tree([], [Branch([1, 2])]), Tree([], [Branch([3, 4])])]]), torch.float32)
+    assert [(b.start, b.stop) for b in blocks] == [(0, 2), (2, 4)]
+
+
+def test_models_are_loaded_with_it_and_saved_without(tmp_path):
+    loaded = load_chat_model("toy")
+    assert loaded.model.config._attn_implementation == TREE_ATTENTION
+    loaded.model.save_pretrained(tmp_path)
+    assert TREE_ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+def test_other_calls_of_the_model_are_those_of_sdpa():
+    """Sampling, transformers' own generate and padded batches with a mask of two axes."""
+    ours, plain = load_chat_model("toy").model, load_chat_model("toy").model
+    plain.set_attn_implementation("sdpa")
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with torch.no_grad():
+        for options in ({}, {"attention_mask": mask}):
+            torch.testing.assert_close(ours(input_ids=ids, **options).logits, plain(input_ids=ids, **options).logits)
+    generated = [model.generate(ids[:1], do_sample=False, max_new_tokens=5) for model in (ours, plain)]
+    assert generated[0].tolist() == generated[1].tolist()
+
+
+@pytest.mark.parametrize("overhead", [0, 10**6])
+def test_bfloat16_arithmetic_stays_near_float32(overhead, monkeypatch):
+    monkeypatch.setattr(tree_attention, "BLOCK_OVERHEAD", overhead)
+    model, batch = load_reward_model("toy", new_head_seed=0).model, collate(ROWS)
+    with torch.no_grad():
+        exact = branch_scores(model, batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = branch_scores(model, batch)
+    torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
+    assert not rounded.equal(exact)
+
+
+def test_gradients_are_those_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(tree_attention, "BLOCK_OVERHEAD", 0)
+    blocks = tree_blocks(collate(ROWS), torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(heads, 11, 4, dtype=torch.float64, generator=generator, requires_grad=True) for heads in (4, 2, 2)
+    )
+    assert torch.autograd.gradcheck(lambda *x: tree_attention._BlockAttention.apply(*x, 0.7, blocks), (q, k, v))
+
+
+def test_attention_dropout_is_refused():
+    model = load_chat_model("toy").model.train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(NotImplementedError, match="attention_dropout to 0"):
+        response_logprobs(model, collate(ROWS))
