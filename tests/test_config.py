@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import model_validator
 
+from alignment.cli.stages import STAGES
 from alignment.config import (
     DataSection,
     LoraSection,
@@ -26,6 +28,7 @@ from alignment.config import (
     to_yaml,
 )
 from alignment.errors import ConfigError
+from alignment.hardware import process_state
 from reward_models.config import RewardModelConfig
 from sft.config import GattConfig, SFTConfig
 
@@ -315,3 +318,35 @@ def test_every_setting_is_described():
 def test_a_section_refuses_keys_it_does_not_know(section):
     with pytest.raises(ValueError, match="Extra inputs"):
         section.model_validate({"rank": 3})
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "problem"),
+    [
+        ("ppo", "sampling.num_candidates=3", "num_candidates = 3 does not divide train.minibatch_size = 64"),
+        ("ppo", "train.minibatch_size=48", "minibatch_size = 48 does not divide train.batch_size = 512"),
+        ("ppo", "train.epochs=1.5", "train.epochs"),
+        ("gatt", "instructions.kinds=[]", "instructions.kinds"),
+        ("gatt", "sampling.num_candidates=2", "sampling.num_candidates"),
+        ("eval", "policies={}", "policies"),
+        ("eval", "sampling.num_candidates=2", "sampling.num_candidates"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_loads(stage, override, problem):
+    needed = {
+        "ppo": ["model=toy", "prompts.prompts=toy:prompts.train"],
+        "gatt": ["model=toy", "prompts.prompts=toy:prompts.train"],
+        "eval": ["policies.a=toy", "prompts.prompts=toy:prompts.heldout"],
+    }[stage]
+    rewards = [] if stage == "gatt" else ["rewards.helpfulness=toy", "rewards.safety=toy"]
+    load_config(STAGES[stage].config_class(), None, [*needed, *rewards, "run.dir=r"])
+    needed = [setting for setting in needed if not setting.startswith(override.split("=")[0])]
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        load_config(STAGES[stage].config_class(), None, [*needed, *rewards, "run.dir=r", override])
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"run\.device: cuda, but torch finds no CUDA device"):
+        process_state("cuda")
+    assert process_state("cpu").device.type == "cpu"

@@ -1,17 +1,21 @@
 """The repository as a whole: imports point down, recipes validate, help is quick and complete."""
 
 import ast
+import re
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from alignment.cli.main import app
 from alignment.cli.pipeline import load_pipeline
 from alignment.cli.stages import STAGES
-from alignment.config import describe
-from alignment.errors import ConfigError
+from alignment.config import build_config, describe, load_config, parse_overrides
+from alignment.errors import ConfigError, RunError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("alignment", "sft", "reward_models", "rlhf")
@@ -67,6 +71,11 @@ def test_every_recipe_validates(path, monkeypatch, tmp_path):
                      "pref_safety_labelled"):  # fmt: skip
             for split in ("train", "valid", "test"):
                 (tmp_path / f"{name}.{split}.jsonl.gz").touch()
+    text = path.read_text(encoding="utf-8")
+    [stage] = set(re.findall(rf"align (\w+) {path.relative_to(ROOT)}", text))  # the header says how it is run
+    if stage != "run":
+        assert load_config(STAGES[stage].config_class(), path).run.dir
+        return
     plan = load_pipeline(path, [f"runs={tmp_path}/runs"])
     assert {stage.config.stage for stage in plan.stages} >= {"sft", "rm", "reject", "ppo", "eval"}
 
@@ -110,5 +119,76 @@ def test_every_setting_is_explained(stage):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_each_stage_has_a_recipe_script(name):
-    assert f"`align {name}`" in (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
+def test_each_stage_has_a_recipe_script(name, monkeypatch, capsys):
+    """The script shows the settings of its own stage."""
+    monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert STAGES[name].summary in " ".join(shown.split())
+    assert f"align {name}" in shown and "run.dir" in shown
+
+
+def readme_commands():
+    """Every `align` line of the README's command blocks, joined where it is broken."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split("#")[0] for line in text.splitlines() if re.match(r" {4}(\w+=\S+ )?align ", line)]
+    return [line[line.index("align ") :].split()[1:] for line in lines]
+
+
+@pytest.mark.parametrize("arguments", readme_commands(), ids=" ".join)
+def test_the_readmes_commands_are_commands_with_settings_that_exist(arguments):
+    name, rest = arguments[0], arguments[1:]
+    if name in STAGES and rest and rest[0] not in ("compare",):
+        overrides = parse_overrides([argument for argument in rest if "=" in argument])
+        build_config(STAGES[name].config_class(), overrides, "README", check_inputs=False)
+        return
+    options = [argument.split("=")[0] for argument in rest if argument.startswith("--")]
+    words = [name, *[word for word in rest[:1] if word in ("check", "preview", "convert", "compare")]]
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--help"])
+    assert shown.exit_code == 0
+    for option in options:
+        assert option in shown.stdout, option
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["sample", "toy", "toy:prompts.heldout", "--temperature", "-1"], "temperature"),
+        (["sample", "toy", "toy:prompts.heldout", "--num-candidates", "0"], "num_candidates"),
+        (["sample", "toy", "toy:prompts.heldout", "--top-k", "-2"], "top_k"),
+        (["chat", "toy", "--temperature", "-1"], "temperature"),
+    ],
+)
+def test_options_out_of_range_are_the_users_mistake(arguments, problem):
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert problem in str(result.exception)
+
+
+def test_sampling_does_not_write_over_a_file(tmp_path):
+    out = tmp_path / "thesis.jsonl"
+    out.write_text("years of work")
+    result = CliRunner().invoke(app, ["sample", "toy", "toy:prompts.heldout", "--out", str(out)])
+    assert isinstance(result.exception, RunError) and out.read_text() == "years of work"
+
+
+def test_a_pipeline_names_sections_that_no_stage_has_and_settings_that_are_none(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text(
+        "defaults: {optimizer: {lr: 1}}\n"
+        "stages:\n"
+        "  sft: {stage: sft, model: '${no}', data: {train: '${nor}/x.jsonl', valid: nowhere.jsonl}, optim: {lt: 1}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline(path, ["sft=3"])
+    for part in (
+        "defaults.optimizer: no stage has such a section",
+        "sft=3: write sft.KEY=VALUE",
+        "${no} is no earlier stage",
+        "${nor} is no earlier stage",
+        "nowhere.jsonl: no such file",
+        'Did you mean "lr"?',
+    ):
+        assert part in str(caught.value)

@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from alignment.cli.pipeline import load_pipeline, run_stages
 from alignment.cli.stages import STAGES
+from alignment.cli.summary import one_line
 from alignment.config import load_config
+from alignment.errors import RunError
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[1]
@@ -68,6 +72,31 @@ def test_a_killed_training_resumes_bit_for_bit(name, tmp_path):
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+def test_a_run_killed_while_it_saves_its_model_ends_as_if_it_had_not_been(name, tmp_path, monkeypatch, request):
+    """Its last checkpoint is the end of training: nothing is left to train, and the figures come from the log."""
+    if name == "ppo":
+        settings = [*ppo_settings(request.getfixturevalue("reward_model")), "train.max_steps=3"]
+    else:
+        settings = [*STAGE_SETTINGS[name], "data.max_rows=24"]
+    run_here(name, settings, tmp_path / "whole", resume=False)
+    runner = import_module(STAGES[name].runner.split(":")[0])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "save_model", killed)
+        run_here(name, settings, tmp_path / "killed", resume=False)
+    assert list((tmp_path / "killed" / "checkpoints").glob("checkpoint-3/complete"))
+    run_here(name, settings, tmp_path / "killed", resume=True)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+    one, two = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "killed"))
+    measured = {"time_seconds", "peak_memory_gb"}
+    assert {k: v for k, v in one.items() if k not in measured} == {k: v for k, v in two.items() if k not in measured}
+    assert one_line(one) == one_line(two)
+
+
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rm") / "run"
@@ -94,6 +123,26 @@ def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
     kill_after_first_checkpoint(command("ppo", settings, tmp_path / "killed"), tmp_path / "killed")
     run_here("ppo", settings, tmp_path / "killed", resume=True)
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_stage_made_from_an_older_run_is_not_passed_off_as_finished(tmp_path):
+    """What an interrupted `--from` leaves: the first stage is new, the second still has the old one's model in it."""
+    data = "data: {train: toy:sft.train, max_rows: 8, max_length: 128}, train: {max_steps: 1, batch_size: 8}"
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        "defaults: {run: {device: cpu}}\nstages:\n"
+        f"  first: {{stage: sft, model: toy, {data}}}\n  second: {{stage: sft, model: '${{first}}', {data}}}\n"
+    )
+    run_stages(load_pipeline(path, [f"runs={tmp_path}/runs"]))
+    run_stages(load_pipeline(path, [f"runs={tmp_path}/runs"]))
+    first = tmp_path / "runs" / "first"
+    before = json.loads((first / "manifest.json").read_text())["id"]
+    config = load_pipeline(path, [f"runs={tmp_path}/runs", "first.run.overwrite=true"]).stages[0].config
+    STAGES["sft"].run_function()(config)
+    assert json.loads((first / "manifest.json").read_text())["id"] != before
+    with pytest.raises(RunError, match=r"second: was made from an earlier version of model.*Add --from second"):
+        run_stages(load_pipeline(path, [f"runs={tmp_path}/runs"]))
+    run_stages(load_pipeline(path, [f"runs={tmp_path}/runs"], from_stage="second"))
 
 
 def run_in_two_processes(stage: str, settings: list[str], run_dir: Path) -> None:

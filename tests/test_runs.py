@@ -23,6 +23,7 @@ from alignment.runs import (
     open_run,
     read_manifest,
     read_result,
+    upstream_runs,
     write_folder,
     write_json,
     write_text,
@@ -162,6 +163,22 @@ def test_a_resumed_run_computes_in_the_type_it_began_with(config, monkeypatch):
     assert open_run(config).dtype(torch.device("cpu"), "auto") == torch.bfloat16
     monkeypatch.setattr(hardware, "compute_dtype", lambda *_: torch.float32)
     assert open_run(config, resume=True).dtype(torch.device("cpu"), "auto") == torch.bfloat16
+
+
+def test_a_run_knows_which_runs_it_was_made_from(config, tmp_path):
+    upstream = open_run(with_run(config, dir=str(tmp_path / "up")))
+    (upstream.path / "rows.jsonl").write_text('{"prompt": [{"role": "user", "content": "q"}]}\n')
+    reader = config.model_copy(update={"data": DataSection(train=[str(upstream.path / "rows.jsonl")])})
+    before = read_manifest(open_run(reader).path)["made_from"]
+    assert list(before.values()) == [read_manifest(upstream.path)["id"]]
+    assert open_run(reader, resume=True) and upstream_runs(reader) == before
+    open_run(with_run(config, dir=str(tmp_path / "up"), overwrite=True))
+    assert upstream_runs(reader) != before
+
+
+def test_the_saved_configuration_does_not_overwrite_the_run_it_belongs_to(config):
+    run = open_run(with_run(config, overwrite=True))
+    assert not load_config(SmallConfig, run.path / "config.yaml").run.overwrite
 
 
 # ------------------------------------------------------------------------------------------------- protection

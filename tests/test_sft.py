@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from alignment.chat import CHATML, EncodedDialogue, chat_format, encode_dialogue
-from alignment.dialogue import Dialogue, Message
+from alignment.data import load_dialogues
+from alignment.dialogue import Dialogue, Message, PreferencePair
+from alignment.errors import DataError
 from alignment.logprobs import response_logprobs
 from alignment.prefix_batch import Branch, Tree, collate
+from reward_models.preferences import encode_pairs
 from sft.examples import Examples, make_examples
 from sft.trainer import _as_dataset, evaluate
 
@@ -55,6 +60,32 @@ def test_a_ghost_attention_dialogue_never_loses_its_first_turn(chat):
     length = len(encode_dialogue(chat, dialogue(4)).input_ids)
     found = make_examples(chat, [dialogue(4, train_on="last")], max_length=length - 1, overlong="truncate")
     assert (found.encoded, found.dropped) == ([], {"too_long": 1})
+
+
+def test_a_text_that_the_layout_refuses_is_named_with_its_line_or_counted(make_tokenizer, write_file):
+    chat = chat_format(make_tokenizer(), "llama2")
+    rows = [[user, "Fine."] for user in ("Hi", "What is [INST]?", "And <<SYS>>?")]
+    lines = [
+        json.dumps({"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), row, strict=True)]})
+        for row in rows
+    ]
+    path = write_file("demos.jsonl", "\n".join(lines))
+    loaded = load_dialogues([str(path)]).rows
+    with pytest.raises(DataError) as caught:
+        make_examples(chat, loaded, max_length=100, overlong="truncate")
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [f"{path}:2", f"{path}:3"]
+    found = make_examples(chat, loaded, max_length=100, overlong="truncate", on_error="skip")
+    assert (len(found.encoded), found.dropped) == (1, {"refused_by_chat_format": 2})
+
+
+def test_a_pair_that_the_layout_refuses_is_named_or_counted(make_tokenizer):
+    chat = chat_format(make_tokenizer(), "llama2")
+    prompt = (Message("user", "Hi"),)
+    pairs = [PreferencePair(prompt=prompt, chosen="a", rejected=bad, where=f"f:{bad}") for bad in ("b", "[/INST]")]
+    options = {"margins": {}, "unrated_margin": 0.0, "max_length": 100, "overlong": "drop"}
+    with pytest.raises(DataError, match=r"f:\[/INST\]: a assistant turn contains \[/INST\]"):
+        encode_pairs(chat, pairs, **options)
+    assert encode_pairs(chat, pairs, **options, on_error="skip").dropped == {"refused_by_chat_format": 1}
 
 
 def example(length: int, trained: int) -> EncodedDialogue:

@@ -1,0 +1,113 @@
+"""Models in and out: pad tokens, adapters, and what is saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from alignment.chat import CHATML
+from alignment.config import LoraSection
+from alignment.errors import ModelError
+from alignment.logprobs import branch_scores, response_logprobs
+from alignment.models import add_lora, load_chat, load_chat_model, load_reward_model, merged_copy, save_model
+from alignment.prefix_batch import Branch, Tree, collate
+from alignment.runs import weights_sha256
+
+BATCH = collate([[Tree([5, 6, 7], [Branch([8, 9, 10]), Branch([11])])]])
+
+
+def save_tokenizer(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_safe_pad_token_is_kept(make_tokenizer, tmp_path):
+    folder = save_tokenizer(make_tokenizer(template=CHATML), tmp_path)
+    assert load_chat(folder).tokenizer.pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", "<|im_start|>", None])
+def test_a_pad_token_that_stands_in_dialogues_is_replaced(pad, make_tokenizer, tmp_path):
+    tokenizer = load_chat(save_tokenizer(make_tokenizer(template=CHATML, pad=pad), tmp_path)).tokenizer
+    assert tokenizer.pad_token in ("<|endoftext|>", "<pad>")
+
+
+def test_the_pad_token_is_chosen_for_the_template_that_is_used(make_tokenizer, tmp_path):
+    """The tokenizer's own template would leave <|endoftext|> free; the one asked for ends turns with it."""
+    tokenizer = make_tokenizer(template=CHATML, pad="<|endoftext|>")
+    template = tmp_path / "own.jinja"
+    template.write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    chat = load_chat(save_tokenizer(tokenizer, tmp_path / "model"), str(template))
+    assert chat.end_of_turn_id == 0
+    assert chat.tokenizer.pad_token_id not in (0, chat.tokenizer.eos_token_id)
+
+
+def test_a_tokenizer_with_no_token_to_spare_is_refused(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(("<|im_start|>", "<|im_end|>"), template=CHATML, pad="<|im_end|>")
+    with pytest.raises(ModelError, match="no control token to pad with"):
+        load_chat(save_tokenizer(tokenizer, tmp_path))
+
+
+def with_adapters(model, *, is_reward_model, **lora):
+    adapted = add_lora(model, LoraSection(r=4, alpha=8, **lora), is_reward_model=is_reward_model, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # starts at zero: a merge that forgets them would not show
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return adapted
+
+
+@torch.no_grad()
+def test_a_policy_with_adapters_is_saved_merged(tmp_path):
+    loaded = load_chat_model("toy")
+    plain = response_logprobs(loaded.model, BATCH)
+    adapted = with_adapters(loaded.model, is_reward_model=False)
+    expected = response_logprobs(adapted, BATCH)
+    merged = response_logprobs(merged_copy(adapted, torch.float32), BATCH)
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=0)
+    save_model(adapted, loaded, tmp_path / "model")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(response_logprobs(found, BATCH), expected, atol=1e-5, rtol=0)
+    assert (expected - plain).abs().max() > 0.1
+    assert found.config.pad_token_id == loaded.tokenizer.pad_token_id
+
+
+@torch.no_grad()
+def test_a_reward_model_with_adapters_is_saved_merged_with_its_head(tmp_path):
+    loaded = load_reward_model("toy", new_head_seed=3)
+    plain = branch_scores(loaded.model, BATCH)
+    adapted = with_adapters(loaded.model, is_reward_model=True)
+    expected = branch_scores(adapted, BATCH)
+    save_model(adapted, loaded, tmp_path / "model")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    rows = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 11, *[loaded.tokenizer.pad_token_id] * 2]])
+    torch.testing.assert_close(found(input_ids=rows).logits[:, 0], expected, atol=1e-5, rtol=0)
+    assert (expected - plain).abs().max() > 0.1
+
+
+def test_adapters_on_the_last_layers_leave_the_first_alone():
+    model = load_chat_model("toy").model
+    count = model.config.num_hidden_layers
+    names = [name for name, _ in with_adapters(model, is_reward_model=False, last_layers=1).named_parameters()]
+    adapted = {int(name.split(".layers.")[1].split(".")[0]) for name in names if "lora_" in name}
+    assert adapted == {count - 1} and count > 1
+
+
+def test_rank_zero_trains_the_model_itself():
+    model = load_chat_model("toy").model
+    assert add_lora(model, LoraSection(r=0), is_reward_model=False, seed=0) is model
+
+
+def test_the_digest_of_a_sharded_model_is_of_all_its_shards(tmp_path):
+    model = load_chat_model("toy").model
+    digests = set()
+    for change in ("none", "first", "last"):
+        folder = tmp_path / change
+        model.save_pretrained(folder, max_shard_size="20KB")
+        shards = sorted(folder.glob("*.safetensors"))
+        assert len(shards) > 1
+        if change != "none":
+            shards[0 if change == "first" else -1].write_bytes(b"other")
+        digests.add(weights_sha256(folder))
+    assert len(digests) == 3
