@@ -81,7 +81,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
             bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
             if (step + 1) % config.train.save_every == 0 and accelerator.is_main_process:
                 save_checkpoint(run_dir, step + 1, trainer.learners)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         policy = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
