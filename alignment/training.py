@@ -9,6 +9,7 @@ resumed run goes on where it stopped.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -179,6 +180,8 @@ def training_arguments(
 ) -> dict[str, Any]:
     """Keyword arguments for TrainingArguments (or SFTConfig) that make Trainer take our steps as they are."""
     optim, seed = config.optim, config.run.seed
+    # transformers' default is a folder among the checkpoints, which a finished run removes.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
     name, extra = scheduler_name(optim)
     return {
         "output_dir": str(run.path / "checkpoints"),
