@@ -194,7 +194,8 @@ def split_by_prompt(rows: Sequence[Row], *, valid_fraction: float, seed: int) ->
     """Train and validation rows; all rows that share their first user message fall on the same side."""
 
     def in_valid(row: Row) -> bool:
-        messages = row.prompt if isinstance(row, PreferencePair) else row.messages
+        messages = row.prompt if isinstance(row, PreferencePair | Candidate) else row.messages
+        messages = messages.messages if isinstance(messages, Prompt) else messages
         key = f"{seed}:{first_user_message(messages)}".encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64 < valid_fraction
 

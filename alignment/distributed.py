@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from alignment.tensor_ops import masked_sum
+from alignment.tensor_ops import masked_sum, whiten
 
 
 def mean_over_processes(values: Mapping[str, float | Tensor], accelerator: Accelerator) -> dict[str, float]:
@@ -24,6 +24,8 @@ def whiten_over_processes(
     values: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], accelerator: Accelerator, *, eps: float = 1e-8
 ) -> Float[Tensor, "*s"]:
     """`tensor_ops.whiten` with mean and variance over the True entries of all processes, whose shapes may differ."""
+    if accelerator.num_processes == 1:
+        return whiten(values, mask, eps=eps)
     count = accelerator.reduce(mask.sum().to(values.dtype), reduction="sum")
     mean = accelerator.reduce(masked_sum(values, mask), reduction="sum") / count
     var = accelerator.reduce(masked_sum((values - mean) ** 2, mask), reduction="sum") / count

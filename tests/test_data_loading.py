@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from alignment.cli.data import app
 from alignment.data import load_dialogues, load_pairs, load_prompts, load_rows, read_lines, split_by_prompt, write_rows
 from alignment.dialogue import Candidate, Message, PreferencePair, Prompt
 from alignment.errors import DataError
@@ -172,6 +174,25 @@ def test_split_by_prompt_keeps_a_conversation_on_one_side() -> None:
     assert len(train) + len(valid) == 900
     # 300 conversations at 0.2: mean 60, standard deviation sqrt(300 * 0.2 * 0.8) = 6.9; four of those on each side.
     assert 32 < len(sides[1]) < 88
+
+
+def test_the_command_splits_a_file_and_writes_over_nothing(write_file: WriteFile, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"q{number // 2}"}],
+            "chosen": [{"role": "assistant", "content": f"a{number}"}],
+            "rejected": [{"role": "assistant", "content": "b"}],
+        }
+        for number in range(80)
+    ]
+    source = write_file("all.jsonl", lines(*rows))
+    arguments = ["split", str(source), "--out", str(tmp_path / "mine"), "--valid-fraction", "0.3"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    parts = [load_pairs([str(tmp_path / f"mine.{name}.jsonl")]).rows for name in ("train", "valid")]
+    opens = [{pair.prompt[0].content for pair in part} for part in parts]
+    assert sum(map(len, parts)) == 80 and not opens[0] & opens[1] and min(map(len, opens)) > 4
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, DataError) and "exists" in str(again.exception)
 
 
 def test_split_by_prompt_depends_on_the_seed_but_not_on_the_order() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignment.converters import STRENGTHS, ConversionSummary, convert_file
-from alignment.data import read_lines
+from alignment.data import load_rows, read_lines, split_by_prompt, write_rows
 from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, guess_layout, parse_row
 from alignment.dialogue import Candidate, Dialogue, PreferencePair, RowError
 from alignment.errors import DataError, ModelError
@@ -99,6 +99,24 @@ def convert(
     """Turn a public data layout into rows for `align`, leaving out and counting what cannot be used."""
     summary = convert_file(file, layout, out, aim=aim, rating_bins=_parse_bins(rating_bins or [], layout))
     _print_summary(Console(highlight=False), summary, out)
+
+
+@app.command()
+def split(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A data file, a name in ALIGN_DATA_DIR, or a Hub id.")],
+    out: Annotated[Path, typer.Option(metavar="NAME", help="Writes NAME.train.jsonl and NAME.valid.jsonl.")],
+    valid_fraction: Annotated[float, typer.Option(min=0.001, max=0.999, help="Share of conversations held out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Decides which.")] = 0,
+) -> None:
+    """Split rows into train and valid; rows that open with the same user message stay on one side."""
+    rows = load_rows([file], parse_row).rows
+    paths = [out.with_name(f"{out.name}.{part}.jsonl") for part in ("train", "valid")]
+    if existing := [str(path) for path in paths if path.exists()]:
+        raise DataError(f"{', '.join(existing)}: exists. Give another --out, or remove it.")
+    if not out.parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent}. Make it first.")
+    for path, part in zip(paths, split_by_prompt(rows, valid_fraction=valid_fraction, seed=seed), strict=True):
+        typer.echo(f"{path}: {write_rows(path, (row.to_json() for row in part)):,} rows")
 
 
 def _print_file(console: Console, file: FileReport) -> None:
