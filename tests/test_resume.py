@@ -27,6 +27,7 @@ STAGE_SETTINGS = {
     "sft": [*TRAIN, "model=toy", "data.train=toy:sft.train", "data.valid=toy:sft.valid", "data.max_valid_rows=20"],
     "sft-lora": [*TRAIN, "model=toy", "data.train=toy:sft.train", "lora.r=4", "lora.dropout=0.1"],
     "rm": [*TRAIN, "model=toy", "kind=safety", "data.train=toy:safety.train", "data.valid=toy:safety.valid"],
+    "rm-lora": [*TRAIN, "model=toy", "kind=safety", "data.train=toy:safety.train", "lora.r=4", "lora.dropout=0.1"],
 }
 
 
