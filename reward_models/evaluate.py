@@ -16,7 +16,7 @@ WANTED_PRECISION = 0.9
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> Interval:
     """Share of pairs whose chosen response scores higher; a tie counts half. Llama 2 Sec. 3.2.2, Table 7."""
-    wins = [_win(*both) for both in zip(chosen, rejected, strict=True)]
+    wins = [win(*both) for both in zip(chosen, rejected, strict=True)]
     return wilson_interval(sum(wins), len(wins))
 
 
@@ -79,6 +79,11 @@ def evaluate_pairs(
     return report
 
 
+def scored_row(pair: PreferencePair, chosen: float, rejected: float) -> dict[str, Any]:
+    """A pair with its raw scores, as `align score` and training write it and `align rm compare` reads it."""
+    return {**pair.to_json(), "score_chosen": chosen, "score_rejected": rejected}
+
+
 def compare(
     pairs: Sequence[PreferencePair],
     first: tuple[Sequence[float], Sequence[float]],
@@ -93,7 +98,7 @@ def compare(
         first: (chosen, rejected), (N,) raw scores each.
         second: the same of the other model.
     """
-    wins = [[_win(*both) for both in zip(*scores, strict=True)] for scores in (first, second)]
+    wins = [[win(*both) for both in zip(*scores, strict=True)] for scores in (first, second)]
 
     def figures(indices: Sequence[int]) -> dict[str, Any]:
         ours, theirs = ([row[index] for index in indices] for row in wins)
@@ -119,7 +124,8 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * sum(math.comb(total, count) for count in range(fewer + 1)) / 2**total)
 
 
-def _win(chosen: float, rejected: float) -> float:
+def win(chosen: float, rejected: float) -> float:
+    """1 where the chosen response scores higher, one half for a tie, else 0."""
     return 1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0
 
 

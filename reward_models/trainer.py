@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from alignment.data import load_pairs, pick
+from alignment.data import load_pairs, pick, write_rows
 from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.logprobs import branch_scores
@@ -19,10 +19,12 @@ from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepSchedule, training_arguments, use_run
 from reward_models.config import MARGIN_TABLES, RewardModelConfig
-from reward_models.evaluate import evaluate_pairs
+from reward_models.evaluate import evaluate_pairs, scored_row
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss
 from reward_models.mixing import mix_rows
 from reward_models.preferences import EncodedPair, EncodedPairs, apply_veto, encode_pairs, pair_batches
+
+HELD_OUT_SCORES = "held_out_scores.jsonl"
 
 
 class RewardTrainer(GlobalBatchMixin, Trainer):
@@ -91,16 +93,15 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    report = evaluate(
-        model,
-        valid.encoded,
-        max_tokens=budget,
-        dtype=dtype,
-        wanted_precision=config.evaluation.wanted_precision,
-        title=f"rm ({config.kind}): held-out pairs",
-    )
+    title = f"rm ({config.kind}): held-out pairs"
+    chosen, rejected = score_pairs(model, valid.encoded, max_tokens=budget, dtype=dtype, title=title)
+    pairs = [encoded.pair for encoded in valid.encoded]
+    wanted_precision = config.evaluation.wanted_precision
+    report = evaluate_pairs(pairs, chosen, rejected, wanted_precision=wanted_precision) if pairs else {}
     if state.is_main_process:
         save_model(model, loaded, run_dir.model_dir)
+        rows = (scored_row(*values) for values in zip(pairs, chosen, rejected, strict=True))
+        write_rows(run_dir.path / HELD_OUT_SCORES, rows)
     state.wait_for_everyone()
     result = run_dir.finish(
         {
@@ -144,18 +145,10 @@ def pair_loss(*, safety_weight: float, centering_weight: float) -> LossFunction:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    pairs: Sequence[EncodedPair],
-    *,
-    max_tokens: int,
-    dtype: torch.dtype,
-    wanted_precision: float,
-    title: str,
-) -> dict[str, Any]:
-    """Scores held-out pairs and reports the agreement; an empty dict where there are none."""
-    if not pairs:
-        return {}
+def score_pairs(
+    model: nn.Module, pairs: Sequence[EncodedPair], *, max_tokens: int, dtype: torch.dtype, title: str
+) -> tuple[list[float], list[float]]:
+    """Raw scores of the chosen and of the rejected responses, in the order of the pairs."""
     device = next(model.parameters()).device
     model.eval()
     scores: dict[int, tuple[float, float]] = {}
@@ -166,8 +159,8 @@ def evaluate(
             for row, chosen, rejected in zip(part.targets["rows"].tolist(), values[0::2], values[1::2], strict=True):
                 scores[row] = (chosen, rejected)
             bar.advance(len(values) // 2)
-    chosen, rejected = zip(*(scores[index] for index in range(len(pairs))), strict=True)
-    return evaluate_pairs([pair.pair for pair in pairs], chosen, rejected, wanted_precision=wanted_precision)
+    both = [scores[index] for index in range(len(pairs))]
+    return [chosen for chosen, _ in both], [rejected for _, rejected in both]
 
 
 def _counts(pairs: EncodedPairs) -> dict[str, Any]:

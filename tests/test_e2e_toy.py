@@ -118,6 +118,18 @@ def test_the_reward_model_loads_with_plain_transformers_with_the_same_outputs(pi
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_two_reward_models_are_compared_by_the_scores_they_left(pipeline):
+    """Each was validated on its own pairs; as files of scores they can only be compared on the same ones."""
+    scores = [pipeline / name / "held_out_scores.jsonl" for name in ("rm-helpfulness", "rm-safety")]
+    for path, name in zip(scores, ("rm-helpfulness", "rm-safety"), strict=True):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        right = sum(row["score_chosen"] > row["score_rejected"] for row in rows)
+        assert right / len(rows) == pytest.approx(result(pipeline / name)["accuracy"], abs=0.01)
+    same = align("rm", "compare", scores[0], scores[0], "--json")
+    assert same.returncode == 0 and json.loads(same.stdout)["difference"]["value"] == 0
+    assert align("rm", "compare", *scores).returncode == 2
+
+
 def test_score_sample_and_chat_work_on_the_results(pipeline, tmp_path):
     cache = {"ALIGN_CACHE_DIR": str(pipeline.parent / "cache")}
     report = align("score", pipeline / "rm-safety", "toy:safety.valid", "--json", **cache)

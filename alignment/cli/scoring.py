@@ -20,7 +20,7 @@ from alignment.progress import ProgressBar
 from alignment.runs import weights_sha256, write_json
 from alignment.sources import find_data
 from reward_models.calibration import sigmoid
-from reward_models.evaluate import compare, evaluate_pairs
+from reward_models.evaluate import compare, evaluate_pairs, scored_row
 from reward_models.score import Scorer
 from reward_models.tables import comparison_table, report_tables
 
@@ -149,10 +149,7 @@ def _scored_pairs(scorer: Scorer, pairs: Sequence[PreferencePair], done: int) ->
             block = pairs[start : start + PROMPTS_PER_WRITE]
             texts = [[pair.chosen, pair.rejected] for pair in block]
             scores = scorer.score([pair.prompt for pair in block], texts, on_progress=bar.advance)
-            rows = [
-                {**pair.to_json(), "score_chosen": chosen, "score_rejected": rejected}
-                for pair, (chosen, rejected) in zip(block, scores, strict=True)
-            ]
+            rows = [scored_row(pair, chosen, rejected) for pair, (chosen, rejected) in zip(block, scores, strict=True)]
             yield rows, len(block)
 
 
