@@ -82,7 +82,7 @@ def tree_attention(
         raise NotImplementedError("attention dropout: set model.config.attention_dropout to 0")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     dtype = value.dtype  # under autocast, rotary embeddings leave queries and keys in float32
-    output = _BlockAttention.apply(query[0].to(dtype), key[0].to(dtype), value[0], scale, blocks)
+    output = _BlockAttention.apply(query[0].to(dtype), key[0], value[0], scale, blocks)
     return output.transpose(0, 1)[None], None
 
 
@@ -95,7 +95,15 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]) -> Tensor:
-        """The output (H, N, D)."""
+        """The output (H, N, D).
+
+        Scores are rounded to the type of q and k, and keys have large parts in common, which take the bits. What all
+        keys share adds the same to all scores of a query, so softmax does not see it: it is taken off (Zhang et al.
+        2024, arXiv:2410.02367, Sec. 4.2). The gradients are the same, since a query's score gradients sum to zero.
+        """
+        ctx.key_dtype = k.dtype
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        k = (wide - wide.mean(1, keepdim=True)).to(v.dtype)
         ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.blocks = scale, blocks
         grouped = q.unflatten(0, (len(k), -1))  # (G, H / G, N, D)
@@ -123,7 +131,7 @@ class _BlockAttention(torch.autograd.Function):
             grad_q[:, :, block.start : block.stop] = (grad_scores @ keys).view(len(k), -1, *_shape(block, q))
             _add_to_ranges(grad_k, grad_scores.transpose(1, 2) @ queries, block)
             _add_to_ranges(grad_v, probabilities.transpose(1, 2) @ upstream, block)
-        return grad_q.flatten(0, 1), grad_k, grad_v, None, None
+        return grad_q.flatten(0, 1), grad_k.to(ctx.key_dtype), grad_v, None, None
 
 
 def _operands(grouped: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:

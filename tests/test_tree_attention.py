@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,6 +79,22 @@ def test_bfloat16_arithmetic_stays_near_float32(overhead, monkeypatch):
             rounded = branch_scores(model, batch)
     torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
     assert not rounded.equal(exact)
+
+
+def test_what_all_keys_share_costs_no_precision_in_bfloat16():
+    """A common part of 30 times the keys' spread: scores rounded with it would be off by tenths."""
+    blocks = tree_blocks(collate(ROWS), torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, 11, 16, generator=generator) for heads in (4, 2, 2))
+    shared = 30 * torch.randn(2, 1, 16, generator=generator)
+    apply = tree_attention._BlockAttention.apply
+    plain = apply(q.bfloat16(), k, v.bfloat16(), 0.25, blocks)
+    shifted = apply(q.bfloat16(), k + shared, v.bfloat16(), 0.25, blocks)
+    exact = apply(
+        q.bfloat16().float(), k, v.bfloat16().float(), 0.25, [replace(b, bias=b.bias.float()) for b in blocks]
+    )
+    torch.testing.assert_close(plain.float(), exact, atol=0.03, rtol=0)
+    torch.testing.assert_close(shifted.float(), exact, atol=0.03, rtol=0)
 
 
 def test_gradients_are_those_of_finite_differences(monkeypatch):
