@@ -39,6 +39,14 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def check_new_file(path: Path) -> None:
+    """Raises RunError where a result cannot go to `path`: it exists, or its folder does not. Call before the work."""
+    if path.exists():
+        raise RunError(f"{path}: exists. Name another file, or remove it.")
+    if not path.parent.is_dir():
+        raise RunError(f"{path}: there is no folder {path.parent}. Make it first.")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

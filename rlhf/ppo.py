@@ -89,7 +89,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
         save_model(policy, trainer.models.loaded, run_dir.model_dir)
     accelerator.wait_for_everyone()
     # Prompts differ from iteration to iteration, so first and last are means over a quarter of the run each.
-    rewards = run_dir.metrics.column("ppo/reward")
+    rewards = run_dir.metrics.column("ppo/reward") or [math.nan]  # only the main process is sure to see the file
     quarter = math.ceil(len(rewards) / 4)
     result = run_dir.finish(
         {

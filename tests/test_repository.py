@@ -172,6 +172,9 @@ def test_sampling_does_not_write_over_a_file(tmp_path):
     out.write_text("years of work")
     result = CliRunner().invoke(app, ["sample", "toy", "toy:prompts.heldout", "--out", str(out)])
     assert isinstance(result.exception, RunError) and out.read_text() == "years of work"
+    nowhere = str(tmp_path / "nowhere" / "out.jsonl")
+    result = CliRunner().invoke(app, ["sample", "toy", "toy:prompts.heldout", "--out", nowhere])
+    assert isinstance(result.exception, RunError) and "there is no folder" in str(result.exception)
 
 
 def test_a_pipeline_names_sections_that_no_stage_has_and_settings_that_are_none(tmp_path):

@@ -58,6 +58,23 @@ def test_the_rules_of_length_are_each_others_mirror_and_ties_count_half():
     assert report["longer_wins"]["value"] == report["shorter_wins"]["value"] == 0.5
 
 
+def test_the_report_knows_long_from_short():
+    """The first chosen response is longer, the other two are shorter, and scores fall with length."""
+    pairs = [
+        pair(chosen="long one", rejected="x"),
+        pair(chosen="a", rejected="bc"),
+        pair(chosen="abc", rejected="wxyz"),
+    ]
+    lengths = [(len(one.chosen), len(one.rejected)) for one in pairs]
+    report = evaluate_pairs(pairs, [-float(c) for c, _ in lengths], [-float(r) for _, r in lengths])
+    assert (report["longer_wins"]["value"], report["shorter_wins"]["value"]) == (
+        pytest.approx(1 / 3),
+        pytest.approx(2 / 3),
+    )
+    assert report["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert report["length_correlation"] == {"responses": pytest.approx(-1.0), "within_pairs": pytest.approx(-1.0)}
+
+
 def test_a_score_that_is_the_length_correlates_fully_with_it():
     assert length_bias([1.0, 2.0, 3.0], [10, 20, 30], [1.0, -1.0], [5, -5]) == {
         "responses": pytest.approx(1.0),

@@ -14,10 +14,11 @@ from rich.console import Console
 from alignment.config import PromptSection, SamplingSection, build_section
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Message, Messages
-from alignment.errors import ConfigError, RunError
+from alignment.errors import ConfigError
 from alignment.hardware import compute_dtype
 from alignment.models import LoadedModel, load_chat_model
 from alignment.progress import ProgressBar
+from alignment.runs import check_new_file
 from alignment.sampling.prompts import as_candidate, choose_prompts, sample_ids, sample_prompts
 from alignment.sampling.torch_engine import TorchSampler
 from reward_models.calibration import sigmoid
@@ -28,8 +29,8 @@ def sample_file(
     model: str, source: str, settings: Mapping[str, Any], *, max_prompts: int | None, seed: int, out: Path | None
 ) -> None:
     """Candidates of a file's prompts, to a file or the terminal."""
-    if out is not None and out.exists():
-        raise RunError(f"{out}: exists. Name another file, or remove it.")
+    if out is not None:
+        check_new_file(out)
     prompts = build_section(PromptSection, {"prompts": [source], "max_prompts": max_prompts})
     sampling = build_section(SamplingSection, settings)
     data = load_prompts([source])

@@ -17,7 +17,7 @@ from alignment.dialogue import Candidate, PreferencePair
 from alignment.errors import DataError, RunError
 from alignment.models import model_folder
 from alignment.progress import ProgressBar
-from alignment.runs import weights_sha256, write_json
+from alignment.runs import check_new_file, weights_sha256, write_json
 from alignment.sources import find_data
 from reward_models.calibration import sigmoid
 from reward_models.evaluate import compare, evaluate_pairs, scored_row
@@ -98,10 +98,7 @@ class PartialFile:
         """Raises RunError where `out` exists, or unfinished rows are there that may not be gone on with."""
         if out is None:
             return cls(None, [], 0)
-        if out.exists():
-            raise RunError(f"{out}: exists. Name another file, or remove it.")
-        if not out.parent.is_dir():
-            raise RunError(f"{out}: there is no folder {out.parent}. Make it first.")
+        check_new_file(out)
         data, about = _partial_paths(out)
         if not about.exists():
             write_json(about, made_from)
@@ -147,10 +144,14 @@ def _scored_pairs(scorer: Scorer, pairs: Sequence[PreferencePair], done: int) ->
     with ProgressBar("score", done + len(pairs), start=done) as bar:
         for start in range(0, len(pairs), PROMPTS_PER_WRITE):
             block = pairs[start : start + PROMPTS_PER_WRITE]
-            texts = [[pair.chosen, pair.rejected] for pair in block]
-            scores = scorer.score([pair.prompt for pair in block], texts, on_progress=bar.advance)
-            rows = [scored_row(pair, chosen, rejected) for pair, (chosen, rejected) in zip(block, scores, strict=True)]
-            yield rows, len(block)
+            scores = _score_pairs(scorer, block, bar)
+            yield [scored_row(pair, *both) for pair, both in zip(block, scores, strict=True)], len(block)
+
+
+def _score_pairs(scorer: Scorer, pairs: Sequence[PreferencePair], bar: ProgressBar) -> list[list[float]]:
+    """(chosen, rejected) of each pair."""
+    texts = [[pair.chosen, pair.rejected] for pair in pairs]
+    return scorer.score([pair.prompt for pair in pairs], texts, on_progress=bar.advance)
 
 
 def _scored_responses(
@@ -192,8 +193,7 @@ def _scores_of(model: str, pairs: Sequence[PreferencePair]) -> Scores:
         return [row["score_chosen"] for row in rows], [row["score_rejected"] for row in rows]
     scorer = Scorer.load(model, device=PartialState().device)
     with ProgressBar(f"score {model}", len(pairs)) as bar:
-        texts = [[pair.chosen, pair.rejected] for pair in pairs]
-        scores = scorer.score([pair.prompt for pair in pairs], texts, on_progress=bar.advance)
+        scores = _score_pairs(scorer, pairs, bar)
     return [both[0] for both in scores], [both[1] for both in scores]
 
 
