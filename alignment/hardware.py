@@ -49,7 +49,7 @@ def tune_allocator() -> None:
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never: a step frees more than the 2 GiB that an int can say
         libc.mallopt(_M_TOP_PAD, 2**28)
         libc.mallopt(_M_ARENA_MAX, 1)  # the backward pass has a thread of its own, which would not share
 

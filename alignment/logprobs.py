@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from alignment.prefix_batch import PrefixBatch
 from alignment.tree_attention import TREE_ATTENTION, tree_blocks
@@ -69,14 +70,13 @@ def token_stats(
 
 def branch_scores(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, " N"]:
     """A sequence classifier's scalar at the last token of every branch: score, or value, in float32."""
-    hidden = last_hidden_states(model, batch)[batch.last_rows, batch.last_columns]
-    return apply_score_head(model, hidden)
+    return apply_score_head(model, hidden_states_at(model, batch, batch.last_rows, batch.last_columns))
 
 
 def token_values(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, " M"]:
     """A critic's value before each counted token, in float32: read where the token is predicted."""
-    hidden = last_hidden_states(model, batch)[batch.target_rows, batch.source_columns]
-    return apply_score_head(model, hidden)
+    values = apply_score_head(model, hidden_states_at(model, batch, batch.source_rows, batch.source_columns))
+    return values[batch.target_sources]
 
 
 def apply_score_head(model: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Tensor, " M"]:
@@ -86,26 +86,54 @@ def apply_score_head(model: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Te
         return unwrap(model).score(hidden.float())[:, 0].float()
 
 
-def last_hidden_states(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, "R L H"]:
-    """The decoder's output for every token.
+def hidden_states_at(
+    model: nn.Module, batch: PrefixBatch, rows: Int[Tensor, " S"], columns: Int[Tensor, " S"]
+) -> Float[Tensor, "S H"]:
+    """The decoder's output for the tokens at (row, column), none named twice; the last MLP computes these alone.
 
     The call goes through the outermost module, so that DDP and FSDP see it, and a hook takes the hidden states; the
     head then runs on one position (`logits_to_keep`), or is a scalar head, and costs nothing.
     """
     inner = unwrap(model)
-    taken: list[Tensor] = []
-    handle = inner.get_decoder().register_forward_hook(lambda _m, _a, output: taken.append(output.last_hidden_state))
-    extra = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
     flat = batch.input_ids.device.type == "cpu" and inner.config._attn_implementation == TREE_ATTENTION
+    if flat:  # real tokens of all rows side by side
+        lengths = (batch.tree_ids >= 0).sum(1)
+        places = (lengths.cumsum(0) - lengths)[rows] + columns
+    else:
+        places = rows * batch.input_ids.shape[1] + columns
+    taken: list[Tensor] = []
+    handles = [inner.get_decoder().register_forward_hook(lambda _m, _a, out: taken.append(out.last_hidden_state))]
+    handles += _last_mlp_only_for(inner, places)
+    extra = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
     try:
         model(**(_flat_inputs(inner, batch) if flat else _padded_inputs(batch)), use_cache=False, **extra)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     [hidden] = taken
-    if not flat:
-        return hidden
-    real = batch.tree_ids >= 0
-    return hidden.new_zeros(*real.shape, hidden.shape[-1]).masked_scatter(real[..., None], hidden)
+    return hidden.flatten(0, 1)[places]
+
+
+def _last_mlp_only_for(inner: nn.Module, needed: Int[Tensor, " S"]) -> list[RemovableHandle]:
+    """Hooks that give the last layer's MLP the tokens at `needed` (of the flattened batch) and no others.
+
+    What it would add to the others is zero then; nothing reads them, as no layer follows. Gradient checkpointing
+    computes layers again when the hooks are gone, so there all tokens go in.
+    """
+    mlp = getattr(inner.get_decoder().layers[-1], "mlp", None)
+    if mlp is None or inner.is_gradient_checkpointing:
+        return []
+    shapes: list[torch.Size] = []
+
+    def select(_module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        shapes.append(arguments[0].shape)
+        return (arguments[0].flatten(0, 1)[needed][None],)
+
+    def put_back(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        everywhere = output.new_zeros(shapes[0].numel() // shapes[0][-1], shapes[0][-1])
+        return everywhere.index_copy(0, needed, output[0]).view(shapes[0])
+
+    return [mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back)]
 
 
 def _padded_inputs(batch: PrefixBatch) -> dict[str, Tensor]:
@@ -137,7 +165,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _predictors(model: nn.Module, batch: PrefixBatch) -> tuple[Tensor, Tensor]:
     """The (M, H) hidden states that predict the counted tokens, and the (V, H) output matrix."""
-    hidden = last_hidden_states(model, batch)[batch.target_rows, batch.source_columns]
+    hidden = hidden_states_at(model, batch, batch.source_rows, batch.source_columns)[batch.target_sources]
     return hidden, unwrap(model).get_output_embeddings().weight
 
 

@@ -48,7 +48,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class PrefixBatch:
-    """Rows of trees as tensors: R rows of length L, with N branches in order and M counted tokens in order.
+    """Rows of trees as tensors: R rows of length L, N branches and M counted tokens in order, S sources.
 
     Attributes:
         input_ids: (R, L) tokens, 0 where padded.
@@ -56,9 +56,10 @@ class PrefixBatch:
         tree_ids: (R, L) index of the tree in its row, -1 where padded.
         branch_ids: (R, L) 0 in a trunk, 1, 2, ... in its branches.
         target_ids: (M,) the counted tokens.
-        target_rows: (M,) the row of each.
-        source_columns: (M,) the column whose hidden state predicts it: the token before it in its branch, or the
-            trunk's last token for the first of a branch.
+        target_sources: (M,) which of the S sources predicts it.
+        source_rows: (S,) the row of each token that predicts a counted one. No token is named twice: the trunk's last
+            token predicts the first of every branch, and others the token after them in their branch.
+        source_columns: (S,) its column.
         target_branches: (M,) the branch of each, 0..N-1.
         target_offsets: (M,) its place within its branch, counted in tokens of the branch.
         last_rows: (N,) the row of each branch.
@@ -71,8 +72,9 @@ class PrefixBatch:
     tree_ids: Int[Tensor, "R L"]
     branch_ids: Int[Tensor, "R L"]
     target_ids: Int[Tensor, " M"]
-    target_rows: Int[Tensor, " M"]
-    source_columns: Int[Tensor, " M"]
+    target_sources: Int[Tensor, " M"]
+    source_rows: Int[Tensor, " S"]
+    source_columns: Int[Tensor, " S"]
     target_branches: Int[Tensor, " M"]
     target_offsets: Int[Tensor, " M"]
     last_rows: Int[Tensor, " N"]
@@ -141,8 +143,8 @@ def collate(rows: Sequence[Sequence[Tree]]) -> PrefixBatch:
     input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     tree_ids, branch_ids = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
     target_ids: list[int] = []
-    target_rows: list[int] = []
-    source_columns: list[int] = []
+    target_sources: list[int] = []
+    sources: dict[tuple[int, int], int] = {}
     target_branches: list[int] = []
     target_offsets: list[int] = []
     last_rows: list[int] = []
@@ -167,8 +169,8 @@ def collate(rows: Sequence[Sequence[Tree]]) -> PrefixBatch:
                 for offset, (token, counts) in enumerate(zip(branch.ids, mask, strict=True)):
                     if counts and (offset or trunk_length):
                         target_ids.append(token)
-                        target_rows.append(row_index)
-                        source_columns.append(start + offset - 1 if offset else trunk_end)
+                        source = (row_index, start + offset - 1 if offset else trunk_end)
+                        target_sources.append(sources.setdefault(source, len(sources)))
                         target_branches.append(len(last_rows))
                         target_offsets.append(offset)
                 last_rows.append(row_index)
@@ -183,8 +185,8 @@ def collate(rows: Sequence[Sequence[Tree]]) -> PrefixBatch:
         ):
             table[row_index, : len(values)] = torch.tensor(values, dtype=torch.long)
     lists = (
-        target_ids, target_rows, source_columns, target_branches, target_offsets,
-        last_rows, last_columns, branch_lengths,
+        target_ids, target_sources, [row for row, _ in sources], [column for _, column in sources],
+        target_branches, target_offsets, last_rows, last_columns, branch_lengths,
     )  # fmt: skip
     tensors = (torch.tensor(values, dtype=torch.long) for values in lists)
     return PrefixBatch(input_ids, position_ids, tree_ids, branch_ids, *tensors)

@@ -30,7 +30,8 @@ BLOCK_OVERHEAD = 8192
 class Block:
     """Queries `start` to `stop` of the flat row, the ranges of keys they meet, and what is added to the scores.
 
-    `bias` (stop - start, keys) is 0 where a query sees a key and -inf elsewhere.
+    `bias` (stop - start, last keys) is 0 where a query sees a key and -inf elsewhere; it covers the last of the keys,
+    those before them are seen by every query of the block.
     """
 
     start: int
@@ -82,7 +83,7 @@ def tree_attention(
         raise NotImplementedError("attention dropout: set model.config.attention_dropout to 0")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     dtype = value.dtype  # under autocast, rotary embeddings leave queries and keys in float32
-    output = _BlockAttention.apply(query[0].to(dtype), key[0], value[0], scale, blocks)
+    output = _BlockAttention.apply((query[0] * scale).to(dtype), key[0], value[0], blocks)
     return output.transpose(0, 1)[None], None
 
 
@@ -91,10 +92,10 @@ AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
 
 
 class _BlockAttention(torch.autograd.Function):
-    """softmax(scale q k^T + bias) v, block by block. q is (H, N, D); k and v are (G, N, D), H a multiple of G."""
+    """softmax(q k^T + bias) v, block by block. q is (H, N, D); k and v are (G, N, D), H a multiple of G."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> Tensor:
         """The output (H, N, D).
 
         Scores are rounded to the type of q and k, and keys have large parts in common, which take the bits. What all
@@ -105,12 +106,12 @@ class _BlockAttention(torch.autograd.Function):
         wide = k.to(torch.promote_types(k.dtype, torch.float32))
         k = (wide - wide.mean(1, keepdim=True)).to(v.dtype)
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.blocks = scale, blocks
+        ctx.blocks = blocks
         grouped = q.unflatten(0, (len(k), -1))  # (G, H / G, N, D)
         output = torch.empty_like(grouped)
         for block in blocks:
             queries, keys, values = _operands(grouped, k, v, block)
-            probabilities = _probabilities(queries, keys, block, scale)
+            probabilities = _probabilities(queries, keys, block)
             output[:, :, block.start : block.stop] = (probabilities @ values).view(len(k), -1, *_shape(block, q))
         return output.flatten(0, 1)
 
@@ -123,15 +124,15 @@ class _BlockAttention(torch.autograd.Function):
         for block in ctx.blocks:
             queries, keys, values = _operands(grouped, k, v, block)
             upstream = grad[:, :, block.start : block.stop].reshape(len(k), -1, q.shape[-1])
-            probabilities = _probabilities(queries, keys, block, ctx.scale)
+            probabilities = _probabilities(queries, keys, block)
             grad_probabilities = upstream @ values.transpose(1, 2)
             grad_scores = torch.ops.aten._softmax_backward_data(
                 grad_probabilities, probabilities, -1, probabilities.dtype
-            ).mul_(ctx.scale)
+            )
             grad_q[:, :, block.start : block.stop] = (grad_scores @ keys).view(len(k), -1, *_shape(block, q))
             _add_to_ranges(grad_k, grad_scores.transpose(1, 2) @ queries, block)
             _add_to_ranges(grad_v, probabilities.transpose(1, 2) @ upstream, block)
-        return grad_q.flatten(0, 1), grad_k.to(ctx.key_dtype), grad_v, None, None
+        return grad_q.flatten(0, 1), grad_k.to(ctx.key_dtype), grad_v, None
 
 
 def _operands(grouped: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,9 +142,10 @@ def _operands(grouped: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tens
     return queries, keys, values
 
 
-def _probabilities(queries: Tensor, keys: Tensor, block: Block, scale: float) -> Tensor:
-    scores = (queries @ keys.transpose(1, 2)).mul_(scale)
-    scores.view(len(keys), -1, *block.bias.shape).add_(block.bias)
+def _probabilities(queries: Tensor, keys: Tensor, block: Block) -> Tensor:
+    scores = queries @ keys.transpose(1, 2)
+    length, covered = block.bias.shape
+    scores.view(len(keys), -1, length, keys.shape[1])[..., -covered:].add_(block.bias)
     return torch.softmax(scores, dim=-1)
 
 
@@ -173,12 +175,9 @@ def _blocks_of_tree(stretches: Sequence[tuple[int, int, int]], dtype: torch.dtyp
     blocks = []
     for branch, start, stop in stretches:
         length = stop - start
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        if branch == 0 or trunk is None:
-            blocks.append(Block(start, stop, ((start, stop),), _bias(causal, dtype)))
-        else:
-            seen = torch.cat([torch.ones(length, trunk_length, dtype=torch.bool), causal], dim=1)
-            blocks.append(Block(start, stop, (trunk, (start, stop)), _bias(seen, dtype)))
+        bias = _bias(torch.ones(length, length, dtype=torch.bool).tril(), dtype)
+        after_trunk = branch != 0 and trunk is not None
+        blocks.append(Block(start, stop, (trunk, (start, stop)) if after_trunk else ((start, stop),), bias))
     return blocks
 
 

@@ -158,7 +158,8 @@ def test_the_score_head_stays_in_float32_under_bfloat16_autocast(reward_llama):
     batch = collate([[Tree([1, 2], [Branch([3, 4]), Branch([5])])]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores, values = branch_scores(reward_llama, batch), token_values(reward_llama, batch)
-        hidden = logprobs.last_hidden_states(reward_llama, batch)[0].float()
+        all_five = torch.arange(5)
+        hidden = logprobs.hidden_states_at(reward_llama, batch, torch.zeros_like(all_five), all_five).float()
     head = reward_llama.score.weight[0]
     # Last tokens in columns 3 and 4; tokens 3, 4, 5 predicted in columns 1, 2, 1. A bfloat16 head would be off by 1e-2.
     assert scores.dtype == values.dtype == torch.float32
@@ -232,6 +233,23 @@ def test_scoring_never_touches_the_vocabulary(make_reward_model):
         branch_scores(model, batch).sum().backward()
     embedding_gradient = SMOLLM2_VOCAB * model.config.hidden_size
     assert watch.largest == embedding_gradient
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "align_tree"])
+def test_the_last_mlp_computes_only_tokens_that_are_read(make_reward_model, attention):
+    """7 real tokens in two rows: three branches end, and four tokens are predicted at three places."""
+    model = make_reward_model()
+    model.set_attn_implementation(attention)
+    batch = collate([[Tree([1, 2], [Branch([3, 4]), Branch([5])])], [Tree([6], [Branch([7])])]])
+    seen: list[list[int]] = []
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda _m, _a, output: seen[-1].append(output.shape[:-1].numel()))
+    for compute in (branch_scores, token_values):
+        seen.append([])
+        compute(model, batch)
+    everything = 7 if attention == "align_tree" else 10
+    assert [counts[-1] for counts in seen] == [3, 3]
+    assert all(set(counts[:-1]) == {everything} for counts in seen)
 
 
 # ------------------------------------------------------------------------------------------------------ devices

@@ -265,7 +265,8 @@ def test_the_example_of_the_module_is_collated_as_its_docstring_says():
     ]
     # 3 and 5 are predicted at the trunk's end (column 1), 4 at the column of 3.
     assert batch.target_ids.tolist() == [3, 4, 5]
-    assert batch.source_columns.tolist() == [1, 2, 1]
+    assert batch.target_sources.tolist() == [0, 1, 0]
+    assert (batch.source_rows.tolist(), batch.source_columns.tolist()) == ([0, 0], [1, 2])
     assert batch.target_branches.tolist() == [0, 0, 1]
     assert batch.target_offsets.tolist() == [0, 1, 0]
     assert batch.last_columns.tolist() == [3, 4]

@@ -39,8 +39,8 @@ def test_a_large_tree_has_a_block_for_its_trunk_and_one_for_each_branch(monkeypa
     assert [(b.start, b.stop, b.keys) for b in blocks] == [
         (0, 2, ((0, 2),)), (2, 4, ((0, 2), (2, 4))), (4, 5, ((0, 2), (4, 5))), (5, 8, ((5, 8),)),
     ]  # fmt: skip
-    assert shown(blocks[1].bias) == ["xxx.", "xxxx"]
-    assert shown(blocks[2].bias) == ["xxx"]
+    assert shown(blocks[1].bias) == ["x.", "xx"]  # of its own two tokens: the trunk is seen by all
+    assert shown(blocks[2].bias) == ["x"]
 
 
 def test_neighbouring_trees_without_trunks_are_not_joined():
@@ -86,13 +86,12 @@ def test_what_all_keys_share_costs_no_precision_in_bfloat16():
     blocks = tree_blocks(collate(ROWS), torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(heads, 11, 16, generator=generator) for heads in (4, 2, 2))
+    q = q / 4
     shared = 30 * torch.randn(2, 1, 16, generator=generator)
     apply = tree_attention._BlockAttention.apply
-    plain = apply(q.bfloat16(), k, v.bfloat16(), 0.25, blocks)
-    shifted = apply(q.bfloat16(), k + shared, v.bfloat16(), 0.25, blocks)
-    exact = apply(
-        q.bfloat16().float(), k, v.bfloat16().float(), 0.25, [replace(b, bias=b.bias.float()) for b in blocks]
-    )
+    plain = apply(q.bfloat16(), k, v.bfloat16(), blocks)
+    shifted = apply(q.bfloat16(), k + shared, v.bfloat16(), blocks)
+    exact = apply(q.bfloat16().float(), k, v.bfloat16().float(), [replace(b, bias=b.bias.float()) for b in blocks])
     torch.testing.assert_close(plain.float(), exact, atol=0.03, rtol=0)
     torch.testing.assert_close(shifted.float(), exact, atol=0.03, rtol=0)
 
@@ -104,7 +103,7 @@ def test_gradients_are_those_of_finite_differences(monkeypatch):
     q, k, v = (
         torch.randn(heads, 11, 4, dtype=torch.float64, generator=generator, requires_grad=True) for heads in (4, 2, 2)
     )
-    assert torch.autograd.gradcheck(lambda *x: tree_attention._BlockAttention.apply(*x, 0.7, blocks), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: tree_attention._BlockAttention.apply(*x, blocks), (q, k, v))
 
 
 def test_attention_dropout_is_refused():
