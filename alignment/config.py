@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -304,19 +306,25 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, mapping by mapping. A string beside a model's keys is the model's `path`."""
+    """`over` laid on `base`, mapping by mapping. A string beside a model's keys is the model's `path`.
+
+    Next to other keys (margins by rating, weights by source) whichever came last replaces the other.
+    """
     merged = dict(base)
     for key, value in over.items():
         before = merged.get(key)
         if isinstance(value, Mapping):
-            before = {"path": before} if isinstance(before, str) else before
+            before = {"path": before} if isinstance(before, str) and _are_of_a_model(value) else before
             value = merge(before if isinstance(before, Mapping) else {}, value)
-        elif (
-            isinstance(value, str) and isinstance(before, Mapping) and before.keys() & ModelSection.model_fields.keys()
-        ):
+        elif isinstance(value, str) and isinstance(before, Mapping) and _are_of_a_model(before):
             value = {**before, "path": value}
         merged[key] = value
     return merged
+
+
+def _are_of_a_model(keys: Iterable[Any]) -> bool:
+    """Whether a key is a model's, or is so nearly: it is to be reported as misspelt, not to replace the model."""
+    return any(difflib.get_close_matches(str(key), ModelSection.model_fields, cutoff=0.75) for key in keys)
 
 
 def to_yaml(config: StageConfig) -> str:
@@ -356,25 +364,27 @@ def _validate(cls: type[SectionT], values: Mapping[str, Any]) -> tuple[SectionT 
         try:
             config = cls.model_validate(trial)
         except ValidationError as error:
+            wrong: set[tuple[Any, ...]] = set()
             fresh = False
             for item in error.errors():
-                location = tuple(item["loc"])
-                if any(location[: len(path)] == path for path in removed):
+                location = tuple(takewhile(lambda part: not _is_branch(part), item["loc"]))
+                if _is_of_another_branch(item) or any(location[: len(path)] == path for path in removed):
                     continue
                 fresh = True
                 problems[_explain(cls, item)] = None
                 if location and item["type"] != "missing":
                     trial = _without(trial, location)
-                    removed.add(location)
+                    wrong.add(location)
             if not fresh:
                 return None, list(problems)
+            removed |= wrong
         else:
             return (config if attempt == 0 else None), list(problems)
     return None, list(problems)
 
 
 def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
-    location, kind = item["loc"], item["type"]
+    location, kind = [part for part in item["loc"] if not _is_branch(part) and part != "[key]"], item["type"]
     key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
         parent = _section_at(cls, location[:-1])
@@ -385,9 +395,21 @@ def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{key}: missing. Add it: it has no default."
     message = item["msg"].removeprefix("Value error, ")
-    if not location:
+    if not location or kind == "value_error":  # our own rules name their keys
         return message
     return f"{key}: {message[0].lower()}{message[1:]}, found {item['input']!r}."
+
+
+def _is_branch(part: Any) -> bool:
+    """Whether a part of a location is pydantic's name for a branch of `Literal[...] | dict[...]`."""
+    return isinstance(part, str) and re.match(r"(literal|dict)\[", part) is not None
+
+
+def _is_of_another_branch(item: Mapping[str, Any]) -> bool:
+    """Whether an error is that of a name where a mapping was given, or of a mapping where a name was."""
+    is_mapping = isinstance(item["input"], Mapping)
+    wrong_kind = item["type"] == ("literal_error" if is_mapping else "dict_type")
+    return wrong_kind and _is_branch(item["loc"][-1])
 
 
 def _input_problems(cls: type[BaseModel], values: Any, made_earlier: Sequence[str]) -> list[str]:

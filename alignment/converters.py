@@ -45,8 +45,8 @@ def convert_file(
 ) -> ConversionSummary:
     """Writes our rows of a file or Hub data set in a public layout; every row has passed the typed loader.
 
-    Rows that cannot be used are left out and counted. Raises DataError where none is left, in which case `out` is
-    not written, and where `out` or the options make no sense.
+    Rows that cannot be used are left out and counted. Raises DataError where none is left or the archive is damaged,
+    in which case `out` is not written, and where `out` or the options make no sense.
     """
     options, counts = Options(aim, rating_bins or {}), Counter()
     _check_request(layout, out, options.rating_bins)
@@ -64,6 +64,8 @@ def convert_file(
     def rows() -> Iterator[dict[str, Any]]:
         for line in read_lines(found):
             counts["read"] += 1
+            if line.rest_is_lost:
+                raise DataError(f"{line.where}: {line.problem}")
             try:
                 if line.row is None:
                     raise RowError(line.problem or "unreadable")

@@ -65,11 +65,15 @@ class Loaded(Generic[Row]):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a file: where it is ("pairs.jsonl:17"), and either its object or what is wrong with it."""
+    """One line of a file: where it is ("pairs.jsonl:17"), and either its object or what is wrong with it.
+
+    `rest_is_lost`: the archive is damaged here, so that nobody knows how many rows are missing.
+    """
 
     where: str
     row: Mapping[str, Any] | None = None
     problem: str | None = None
+    rest_is_lost: bool = False
 
 
 def load_dialogues(sources: Sequence[str], *, on_error: OnError = "stop") -> Loaded[Dialogue]:
@@ -93,22 +97,25 @@ def load_rows(
     """Rows of all sources through `parse`; a row without `source` gets the name of its file.
 
     With `on_error="skip"` bad rows are left out, counted and listed in the report. Raises DataError otherwise,
-    and where a source has no usable row.
+    and where a source has no usable row or is a damaged archive.
     """
     rows: list[Row] = []
     reports: list[SourceReport] = []
     errors: list[str] = []
     for name in sources:
         found = find_data(name)
-        kept, source_errors, num_rows = [], [], 0
+        kept, source_errors, num_rows, is_damaged = [], [], 0, False
         for row in _typed_rows(name, found, parse):
             num_rows += 1
             if isinstance(row, _BadRow):
                 source_errors.append(row.message)
+                is_damaged = row.rest_is_lost
             else:
                 kept.append(row)
         if not num_rows:
             errors.append(f"{name}: has no rows. Give a file with one JSON object a line.")
+        elif is_damaged and on_error == "skip":
+            errors.append(source_errors[-1])
         elif not kept and on_error == "skip":
             errors.append(f"{name}: none of its {num_rows} rows can be used. The first: {source_errors[0]}")
         dropped = {"unreadable": len(source_errors)} if source_errors else {}
@@ -154,18 +161,22 @@ def read_lines(source: Path | str) -> Iterator[Line]:
             where = f"{source}:{number}"
             try:
                 raw = file.readline(MAX_LINE_BYTES + 1)
+                if is_long := len(raw) > MAX_LINE_BYTES:
+                    rest = raw
+                    while rest and not rest.endswith(b"\n"):
+                        rest = file.readline(MAX_LINE_BYTES)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                problem = f"the archive is damaged or cut off ({error}). Fetch or write the file again."
-                yield Line(where, problem=problem)
+                problem = (
+                    f"the archive is damaged or cut off ({error}). The rest of the file is lost, so on_error=skip does "
+                    "not help: fetch or write the file again."
+                )
+                yield Line(where, problem=problem, rest_is_lost=True)
                 return
             if not raw:
                 return
-            if len(raw) > MAX_LINE_BYTES:
+            if is_long:
                 yield Line(where, problem=f"the line is longer than {MAX_LINE_BYTES >> 20} MiB. Split or drop it.")
-                while raw and not raw.endswith(b"\n"):
-                    raw = file.readline(MAX_LINE_BYTES)
-                continue
-            if raw.strip():
+            elif raw.strip():
                 yield _parse_line(where, raw)
 
 
@@ -223,6 +234,7 @@ class _BadRow:
     """Where a row is and what is wrong with it."""
 
     message: str
+    rest_is_lost: bool
 
 
 def _typed_rows(name: str, found: Path | str, parse: Callable[[Mapping[str, Any]], Row]) -> Iterator[Row | _BadRow]:
@@ -233,7 +245,7 @@ def _typed_rows(name: str, found: Path | str, parse: Callable[[Mapping[str, Any]
                 raise RowError(line.problem or "unreadable")
             row = parse(line.row)
         except RowError as error:
-            yield _BadRow(f"{line.where}: {error.problem}")
+            yield _BadRow(f"{line.where}: {error.problem}", line.rest_is_lost)
         else:
             if isinstance(row, Dialogue | PreferencePair | Prompt):
                 row = replace(row, source=row.source or stem, where=line.where)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -244,7 +243,7 @@ class _Tally:
         return self.flags["chosen_longer"] / self.num_good if self.ratings else None
 
     def report(self) -> FileReport:
-        known = {f.name for f in fields(KINDS[self.kind])} | {"prompt", "is_safety", "source"} if self.kind else set()
+        known = KINDS[self.kind].FIELDS if self.kind else frozenset()
         unread = {name: rows for name, rows in self.field_rows.items() if name not in known}
         return FileReport(
             name=self.name,
@@ -265,7 +264,7 @@ class _Tally:
             num_duplicates=self.num_duplicates,
             num_shared_prompts=sum(rows for rows in self.prompts.values() if rows > 1),
             num_contradictions=self.num_contradictions,
-            warnings=[*self._warnings(), *_misspelt(unread, known - set(self.field_rows))],
+            warnings=self._warnings(),
         )
 
     def _warnings(self) -> list[str]:
@@ -296,12 +295,6 @@ def _texts(row: TypedRow) -> tuple[Messages, dict[str, str]]:
     if isinstance(row, Dialogue):
         return row.messages[:-1], {"response": row.messages[-1].content}
     return row.messages, {}
-
-
-def _misspelt(unread: Mapping[str, int], absent: set[str]) -> Iterator[str]:
-    for name, rows in unread.items():
-        if guess := difflib.get_close_matches(name, sorted(absent), n=1, cutoff=0.8):
-            yield f'"{name}" ({rows} rows) is not read. Did you mean "{guess[0]}"?'
 
 
 def _shared(first: Counter[int], second: Counter[int]) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, get_args
 
 Role = Literal["system", "user", "assistant"]
 Rating = Literal["significantly_better", "better", "slightly_better", "negligibly_better"]
@@ -44,6 +47,8 @@ class Dialogue:
     Llama 2 Sec. 3.3).
     """
 
+    FIELDS: ClassVar[frozenset[str]] = frozenset({"messages", "train_on", "source"})
+
     messages: Messages
     train_on: TrainOn = "all"
     source: str = ""
@@ -51,7 +56,8 @@ class Dialogue:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Dialogue:
-        """Raises RowError where a field is missing or of the wrong form."""
+        """Raises RowError where a field is missing, misspelt or of the wrong form."""
+        _refuse_misspelt(row, cls.FIELDS)
         messages = parse_messages(_require(row, "messages"), "messages", last_role="assistant")
         train_on = "all" if row.get("train_on") is None else row["train_on"]
         if train_on not in get_args(TrainOn):
@@ -73,6 +79,8 @@ class Prompt:
     `is_safety` marks prompts of the safety set, for which the gate always takes the safety score.
     """
 
+    FIELDS: ClassVar[frozenset[str]] = frozenset({"prompt", "is_safety", "source"})
+
     messages: Messages
     is_safety: bool = False
     source: str = ""
@@ -80,7 +88,8 @@ class Prompt:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Prompt:
-        """Raises RowError where a field is missing or of the wrong form."""
+        """Raises RowError where a field is missing, misspelt or of the wrong form."""
+        _refuse_misspelt(row, cls.FIELDS)
         return cls(
             messages=parse_messages(_require(row, "prompt"), "prompt", last_role="user"),
             is_safety=_optional_bool(row, "is_safety") or False,
@@ -99,13 +108,19 @@ class Prompt:
 class PreferencePair:
     """Two responses to one prompt, of which a person preferred `chosen` (Llama 2 Sec. 3.2.1).
 
-    `rating` is how strongly; `chosen_safe` and `rejected_safe` are the safety labels, `None` where nobody judged.
+    `rating` is how strongly; `margin`, as in TRL's rows, is the m(r) of Eq. 2 itself and goes before the table's number
+    for the rating. `chosen_safe` and `rejected_safe` are the safety labels, `None` where nobody judged.
     """
+
+    FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"prompt", "chosen", "rejected", "rating", "margin", "chosen_safe", "rejected_safe", "is_safety", "source"}
+    )
 
     prompt: Messages
     chosen: str
     rejected: str
     rating: Rating | None = None
+    margin: float | None = None
     chosen_safe: bool | None = None
     rejected_safe: bool | None = None
     is_safety: bool = False
@@ -116,9 +131,10 @@ class PreferencePair:
     def from_json(cls, row: Mapping[str, Any]) -> PreferencePair:
         """Reads our rows and TRL's conversational preference rows, with or without a separate `prompt`.
 
-        Raises RowError where a field is missing or of the wrong form, a response is empty, or the two responses
-        are the same.
+        Raises RowError where a field is missing, misspelt or of the wrong form, a response is empty, or the two
+        responses are the same.
         """
+        _refuse_misspelt(row, cls.FIELDS)
         if row.get("prompt") is None and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
             row = {**row, **_split_shared_prompt(row["chosen"], row["rejected"])}
         prompt = parse_messages(_require(row, "prompt"), "prompt", last_role="user")
@@ -128,11 +144,15 @@ class PreferencePair:
         rating = row.get("rating")
         if rating is not None and rating not in RATINGS:
             raise RowError(f'"rating" is {_show(rating)}. Use one of {", ".join(RATINGS)}, or leave it out.')
+        margin = optional_number(row, "margin")
+        if margin is not None and margin < 0:
+            raise RowError(f'"margin" is {_show(margin)}. It must not be negative: exchange the responses instead.')
         return cls(
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
             rating=rating,
+            margin=margin,
             chosen_safe=_optional_bool(row, "chosen_safe"),
             rejected_safe=_optional_bool(row, "rejected_safe"),
             is_safety=_optional_bool(row, "is_safety") or False,
@@ -146,12 +166,23 @@ class PreferencePair:
             "chosen": [{"role": "assistant", "content": self.chosen}],
             "rejected": [{"role": "assistant", "content": self.rejected}],
         }
-        for name in ("rating", "chosen_safe", "rejected_safe"):
+        for name in ("rating", "margin", "chosen_safe", "rejected_safe"):
             if (value := getattr(self, name)) is not None:
                 row[name] = value
         if self.is_safety:
             row["is_safety"] = True
         return _with_source(row, self.source)
+
+
+_CANDIDATE_FIELDS: dict[str, type] = {
+    "index": int,
+    "helpfulness": float,
+    "safety": float,
+    "reward": float,
+    "finish_reason": str,
+    "round": int,
+    "seed": int,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +191,8 @@ class Candidate:
 
     `helpfulness` and `safety` are raw reward-model scores (logits), `reward` the gated score the choice is made by.
     """
+
+    FIELDS: ClassVar[frozenset[str]] = Prompt.FIELDS | {"response", *_CANDIDATE_FIELDS}
 
     prompt: Prompt
     response: str
@@ -173,7 +206,8 @@ class Candidate:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Candidate:
-        """Raises RowError where a field is missing or of the wrong form. A response from elsewhere has index 0."""
+        """Raises RowError where a field is missing, misspelt or of the wrong form. `index` is 0 where none is given."""
+        _refuse_misspelt(row, cls.FIELDS)
         measured = {name: value for name in _CANDIDATE_FIELDS if (value := _measured(row, name)) is not None}
         response = _parse_response(row, "response", may_be_empty=True)
         return cls(prompt=Prompt.from_json(row), response=response, **{"index": 0, **measured})
@@ -186,17 +220,6 @@ class Candidate:
             if (value := getattr(self, name)) is not None:
                 row[name] = value
         return row
-
-
-_CANDIDATE_FIELDS: dict[str, tuple[type, ...]] = {
-    "index": (int,),
-    "helpfulness": (float, int),
-    "safety": (float, int),
-    "reward": (float, int),
-    "finish_reason": (str,),
-    "round": (int,),
-    "seed": (int,),
-}
 
 
 def safety_bin(pair: PreferencePair) -> str:
@@ -253,6 +276,17 @@ def parse_messages(value: Any, name: str, *, last_role: str) -> Messages:
     return tuple(messages)
 
 
+def optional_number(row: Mapping[str, Any], name: str) -> float | None:
+    """A finite number, or None where the field is missing or null. Raises RowError for all else, booleans included."""
+    value = row.get(name)
+    if value is None:
+        return None
+    # NaN is not less than anything, and an integer may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise RowError(f'"{name}" is {_show(value)}. It must be a finite number.')
+    return value
+
+
 def _parse_response(row: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:
     value = _require(row, name)
     if isinstance(value, str):
@@ -300,10 +334,28 @@ def _optional_bool(row: Mapping[str, Any], name: str) -> bool | None:
 
 
 def _measured(row: Mapping[str, Any], name: str) -> Any:
-    value, types = row.get(name), _CANDIDATE_FIELDS[name]
-    if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
-        raise RowError(f'"{name}" is {_show(value)}. It must be {"text" if str in types else "a number"}.')
+    value, kind = row.get(name), _CANDIDATE_FIELDS[name]
+    if kind is float:
+        return optional_number(row, name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        raise RowError(f'"{name}" is {_show(value)}. It must be {"text" if kind is str else "a whole number"}.')
     return value
+
+
+def _refuse_misspelt(row: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Fields we do not know may stay, but not one whose name is nearly that of a field the row lacks."""
+    for name, value in row.items():
+        if value is not None and (guess := _nearest(str(name), known)) and row.get(guess) is None:
+            raise RowError(f'unknown field "{name}": did you mean "{guess}"? Rename or remove it.')
+
+
+@lru_cache(maxsize=1024)
+def _nearest(name: str, known: frozenset[str]) -> str | None:
+    # "is_safe" is a response's label (BeaverTails), not "is_safety"; "rejected_score", at 0.81 from "rejected_safe",
+    # is a field of many data sets.
+    if name in known or name == "is_safe":
+        return None
+    return next(iter(difflib.get_close_matches(name.lower(), sorted(known), n=1, cutoff=0.85)), None)
 
 
 def _with_source(row: dict[str, Any], source: str) -> dict[str, Any]:

@@ -19,3 +19,7 @@ class ModelError(AlignError):
 
 class RunError(AlignError):
     """A run directory is in a state that the command must not change."""
+
+
+class TrainingError(AlignError):
+    """Training went where no number can be used."""

@@ -10,9 +10,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, combinations
+from operator import itemgetter
 from typing import Any, Literal
 
-from alignment.dialogue import RATINGS, RowError
+from alignment.dialogue import RATINGS, RowError, optional_number
 
 Raw = Mapping[str, Any]
 Aim = Literal["helpfulness", "safety"]
@@ -74,7 +75,7 @@ def from_trl(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 def from_pku_saferlhf(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """Two labelled responses; `better_response_id` (helpfulness) or `safer_response_id` (safety) is the chosen one."""
     name = "safer_response_id" if options.aim == "safety" else "better_response_id"
-    chosen = raw.get(name)
+    chosen = _number(raw, name)
     if chosen not in (0, 1):
         raise RowError(f'"{name}" is {chosen!r}. It must be 0 or 1.')
     row: dict[str, Any] = {"prompt": _turns(raw, "prompt", "user")}
@@ -86,9 +87,9 @@ def from_pku_saferlhf(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 
 def from_ultrafeedback(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """Binarized rows with `score_chosen` and `score_rejected` (or `chosen-rating`, `rejected-rating`)."""
-    scores = [raw.get(f"score_{side}", raw.get(f"{side}-rating")) for side in ("chosen", "rejected")]
-    if not all(isinstance(score, int | float) for score in scores):
-        raise RowError('"score_chosen" and "score_rejected" must be numbers.')
+    is_older = "score_chosen" not in raw and "chosen-rating" in raw
+    names = ("chosen-rating", "rejected-rating") if is_older else ("score_chosen", "score_rejected")
+    scores = [_number(raw, name) for name in names]
     if scores[0] <= scores[1]:
         how = "ties with" if scores[0] == scores[1] else "is below"
         raise RowError(f"the score of the chosen response {how} that of the rejected one.")
@@ -110,12 +111,12 @@ def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
         path = [*history, _turn(_text(node, "text"), node.get("role"))]
         replies = _approved_replies(node)
         open_nodes += [(reply, path) for reply in replies]
-        ranked = [reply for reply in replies if isinstance(reply.get("rank"), int)]
-        for better, worse in combinations(sorted(ranked, key=lambda reply: reply["rank"]), 2):
-            if better.get("role") == "assistant" and worse["rank"] > better["rank"]:
+        ranked = [(_number(reply, "rank"), reply) for reply in replies if reply.get("rank") is not None]
+        for (rank, better), (worse_rank, worse) in combinations(sorted(ranked, key=itemgetter(0)), 2):
+            if better.get("role") == "assistant" and worse_rank > rank:
                 num_pairs += 1
                 sides = {"chosen": _turns(better, "text", "assistant"), "rejected": _turns(worse, "text", "assistant")}
-                yield {"prompt": path, **sides, **_rated("ranks", worse["rank"] - better["rank"], options)}
+                yield {"prompt": path, **sides, **_rated("ranks", worse_rank - rank, options)}
     if not num_pairs:
         raise RowError("no two replies of the tree have different ranks.")
 
@@ -143,7 +144,7 @@ def from_pandalm(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 
     The response that more of the annotators picked is the chosen one. Raises RowError where none is.
     """
-    votes = [raw.get(f"annotator{number}") for number in (1, 2, 3)]
+    votes = [_number(raw, f"annotator{number}") for number in (1, 2, 3)]
     if not all(vote in (0, 1, 2) for vote in votes):
         raise RowError('"annotator1" to "annotator3" must be 0, 1 or 2.')
     counts = (votes.count(1), votes.count(2))
@@ -162,17 +163,12 @@ def from_graded(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """Pairs in our form that carry a measure of strength, which `rating_bins` turn into ratings.
 
     `rank_chosen` and `rank_rejected` (0 is best), `votes_chosen` and `votes_rejected`, or `score_chosen` and
-    `score_rejected`; the first of these that has numbers counts.
+    `score_rejected`; the first of these that both responses have counts.
     """
-    measures: tuple[tuple[Strength, str, int], ...] = (
-        ("ranks", "rank", -1),
-        ("votes", "votes", 1),
-        ("scores", "score", 1),
-    )
-    for strength, name, sign in measures:
-        values = [raw.get(f"{name}_{side}") for side in ("chosen", "rejected")]
-        if all(isinstance(value, int | float) for value in values):
-            difference = sign * (values[0] - values[1])
+    for strength, name, sign in _MEASURES:
+        chosen, rejected = (optional_number(raw, f"{name}_{side}") for side in ("chosen", "rejected"))
+        if chosen is not None and rejected is not None:
+            difference = sign * (chosen - rejected)
             if difference <= 0:
                 raise RowError(f'"{name}_chosen" is not better than "{name}_rejected".')
             yield {**raw, **_pair_turns(raw), **_rated(strength, difference, options)}
@@ -219,6 +215,13 @@ def _text(raw: Raw, name: str) -> str:
     value = raw.get(name)
     if not isinstance(value, str):
         raise RowError(f'"{name}" is missing.' if value is None else f'"{name}" is a {type(value).__name__}, not text.')
+    return value
+
+
+def _number(raw: Raw, name: str) -> float:
+    value = optional_number(raw, name)
+    if value is None:
+        raise RowError(f'"{name}" is missing. It must be a finite number.')
     return value
 
 

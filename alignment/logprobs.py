@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from alignment.errors import ModelError
 from alignment.prefix_batch import PrefixBatch
 from alignment.tree_attention import TREE_ATTENTION, tree_blocks
 
@@ -95,6 +96,7 @@ def hidden_states_at(
     head then runs on one position (`logits_to_keep`), or is a scalar head, and costs nothing.
     """
     inner = unwrap(model)
+    _check_window(inner, batch)
     flat = batch.input_ids.device.type == "cpu" and inner.config._attn_implementation == TREE_ATTENTION
     if flat:  # real tokens of all rows side by side
         lengths = (batch.tree_ids >= 0).sum(1)
@@ -120,7 +122,8 @@ def _last_mlp_only_for(inner: nn.Module, needed: Int[Tensor, " S"]) -> list[Remo
     What it would add to the others is zero then; nothing reads them, as no layer follows. Gradient checkpointing
     computes layers again when the hooks are gone, so there all tokens go in.
     """
-    mlp = getattr(inner.get_decoder().layers[-1], "mlp", None)
+    layers = getattr(inner.get_decoder(), "layers", None)  # other names, e.g. GPT-2's, compute all tokens
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
     if mlp is None or inner.is_gradient_checkpointing:
         return []
     shapes: list[torch.Size] = []
@@ -134,6 +137,16 @@ def _last_mlp_only_for(inner: nn.Module, needed: Int[Tensor, " S"]) -> list[Remo
         return everywhere.index_copy(0, needed, output[0]).view(shapes[0])
 
     return [mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back)]
+
+
+def _check_window(inner: nn.Module, batch: PrefixBatch) -> None:
+    """Our masks let every token see its whole path. Raises ModelError where a model's window is shorter than that."""
+    window = getattr(inner.config, "sliding_window", None)
+    if window and batch.input_ids.shape[1] > window and (longest := int(batch.position_ids.max()) + 1) > window:
+        raise ModelError(
+            f"{inner.config.model_type}: its attention sees {window} tokens back, and a row has {longest}. That is not "
+            f"supported: keep prompt and response within {window} tokens (data.max_length)."
+        )
 
 
 def _padded_inputs(batch: PrefixBatch) -> dict[str, Tensor]:

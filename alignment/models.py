@@ -74,13 +74,14 @@ def load_reward_model(
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
     tokenizer = chat.tokenizer
-    kind = AutoConfig.from_pretrained(folder).architectures or [""]
+    config = AutoConfig.from_pretrained(folder)
+    kind = config.architectures or [""]
     is_reward_model = kind[0].endswith("ForSequenceClassification")
     if new_head_seed is None and not is_reward_model:
         raise ModelError(f'{path}: not a reward model ({kind[0]}). Train one with "align rm", or name its run.')
+    if is_reward_model and config.num_labels != 1:
+        raise ModelError(f"{path}: a classifier with {config.num_labels} outputs. A reward model has one.")
     model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, num_labels=1)
-    if model.config.num_labels != 1:
-        raise ModelError(f"{path}: a classifier with {model.config.num_labels} outputs. A reward model has one.")
     model.score.float()
     # transformers' own forward gives the head what a bfloat16 backbone puts out.
     model.score.register_forward_pre_hook(_as_float32)
@@ -104,6 +105,13 @@ def load_chat(folder: Path | str, chat_template: str = "auto") -> ChatFormat:
     if not _pads_safely(chat):
         tokenizer.pad_token = _spare_token(chat)
     return chat
+
+
+def load_chat_of(path: str, chat_template: str = "auto") -> tuple[ChatFormat, int]:
+    """The chat format of a model by any of its names, and the tokens its context holds; no weights are loaded."""
+    folder = model_folder(path)
+    chat = load_chat(folder, chat_template)
+    return chat, getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", sys.maxsize)
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool, seed: int) -> nn.Module:

@@ -95,8 +95,15 @@ class Run:
         return self._manifest.get(name)
 
     def note_sources(self, sources: Iterable[SourceReport]) -> None:
-        """Records inputs with hashes, rows kept and rows dropped by reason."""
-        self.note(inputs=[source.to_json() for source in sources])
+        """Records inputs with hashes, rows kept and rows dropped by reason.
+
+        Raises RunError where a resumed run began with other contents: it would go on with other rows.
+        """
+        inputs = [source.to_json() for source in sources]
+        before = {entry["name"]: entry["sha256"] for entry in self.noted("inputs") or inputs}
+        if changed := [entry["name"] for entry in inputs if before.get(entry["name"]) != entry["sha256"]]:
+            raise RunError(_changed_message(self.path, changed))
+        self.note(inputs=inputs)
 
     def note(self, **values: Any) -> None:
         """Adds entries to the manifest."""
@@ -158,6 +165,10 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         torch.set_num_threads(config.run.num_threads)
     run = Run(path, config.stage, writes=is_main)
     run._manifest = read_manifest(path) or {}
+    models = _model_hashes(config)
+    before = run.noted("models") or models
+    if changed := [key for key, digest in models.items() if before.get(key) != digest]:
+        raise RunError(_changed_message(path, changed))
     run.note(
         stage=config.stage,
         status="running",
@@ -167,7 +178,7 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         git_commit=_git_commit(),
         num_processes=1 if state is None else state.num_processes,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        models=_model_hashes(config),
+        models=models,
         made_from=upstream_runs(config),
     )
     return run
@@ -254,6 +265,13 @@ def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, An
             f"{path}: the unfinished run has other settings ({', '.join(sorted(changed))}). "
             "Resume with the same, or run.overwrite=true to start anew."
         )
+
+
+def _changed_message(path: Path, changed: Iterable[str]) -> str:
+    return (
+        f"{path}: {', '.join(changed)} changed since the unfinished run began. Put the old contents back, or start "
+        "anew with run.overwrite=true."
+    )
 
 
 def upstream_runs(config: StageConfig) -> dict[str, str]:

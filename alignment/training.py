@@ -23,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get
 
 from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
 from alignment.distributed import gather_objects
+from alignment.errors import TrainingError
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar
 from alignment.runs import Run, mark_complete
@@ -94,7 +95,10 @@ class GlobalBatchMixin:
         return DataLoader(self._schedule, batch_size=1, collate_fn=_only, generator=generator)
 
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a whole global batch; returns its mean loss."""
+        """Forward and backward of a whole global batch; returns its mean loss.
+
+        Raises TrainingError, on every process, where that is no finite number.
+        """
         model.train()
         accelerator = self.accelerator
         share = inputs[accelerator.process_index :: accelerator.num_processes]
@@ -126,6 +130,12 @@ class GlobalBatchMixin:
         stacked = torch.stack([loss_sum, *(sums_by_name.get(name, torch.zeros_like(loss_sum)) for name in names)])
         stacked = accelerator.reduce(stacked, reduction="sum") / total
         self.step_metrics = {"loss": stacked[0].item(), **dict(zip(names, stacked[1:].tolist(), strict=True))}
+        if not math.isfinite(self.step_metrics["loss"]):
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the loss is {self.step_metrics['loss']}. Training has diverged: "
+                f"lower optim.lr (now {self.args.learning_rate:g}) and start anew with run.overwrite=true. "
+                "metrics.jsonl has the steps before."
+            )
         return stacked[0]
 
     def floating_point_ops(self, inputs: Any) -> int:

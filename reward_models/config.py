@@ -20,7 +20,7 @@ from alignment.config import (
     StageConfig,
     TrainSection,
 )
-from alignment.dialogue import Rating
+from alignment.dialogue import RATINGS, Rating
 
 Margins = dict[Rating, NonNegativeFloat]
 
@@ -99,10 +99,12 @@ class RewardModelConfig(StageConfig):
     lora: LoraSection = LoraSection()
     data: RewardData
     margin: Literal["none", "small", "large"] | Margins = "small"
-    """Margin by rating: a table of the paper, or numbers of your own by rating. Paper: small (Table 27)."""
+    """Margin by rating: a table of the paper, or a number of your own for each of the four ratings. A row's own
+    `margin` goes before its rating's, save under `none`, where no pair has one (Eq. 1). Paper: small (Table 27)."""
 
     unrated_margin: NonNegativeFloat = 0.0
-    """Margin of pairs without a rating. Our choice: 0, which claims no strength nobody stated."""
+    """Margin of pairs without a rating or a margin of their own; takes no part under `margin=none`. Our choice: 0,
+    which claims no strength nobody stated."""
 
     veto: Literal["drop", "flip", "keep"] = "drop"
     """Pairs whose chosen response is labelled unsafe and the other safe. Paper: left out."""
@@ -116,3 +118,10 @@ class RewardModelConfig(StageConfig):
     optim: RewardOptim = RewardOptim()
     train: RewardTrain = RewardTrain()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _every_rating_has_its_margin(self) -> RewardModelConfig:
+        missing = [rating for rating in RATINGS if rating not in self.margin] if isinstance(self.margin, dict) else []
+        if missing:
+            raise ValueError(f"margin: no number for {', '.join(missing)}. Give all four ratings, 0 for no margin.")
+        return self

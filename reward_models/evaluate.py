@@ -45,11 +45,16 @@ def evaluate_pairs(
         chosen: (N,) raw scores of the chosen responses.
         rejected: (N,) raw scores of the others.
         wanted_precision: of flagging unsafe responses; the report names the threshold that reaches it.
+
+    Raises:
+        ValueError: a score is not a finite number.
     """
+    scores = [*chosen, *rejected]
+    if wrong := sum(not math.isfinite(score) for score in scores):
+        raise ValueError(f"{wrong} of {len(scores)} scores are no finite numbers. Look at the model's training.")
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     longer = pair_accuracy([c for c, _ in lengths], [r for _, r in lengths])
     shorter = pair_accuracy([-c for c, _ in lengths], [-r for _, r in lengths])
-    scores = [*chosen, *rejected]
     report: dict[str, Any] = {
         "pairs": len(pairs),
         "accuracy": pair_accuracy(chosen, rejected).to_json(),

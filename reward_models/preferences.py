@@ -43,7 +43,7 @@ def apply_veto(
     """Treats pairs whose chosen response is labelled unsafe while the other is safe; returns how many there were.
 
     Llama 2 Sec. 3.2.1 leaves them out: the safety label has the veto. `flip` exchanges the two responses and forgets
-    the rating, which was given for the other order.
+    the rating and the margin, which were given for the other order.
     """
     kept, vetoed = [], 0
     for pair in pairs:
@@ -55,7 +55,7 @@ def apply_veto(
             kept.append(pair)
         elif action == "flip":
             swapped = {"chosen": pair.rejected, "rejected": pair.chosen, "chosen_safe": True, "rejected_safe": False}
-            kept.append(replace(pair, rating=None, **swapped))
+            kept.append(replace(pair, rating=None, margin=None, **swapped))
     return kept, vetoed
 
 
@@ -70,6 +70,8 @@ def encode_pairs(
     on_error: OnError = "stop",
 ) -> EncodedPairs:
     """Token ids and margins. A prompt that leaves no room for its longer response loses its oldest turns first.
+
+    A pair's own margin goes before that of its rating. Without `margins` every margin is 0 (Llama 2 Eq. 1).
 
     Raises DataError with all pairs that the chat format refuses, or drops and counts them.
     """
@@ -89,14 +91,22 @@ def encode_pairs(
             dropped["too_long"] += 1
             continue
         cut += was_cut
-        margin = (margins.get(pair.rating, 0.0) if pair.rating else unrated_margin) if margins else 0.0
         tree = Tree(prompt, [Branch(ids) for ids in responses])
+        margin = _margin(pair, margins, unrated_margin)
         encoded.append(EncodedPair(tree, margin, pair.chosen_safe, pair.rejected_safe, pair))
     if on_error == "stop":
         raise_together(refused)
     elif refused:
         dropped["refused_by_chat_format"] = len(refused)
     return EncodedPairs(encoded, cut, dict(dropped))
+
+
+def _margin(pair: PreferencePair, margins: Mapping[str, float], unrated_margin: float) -> float:
+    if not margins:
+        return 0.0
+    if pair.margin is not None:
+        return float(pair.margin)
+    return margins[pair.rating] if pair.rating else unrated_margin
 
 
 def pair_batches(pairs: Sequence[EncodedPair], indices: Sequence[int], *, max_tokens: int) -> Iterator[MicroBatch]:

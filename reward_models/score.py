@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from alignment.chat import ChatFormat, fit_prompt
-from alignment.dialogue import Messages
-from alignment.errors import DataError
+from alignment.dialogue import Message, Messages, RowError, parse_messages
+from alignment.errors import DataError, ModelError
 from alignment.hardware import compute_dtype
 from alignment.logprobs import branch_scores
 from alignment.models import LoadedModel, load_reward_model
 from alignment.prefix_batch import Branch, Tree, collate, micro_batches
 
 MAX_TOKENS = 8192
+
+# One user turn as text, or turns that end with a user turn.
+PromptLike = str | Sequence[Message | Mapping[str, str]]
 
 
 class Scorer:
@@ -42,26 +46,35 @@ class Scorer:
         loaded.model.to(device).requires_grad_(False)
         return cls(loaded, max_tokens=max_tokens)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of a prompt with one response at most."""
+        return self.model.config.max_position_embeddings
+
     def score(
         self,
-        prompts: Sequence[Messages],
+        prompts: Sequence[PromptLike],
         responses: Sequence[Sequence[str]],
         *,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[float]]:
         """Raw scores (logits), a list of K for each prompt, in order.
 
-        Raises DataError where a prompt's last turn and a response do not fit into the model's context.
+        Raises DataError where an argument is of the wrong form, or a prompt's last turn and a response do not fit into
+        the model's context, and ModelError where a score is not a finite number.
         """
-        limit = self.model.config.max_position_embeddings
         trees = []
-        for prompt, texts in zip(prompts, responses, strict=True):
-            encoded = [self.chat.encode_response(text) for text in texts]
-            ids, _ = fit_prompt(self.chat, prompt, limit - max(map(len, encoded)))
-            if ids is None:
-                raise DataError(f"prompt {len(trees) + 1} with its longest response is over {limit} tokens.")
-            trees.append(Tree(ids, [Branch(response) for response in encoded]))
-        return self.score_trees(trees, on_progress=on_progress)
+        for prompt, texts in zip(_parsed_prompts(prompts), _checked_responses(prompts, responses), strict=True):
+            tree, _ = fit_tree(self.chat, prompt, texts, self.context_length)
+            if tree is None:
+                raise DataError(
+                    f"prompt {len(trees) + 1} with its longest response is over {self.context_length} tokens."
+                )
+            trees.append(tree)
+        scores = self.score_trees(trees, on_progress=on_progress)
+        if wrong := sum(not math.isfinite(score) for row in scores for score in row):
+            raise ModelError(f"the reward model gave {wrong} scores that are no finite numbers. Look at its training.")
+        return scores
 
     @torch.no_grad()
     def score_trees(
@@ -69,18 +82,74 @@ class Scorer:
     ) -> list[list[float]]:
         """Raw scores of every branch of every tree, in order; read at each branch's last token."""
         device = next(self.model.parameters()).device
-        results: list[list[float]] = [[] for _ in trees]
-        for group in micro_batches(trees, lambda tree: tree.num_tokens, max_tokens=self.max_tokens):
-            batch = collate([[trees[index]] for index in group]).to(device)
+        results = [[0.0] * len(tree.branches) for tree in trees]
+        parts = [(index, start, part) for index, tree in enumerate(trees) for start, part in self._split(tree)]
+        for group in micro_batches(parts, lambda part: part[2].num_tokens, max_tokens=self.max_tokens):
+            batch = collate([[parts[row][2]] for row in group]).to(device)
             scores = iter(branch_scores(self.model, batch).tolist())
-            for index in group:
-                results[index] = [next(scores) for _ in trees[index].branches]
+            for index, start, part in (parts[row] for row in group):
+                stop = start + len(part.branches)
+                results[index][start:stop] = [next(scores) for _ in part.branches]
             if on_progress:
-                on_progress(len(group))
+                on_progress(sum(parts[row][1] == 0 for row in group))
         return results
 
+    def _split(self, tree: Tree) -> list[tuple[int, Tree]]:
+        """A tree over `max_tokens` as several that repeat its trunk, each with the index of its first branch."""
+        parts: list[tuple[int, Tree]] = []
+        start, size = 0, len(tree.trunk)
+        for index, branch in enumerate(tree.branches):
+            if index > start and size + len(branch.ids) > self.max_tokens:
+                parts.append((start, Tree(tree.trunk, tree.branches[start:index])))
+                start, size = index, len(tree.trunk)
+            size += len(branch.ids)
+        return [*parts, (start, Tree(tree.trunk, tree.branches[start:]))]
 
-def score(model: str | Scorer, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Raw scores of K responses for each prompt: `score("runs/rm-safety", prompts, responses)`."""
+
+def score(model: str | Scorer, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Raw scores of K responses for each prompt: `score("runs/rm-safety", ["How are you?"], [["Fine.", "Go away."]])`.
+
+    A prompt is a text (one user turn) or turns, as Message objects or `{"role", "content"}`, the last one a user's.
+    """
     scorer = model if isinstance(model, Scorer) else Scorer.load(model)
     return scorer.score(prompts, responses)
+
+
+def fit_tree(
+    chat: ChatFormat, prompt: Messages, responses: Sequence[str], context_length: int
+) -> tuple[Tree | None, bool]:
+    """A prompt with its responses, and whether it lost its oldest turns to fit; None where it cannot fit."""
+    encoded = [chat.encode_response(text) for text in responses]
+    ids, was_cut = fit_prompt(chat, prompt, context_length - max(map(len, encoded)))
+    return (None if ids is None else Tree(ids, [Branch(response) for response in encoded])), was_cut
+
+
+def _parsed_prompts(prompts: Sequence[PromptLike]) -> list[Messages]:
+    if isinstance(prompts, str):
+        raise DataError(f"prompts is the text {prompts!r:.60}. Give a list of prompts, one entry each.")
+    found = []
+    for index, prompt in enumerate(prompts):
+        turns = [Message("user", prompt)] if isinstance(prompt, str) else prompt
+        if isinstance(turns, Sequence):
+            turns = [turn.to_json() if isinstance(turn, Message) else turn for turn in turns]
+        try:
+            found.append(parse_messages(turns, f"prompts[{index}]", last_role="user"))
+        except RowError as error:
+            raise DataError(error.problem) from None
+    return found
+
+
+def _checked_responses(prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    if isinstance(responses, str) or len(responses) != len(prompts):
+        found = f"the text {responses!r:.60}" if isinstance(responses, str) else f"{len(responses)} lists"
+        raise DataError(f"responses is {found} for {len(prompts)} prompts. Give a list of texts for each prompt.")
+    for index, texts in enumerate(responses):
+        if isinstance(texts, str):
+            raise DataError(
+                f"responses[{index}] is the text {texts!r:.60}. Put it into a list, also where it is alone."
+            )
+        if not len(texts):
+            raise DataError(f"responses[{index}] is empty. Give at least one text for each prompt.")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise DataError(f"responses[{index}] holds {wrong[0]!r:.60}. It must be a list of texts.")
+    return responses

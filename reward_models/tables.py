@@ -1,4 +1,4 @@
-"""Reports on reward models for a terminal."""
+"""Reports on reward models for a terminal. Names that users gave are `Text`, in which no bracket is rich's markup."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from alignment.metrics import show
 
@@ -24,13 +25,12 @@ def report_tables(report: Report, title: str) -> Group:
 
 def comparison_table(report: Report, first: str, second: str) -> Table:
     """Two models on the same pairs."""
-    table = Table(
-        "pairs of", first, second, "difference", "p", "n", title="Accuracy, pair by pair", title_justify="left"
-    )
+    models = (Column(Text(name)) for name in (first, second))
+    table = Table("pairs of", *models, "difference", "p", "n", title="Accuracy, pair by pair", title_justify="left")
     for name, row in [("all", report), *report["by_source"].items()]:
         difference = row["difference"]
         table.add_row(
-            name,
+            Text(name),
             show(row["first"]),
             show(row["second"]),
             show(difference, "+.3f", bounds=True),
@@ -41,7 +41,8 @@ def comparison_table(report: Report, first: str, second: str) -> Table:
 
 
 def _accuracy(report: Report, title: str) -> Table:
-    table = Table("pairs of", "accuracy", "95 % interval", "n", title=title, title_justify="left")
+    heading = Text(title, style="table.title")
+    table = Table("pairs of", "accuracy", "95 % interval", "n", title=heading, title_justify="left")
     rows = [("all", report["accuracy"])]
     for group in ("by_source", "by_rating", "by_safety_bin"):
         if len(report[group]) > 1:
@@ -50,7 +51,7 @@ def _accuracy(report: Report, title: str) -> Table:
     if label := report.get("safety_label_accuracy"):
         rows.append(("(safety label right)", label))
     for name, entry in rows:
-        table.add_row(name, show(entry), f"{entry['low']:.3f} - {entry['high']:.3f}", str(entry["count"]))
+        table.add_row(Text(name), show(entry), f"{entry['low']:.3f} - {entry['high']:.3f}", str(entry["count"]))
     return table
 
 

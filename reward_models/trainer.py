@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,19 +11,19 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from alignment.data import load_pairs, pick, write_rows
-from alignment.errors import DataError
+from alignment.data import write_rows
+from alignment.errors import TrainingError
 from alignment.hardware import process_state
 from alignment.logprobs import branch_scores
-from alignment.models import add_lora, load_reward_model, save_model
+from alignment.models import add_lora, load_chat_of, load_reward_model, save_model
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepSchedule, training_arguments, use_run
-from reward_models.config import MARGIN_TABLES, RewardModelConfig
+from reward_models.config import RewardModelConfig
 from reward_models.evaluate import evaluate_pairs, scored_row
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss
-from reward_models.mixing import mix_rows
-from reward_models.preferences import EncodedPair, EncodedPairs, apply_veto, encode_pairs, pair_batches
+from reward_models.preferences import EncodedPair, pair_batches
+from reward_models.prepare import prepare_pairs, warn_of_few_steps
 
 HELD_OUT_SCORES = "held_out_scores.jsonl"
 
@@ -35,10 +36,15 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains a reward model, measures it on held-out pairs, saves it; returns the headline figures."""
     state = process_state(config.run.device)
     device, seed = state.device, config.run.seed
-    train_data = load_pairs([*config.data.train, *config.data.mix_in], on_error=config.data.on_error)
-    valid_data = load_pairs(config.data.valid, on_error=config.data.on_error)
+    chat, context_length = load_chat_of(config.model.path, config.model.chat_template)
+    pairs = prepare_pairs(config, chat, context_length=context_length)
+    train, valid = pairs.train, pairs.valid
+    schedule = StepSchedule(len(train), config.train, seed=seed)
     run_dir = open_run(config, resume=resume, state=state)
-    run_dir.note_sources([*train_data.sources, *valid_data.sources])
+    run_dir.note_sources(pairs.sources)
+    run_dir.note(**pairs.notes)
+    if state.is_main_process:
+        warn_of_few_steps(len(train), len(schedule), config.train.batch_size)
 
     dtype = run_dir.dtype(device, config.model.dtype)
     loaded = load_reward_model(
@@ -47,36 +53,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
         chat_template=config.model.chat_template,
         new_head_seed=seed,
     )
-    margins = MARGIN_TABLES[config.margin] if isinstance(config.margin, str) else config.margin
-    limits = {
-        "margins": margins,
-        "unrated_margin": config.unrated_margin,
-        "max_length": config.data.max_length,
-        "overlong": config.data.overlong,
-        "on_error": config.data.on_error,
-    }
-    by_source = train_data.by_source()
-    mixed = mix_rows(
-        {name: by_source[name] for name in config.data.train},
-        {name: by_source[name] for name in config.data.mix_in},
-        config.data.mix,
-        seed=seed,
-    )
-    run_dir.note(mix={name: len(rows) for name, rows in mixed.items()})
-    chosen_rows = pick([row for rows in mixed.values() for row in rows], config.data.max_rows, seed)
-    kept, vetoed = apply_veto(chosen_rows, config.veto)
-    train = encode_pairs(loaded.chat, kept, **limits)
-    held_out, held_out_vetoed = apply_veto(pick(valid_data.rows, config.data.max_valid_rows, seed), config.veto)
-    valid = encode_pairs(loaded.chat, held_out, **limits)
-    run_dir.note(
-        train={**_counts(train), "veto": {config.veto: vetoed}},
-        valid={**_counts(valid), "veto": {config.veto: held_out_vetoed}},
-    )
-    if not train.encoded:
-        raise DataError(f"data.train: no pair fits into data.max_length = {config.data.max_length} tokens.")
-
     model = add_lora(loaded.model, config.lora, is_reward_model=True, seed=seed).to(device)
-    schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     budget = config.train.max_tokens_per_batch
     checkpoint = newest_checkpoint(run_dir) if resume else None
     arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)
@@ -86,7 +63,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
         safety_weight = 1.0 if config.kind == "safety" else 0.0
     trainer.use_steps(
         schedule,
-        lambda rows: pair_batches(train.encoded, rows, max_tokens=budget),
+        lambda rows: pair_batches(train, rows, max_tokens=budget),
         pair_loss(safety_weight=safety_weight, centering_weight=config.centering_weight),
     )
     use_run(trainer, run_dir, f"rm ({config.kind})", "rm")
@@ -94,13 +71,15 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     title = f"rm ({config.kind}): held-out pairs"
-    chosen, rejected = score_pairs(model, valid.encoded, max_tokens=budget, dtype=dtype, title=title)
-    pairs = [encoded.pair for encoded in valid.encoded]
+    chosen, rejected = score_pairs(model, valid, max_tokens=budget, dtype=dtype, title=title)
+    if not all(map(math.isfinite, (*chosen, *rejected))):
+        raise TrainingError(f"{run_dir.path}: scores are no numbers after the last step: lower optim.lr.")
+    held_out = [encoded.pair for encoded in valid]
     wanted_precision = config.evaluation.wanted_precision
-    report = evaluate_pairs(pairs, chosen, rejected, wanted_precision=wanted_precision) if pairs else {}
+    report = evaluate_pairs(held_out, chosen, rejected, wanted_precision=wanted_precision) if held_out else {}
     if state.is_main_process:
         save_model(model, loaded, run_dir.model_dir)
-        rows = (scored_row(*values) for values in zip(pairs, chosen, rejected, strict=True))
+        rows = (scored_row(*values) for values in zip(held_out, chosen, rejected, strict=True))
         write_rows(run_dir.path / HELD_OUT_SCORES, rows)
     state.wait_for_everyone()
     result = run_dir.finish(
@@ -111,8 +90,9 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
             "valid": report,
             "train_loss_last": run_dir.metrics.last("rm/loss"),
             "steps": len(schedule),
-            "train_pairs": len(train.encoded),
-            "vetoed_pairs": vetoed,
+            "train_pairs": len(train),
+            "vetoed_pairs": pairs.vetoed,
+            "left_out": pairs.left_out,
         }
     )
     run_dir.clear_checkpoints()
@@ -161,7 +141,3 @@ def score_pairs(
             bar.advance(len(values) // 2)
     both = [scores[index] for index in range(len(pairs))]
     return [chosen for chosen, _ in both], [rejected for _, rejected in both]
-
-
-def _counts(pairs: EncodedPairs) -> dict[str, Any]:
-    return {"rows": len(pairs.encoded), "history_cut": pairs.cut, "dropped": pairs.dropped}

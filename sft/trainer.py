@@ -17,7 +17,7 @@ from alignment.data import load_dialogues, pick
 from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.logprobs import response_logprobs
-from alignment.models import add_lora, load_chat_model, save_model
+from alignment.models import add_lora, load_chat_model, load_chat_of, save_model
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import GlobalBatchMixin, MicroBatch, StepSchedule, training_arguments, use_run
@@ -35,8 +35,20 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     device = state.device
     train_data = load_dialogues(config.data.train, on_error=config.data.on_error)
     valid_data = load_dialogues(config.data.valid, on_error=config.data.on_error)
+    chat, context_length = load_chat_of(config.model.path, config.model.chat_template)
+    limits = {
+        "max_length": min(config.data.max_length, context_length),
+        "overlong": config.data.overlong,
+        "on_error": config.data.on_error,
+    }
+    seed = config.run.seed
+    train = make_examples(chat, pick(train_data.rows, config.data.max_rows, seed), **limits)
+    valid = make_examples(chat, pick(valid_data.rows, config.data.max_valid_rows, seed), **limits)
+    if not train.encoded:
+        raise DataError(f"data.train: no dialogue fits into {limits['max_length']} tokens (data.max_length).")
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*train_data.sources, *valid_data.sources])
+    run_dir.note(train=_counts(train), valid=_counts(valid))
 
     dtype = run_dir.dtype(device, config.model.dtype)
     loaded = load_chat_model(
@@ -44,18 +56,6 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         dtype=dtype if config.lora.r else torch.float32,
         chat_template=config.model.chat_template,
     )
-    limits = {
-        "max_length": config.data.max_length,
-        "overlong": config.data.overlong,
-        "on_error": config.data.on_error,
-    }
-    seed = config.run.seed
-    train = make_examples(loaded.chat, pick(train_data.rows, config.data.max_rows, seed), **limits)
-    valid = make_examples(loaded.chat, pick(valid_data.rows, config.data.max_valid_rows, seed), **limits)
-    run_dir.note(train=_counts(train), valid=_counts(valid))
-    if not train.encoded:
-        raise DataError(f"data.train: no dialogue fits into data.max_length = {config.data.max_length} tokens.")
-
     model = add_lora(loaded.model, config.lora, is_reward_model=False, seed=seed).to(device)
     schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     budget = config.train.max_tokens_per_batch

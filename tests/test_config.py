@@ -264,6 +264,73 @@ def test_the_name_of_a_margin_table_replaces_margins_by_rating():
     assert config.margin == "large"
 
 
+def test_margins_by_rating_replace_the_name_of_a_table():
+    values = {**NEEDED, "kind": "safety", "margin": "small"}
+    config = build_config(RewardModelConfig, merge(values, parse_overrides([f"margin={OWN_TABLE}"])), "test")
+    assert config.margin["better"] == 2
+
+
+def test_weights_by_source_replace_the_name_of_a_mix(tmp_path):
+    path = tmp_path / "rm.yaml"
+    path.write_text(
+        "kind: safety\nmodel: toy\nrun: {dir: r}\ndata: {train: [toy:pairs.train, toy:safety.train], mix: all}\n"
+    )
+    weights = "data.mix={toy:pairs.train: 1, toy:safety.train: 3}"
+    config = load_config(RewardModelConfig, path, [weights], check_inputs=False)
+    assert config.data.mix == {"toy:pairs.train": 1, "toy:safety.train": 3}
+
+
+@pytest.mark.parametrize("values", [{"model": "toy"}, {"model": {"path": "toy", "dtpye": "float32"}}, {}])
+def test_a_misspelt_key_beside_the_short_form_of_a_model_is_one_problem(values):
+    overrides = ["model.dtpye=float32"] if values.get("model") == "toy" else ["model=toy", "model.dtpye=float32"]
+    with pytest.raises(ConfigError) as caught:
+        build_config(SmallConfig, merge({**NEEDED, **values}, parse_overrides(overrides)), "test")
+    assert str(caught.value) == 'test: model.dtpye: unknown key. Did you mean "dtype"?'
+
+
+# -------------------------------------------------------------------------------------- settings of several types
+
+RM = (*GOOD, "kind=safety")
+OWN_TABLE = "{significantly_better: 3, better: 2, slightly_better: 1, negligibly_better: 0}"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("margin=huge", "margin: input should be 'none', 'small' or 'large', found 'huge'."),
+        ("margin=3", "margin: input should be 'none', 'small' or 'large', found 3."),
+        ("margin.better=-1", "margin.better: input should be greater than or equal to 0, found -1."),
+        ("margin.better=much", "margin.better: input should be a valid number, unable to parse string as a number, "
+         "found 'much'."),
+        ("margin.better=.nan", "margin.better: input should be a finite number, found nan."),
+        ("margin.better=.inf", "margin.better: input should be a finite number, found inf."),
+        ("margin.betterr=1", "margin.betterr: input should be 'significantly_better', 'better', 'slightly_better' or "
+         "'negligibly_better', found 'betterr'."),
+        ("margin.better=1", "margin: no number for significantly_better, slightly_better, negligibly_better. "
+         "Give all four ratings, 0 for no margin."),
+        ("margin={}", "margin: no number for significantly_better, better, slightly_better, negligibly_better. "
+         "Give all four ratings, 0 for no margin."),
+        ("data.mix=80/20", "data.mix: input should be 'all', 'equal_parts' or '90/10', found '80/20'."),
+        ("data.mix={org/rows: 0}", "data.mix.org/rows: input should be greater than 0, found 0."),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_of_a_name_or_a_mapping_is_one_line_about_what_was_meant(override, expected):
+    assert problems(*RM, override, cls=RewardModelConfig) == [f"command line: {expected}"]
+
+
+def test_every_wrong_number_of_a_mapping_has_its_line_and_other_rules_still_run():
+    lines = problems(*RM, "margin={better: -1, slightly_better: x}", "data.mix=equal_parts", cls=RewardModelConfig)
+    rule = "data.mix = equal_parts mixes in nothing. Name the other aim's pairs in data.mix_in."
+    keys = ["margin.better", "margin.slightly_better"]
+    assert len(lines) == 3 and f"command line: {rule}" in lines
+    assert [line.split(": ")[1] for line in lines if "margin" in line] == keys
+
+
+def test_a_margin_table_of_ones_own_names_all_four_ratings():
+    config = load_config(RewardModelConfig, None, [*RM, f"margin={OWN_TABLE}"])
+    assert config.margin == {"significantly_better": 3, "better": 2, "slightly_better": 1, "negligibly_better": 0}
+
+
 def test_one_source_may_stand_without_brackets():
     assert build(None, "data.train=a/b").data.train == ["a/b"]
     assert build(None, "data.train=[a/b, c/d]").data.train == ["a/b", "c/d"]
@@ -277,7 +344,7 @@ def test_one_source_may_stand_without_brackets():
     [
         (SmallConfig, ["steps=9", "optim.lr=1e-7", "optim.betas=[0.8, 0.99]", "run.report_to=[tensorboard]"]),
         (SFTConfig, ["model.dtype=bfloat16", "lora.r=8", "train.max_steps=3", "data.valid=[a/b]"]),
-        (RewardModelConfig, ["kind=helpfulness", "margin.better=0.5", "safety_loss_weight=0.25"]),
+        (RewardModelConfig, ["kind=helpfulness", f"margin={OWN_TABLE}", "safety_loss_weight=0.25"]),
     ],
 )
 def test_to_yaml_is_read_back_to_an_equal_configuration(tmp_path, cls, overrides):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from alignment.cli.data import app
 from alignment.converters import convert_file
-from alignment.data import load_dialogues, load_pairs
+from alignment.data import load_dialogues, load_pairs, write_rows
 from alignment.data_report import guess_layout, parse_row
 from alignment.dialogue import Message, RowError
 from alignment.errors import DataError
@@ -118,6 +119,9 @@ def test_turns_that_follow_a_trl_prompt_in_both_conversations_join_it() -> None:
 def test_our_own_fields_of_a_trl_row_survive_and_are_checked() -> None:
     assert rows_of("trl", {**SKY, "rating": "better", "chosen_safe": True})[0]["rating"] == "better"
     assert '"rating" is 4' in problem_of("trl", {**SKY, "rating": 4})
+    text = {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5}
+    assert rows_of("trl", text) == rows_of("trl", {**SKY, "margin": 0.5}) == [{**SKY, "margin": 0.5}]
+    assert '"margin" is -1' in problem_of("trl", {**text, "margin": -1})
 
 
 def test_a_trl_completion_is_trained_and_its_prompt_is_not() -> None:
@@ -224,7 +228,29 @@ def test_a_score_difference_falls_into_its_bin(score: float, rating: str) -> Non
 def test_ultrafeedback_scores_must_prefer_the_chosen_response() -> None:
     assert "ties with" in problem_of("ultrafeedback", {**ULTRA, "score_chosen": 6})
     assert "is below" in problem_of("ultrafeedback", {**ULTRA, "score_chosen": 1})
-    assert "must be numbers" in problem_of("ultrafeedback", {**ULTRA, "score_chosen": None})
+    assert '"score_chosen" is missing. It must be a finite number' in problem_of(
+        "ultrafeedback", {**ULTRA, "score_chosen": None}
+    )
+
+
+@pytest.mark.parametrize("grade", [math.nan, math.inf, -math.inf, True, "9", pytest.param(10**400, id="huge")])
+def test_a_grade_that_is_no_finite_number_is_refused_by_every_layout(grade: Any) -> None:
+    """NaN would fall into the strongest bin."""
+    root = reply("q", None, reply("a", 0), {**reply("b", 1), "rank": grade}, role="prompter")
+    graded: list[tuple[str, Row, str]] = [
+        ("ultrafeedback", ULTRA, "score_chosen"),
+        ("ultrafeedback", ULTRA, "score_rejected"),
+        ("ultrafeedback", {**SKY, "rejected-rating": 1}, "chosen-rating"),
+        ("graded", GRADED, "rank_chosen"),
+        ("graded", GRADED, "rank_rejected"),
+        ("graded", {**SKY, "votes_rejected": 0}, "votes_chosen"),
+        ("graded", {**SKY, "score_chosen": 8}, "score_rejected"),
+        ("pandalm", PANDA, "annotator1"),
+        ("pku-saferlhf", PKU, "better_response_id"),
+    ]
+    found = [(name, problem_of(layout, {**row, name: grade})) for layout, row, name in graded]
+    for name, problem in [*found, ("rank", problem_of("oasst", {"prompt": root}))]:
+        assert problem.startswith(f'"{name}" is ') and problem.endswith("It must be a finite number.")
 
 
 def reply(text: str, rank: int | None, *replies: Row, role: str = "assistant", **extra: Any) -> Row:
@@ -444,6 +470,15 @@ def test_nothing_is_written_where_no_row_fits(write_file: WriteFile, tmp_path: P
     source = write_file("hh.jsonl", lines(HH, HH))
     with pytest.raises(DataError, match=r'as alpaca\.\n.*hh\.jsonl:1: "instruction" is missing'):
         convert_file(str(source), "alpaca", tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_damaged_archive_is_not_converted_in_part(tmp_path: Path) -> None:
+    source = tmp_path / "hh.jsonl.gz"
+    write_rows(source, [HH] * 50)
+    source.write_bytes(source.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"hh\.jsonl\.gz:\d+: the archive is damaged or cut off"):
+        convert_file(str(source), "hh-rlhf", tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == [source]
 
 

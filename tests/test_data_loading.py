@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,31 @@ def test_a_truncated_archive_is_reported_and_never_half_loaded(tmp_path: Path) -
     assert len(load_pairs([str(path)]).rows) == 50
     path.write_bytes(path.read_bytes()[:-20])
     assert "the archive is damaged or cut off" in problems_of(path)
+
+
+def test_a_long_line_in_a_truncated_archive_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl.gz"
+    long = random.Random(0).randbytes(4_000_000).hex()  # does not pack, so that the cut falls into this line
+    write_rows(path, [PAIR, {"text": long}])
+    path.write_bytes(path.read_bytes()[:-1000])
+    first, second = read_lines(path)
+    assert (first.row, first.rest_is_lost) == (PAIR, False)
+    assert second.where == f"{path}:2" and second.rest_is_lost
+    assert "the archive is damaged or cut off" in problems_of(path)
+
+
+@pytest.mark.parametrize("num_kept", [0, 30])
+def test_a_damaged_archive_stops_the_run_even_where_bad_rows_are_skipped(tmp_path: Path, num_kept: int) -> None:
+    """Not one row is lost but nobody knows how many."""
+    path = tmp_path / "pairs.jsonl.gz"
+    rows = [{"text": random.Random(number).randbytes(10_000).hex()} for number in range(5)]
+    write_rows(path, [PAIR] * num_kept + [{}] + rows)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError) as caught:
+        load_pairs([str(path)], on_error="skip")
+    (message,) = str(caught.value).splitlines()
+    assert message.startswith(f"{path}:{num_kept + 6}: the archive is damaged or cut off")
+    assert "The rest of the file is lost, so on_error=skip does not help: fetch or write the file again." in message
 
 
 def test_a_file_that_only_claims_to_be_an_archive_is_reported(write_file: WriteFile) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from alignment.chat import CHATML
 from alignment.cli.data import app
+from alignment.data import write_rows
 from alignment.data_report import FileReport, check_files, lengths
 from alignment.errors import DataError, ModelError
 
@@ -151,12 +152,22 @@ def test_repeats_shared_prompts_and_contradictions_are_counted(write_file: Write
     assert "3 pairs also occur with chosen and rejected exchanged." in report.warnings
 
 
-def test_fields_that_nobody_reads_are_listed_and_misspelt_ones_guessed(write_file: WriteFile) -> None:
+def test_fields_that_nobody_reads_are_listed_and_misspelt_ones_are_bad_rows(write_file: WriteFile) -> None:
     report = report_on(
-        write_file, pair("q", "a", "b", ratings="better", license="MIT"), pair("r", "a", "b", license="MIT")
+        write_file,
+        pair("q", "a", "b", ratings="better", license="MIT"),
+        pair("r", "a", "b", license="MIT", margin=0.5, where="here"),
     )
-    assert report.unread_fields == {"ratings": 1, "license": 2}
-    assert '"ratings" (1 rows) is not read. Did you mean "rating"?' in report.warnings
+    assert report.unread_fields == {"license": 1, "where": 1}
+    (problem,) = report.problems
+    assert problem.endswith('data.jsonl:1: unknown field "ratings": did you mean "rating"? Rename or remove it.')
+
+
+def test_the_rest_of_a_damaged_archive_is_a_problem(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl.gz"
+    write_rows(path, [pair(str(number), "a", "b") for number in range(50)])
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "The rest of the file is lost" in check_files([str(path)]).files[0].problems[-1]
 
 
 def test_foreign_rows_are_told_which_layout_they_look_like(write_file: WriteFile) -> None:

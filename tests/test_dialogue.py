@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,11 @@ def message_of(parse: Callable[[Mapping[str, Any]], object], row: Row) -> str:
         ({"rejected": [GOOD]}, '"chosen" and "rejected" are the same text'),
         ({"rating": "beter"}, "\"rating\" is 'beter'. Use one of significantly_better, better, slightly_better"),
         ({"rating": 3}, '"rating" is 3'),
+        ({"margin": -0.5}, '"margin" is -0.5. It must not be negative'),
+        ({"margin": math.nan}, '"margin" is nan. It must be a finite number'),
+        ({"margin": math.inf}, '"margin" is inf. It must be a finite number'),
+        ({"margin": True}, '"margin" is True. It must be a finite number'),
+        ({"margin": "1"}, "\"margin\" is '1'. It must be a finite number"),
         ({"chosen_safe": "yes"}, "\"chosen_safe\" is 'yes'. It must be true or false"),
         ({"rejected_safe": 1}, '"rejected_safe" is 1. It must be true or false'),
         ({"is_safety": 0}, '"is_safety" is 0'),
@@ -90,10 +96,71 @@ def test_candidates_from_elsewhere_need_no_index_and_their_scores_are_numbers() 
     row = {"prompt": [USER], "response": "Because."}
     assert Candidate.from_json(row).index == 0
     assert Candidate.from_json({**row, "helpfulness": 1, "safety": None}).helpfulness == 1
-    assert "\"reward\" is 'high'. It must be a number" in message_of(Candidate.from_json, {**row, "reward": "high"})
-    assert '"index" is 0.5. It must be a number' in message_of(Candidate.from_json, {**row, "index": 0.5})
+    assert "\"reward\" is 'high'. It must be a finite number" in message_of(
+        Candidate.from_json, {**row, "reward": "high"}
+    )
+    assert '"index" is 0.5. It must be a whole number' in message_of(Candidate.from_json, {**row, "index": 0.5})
     assert '"seed" is True' in message_of(Candidate.from_json, {**row, "seed": True})
     assert '"finish_reason" is 1. It must be text' in message_of(Candidate.from_json, {**row, "finish_reason": 1})
+
+
+@pytest.mark.parametrize("name", ["helpfulness", "safety", "reward"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, pytest.param(10**400, id="huge")])
+def test_a_score_that_is_no_finite_number_is_refused(name: str, value: Any) -> None:
+    problem = message_of(Candidate.from_json, {"prompt": [USER], "response": "Because.", name: value})
+    assert problem.startswith(f'"{name}" is ') and problem.endswith("It must be a finite number.")
+
+
+def test_a_pair_may_state_its_own_margin() -> None:
+    assert PreferencePair.from_json({**PAIR, "margin": 1}).margin == 1
+    assert PreferencePair.from_json({**PAIR, "margin": 0}).to_json()["margin"] == 0
+    for row in (PAIR, {**PAIR, "margin": None}):
+        assert PreferencePair.from_json(row).margin is None
+        assert "margin" not in PreferencePair.from_json(row).to_json()
+
+
+@pytest.mark.parametrize(
+    ("cls", "row", "name", "guess"),
+    [
+        (PreferencePair, PAIR, "ratting", "rating"),
+        (PreferencePair, PAIR, "Rating", "rating"),
+        (PreferencePair, PAIR, "margins", "margin"),
+        (PreferencePair, PAIR, "is_chosen_safe", "chosen_safe"),
+        (PreferencePair, PAIR, "chosen_is_safe", "chosen_safe"),
+        (PreferencePair, PAIR, "rejectedSafe", "rejected_safe"),
+        (PreferencePair, PAIR, "is_saftey", "is_safety"),
+        (Dialogue, {"messages": [USER, GOOD]}, "train-on", "train_on"),
+        (Prompt, {"prompt": [USER]}, "is_safty", "is_safety"),
+        (Candidate, {"prompt": [USER], "response": "a"}, "helpfullness", "helpfulness"),
+        (Candidate, {"prompt": [USER], "response": "a"}, "is_safty", "is_safety"),
+    ],
+)
+def test_a_misspelt_field_is_refused_with_the_one_that_was_meant(cls: Any, row: Row, name: str, guess: str) -> None:
+    value = PreferencePair.from_json(PAIR).to_json()  # whatever it holds
+    problem = message_of(cls.from_json, {**row, name: value})
+    assert problem == f'unknown field "{name}": did you mean "{guess}"? Rename or remove it.'
+    cls.from_json({**row, name: None})
+
+
+def test_a_near_miss_may_stand_beside_the_field_it_resembles() -> None:
+    assert PreferencePair.from_json({**PAIR, "source": "mine", "sources": ["a"]}).source == "mine"
+
+
+OTHER_FIELDS = (
+    "score_chosen", "score_rejected", "chosen_score", "rejected_score", "chosen-rating", "rejected-rating",
+    "rank_chosen", "rank_rejected", "votes_chosen", "votes_rejected", "votes_tie", "quality_chosen",
+    "quality_rejected", "quality_last", "label_conflict", "judge", "license", "n_ranked", "category", "harm_type",
+    "risk_area", "model", "chosen_model", "rejected_model", "action", "is_safe", "preference_derived_from", "prompt_id",
+    "score", "probability", "id", "language", "completion", "text",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FIELDS)
+def test_fields_of_other_meaning_are_allowed_in_every_row(name: str) -> None:
+    PreferencePair.from_json({**PAIR, name: 1})
+    Dialogue.from_json({"messages": [USER, GOOD], name: 1})
+    Prompt.from_json({"prompt": [USER], name: 1})
+    Candidate.from_json({"prompt": [USER], "response": "a", name: 1})
 
 
 def test_trl_conversational_rows_load_unchanged() -> None:
@@ -132,6 +199,7 @@ def pairs(draw: st.DrawFn) -> PreferencePair:
         chosen=chosen,
         rejected=rejected,
         rating=draw(st.none() | st.sampled_from(RATINGS)),
+        margin=draw(st.none() | st.integers(0, 3) | st.floats(0, 10)),
         chosen_safe=draw(optional_bools),
         rejected_safe=draw(optional_bools),
         is_safety=draw(st.booleans()),

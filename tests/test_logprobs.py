@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2ForSequenceClassification, MistralConfig, MistralForSequenceClassification
 
 from alignment import logprobs
+from alignment.errors import ModelError
 from alignment.logprobs import (
     CHUNK_TOKENS,
     branch_scores,
@@ -250,6 +252,30 @@ def test_the_last_mlp_computes_only_tokens_that_are_read(make_reward_model, atte
     everything = 7 if attention == "align_tree" else 10
     assert [counts[-1] for counts in seen] == [3, 3]
     assert all(set(counts[:-1]) == {everything} for counts in seen)
+
+
+def test_a_decoder_whose_layers_have_another_name_computes_all_tokens():
+    config = GPT2Config(vocab_size=32, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0)
+    model = GPT2ForSequenceClassification(config).eval()
+    found = branch_scores(model, collate([[Tree([1, 2], [Branch([3, 4]), Branch([5])])]]))
+    expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in ([1, 2, 3, 4], [1, 2, 5])]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "align_tree"])
+def test_a_window_shorter_than_a_row_is_refused(attention):
+    """Rows within the window are right; the K responses of a row may well be longer than it together."""
+    config = MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=6, num_labels=1, pad_token_id=0, attn_implementation=attention,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = MistralForSequenceClassification(config).eval()
+    found = branch_scores(model, collate([[Tree([1, 2], [Branch([3, 4, 5, 6]), Branch([7, 8])])]]))
+    expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in ([1, 2, 3, 4, 5, 6], [1, 2, 7, 8])]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ModelError, match="sees 6 tokens back, and a row has 7"):
+        branch_scores(model, collate([[Tree([1, 2], [Branch([3, 4, 5, 6, 7])])]]))
 
 
 # ------------------------------------------------------------------------------------------------------ devices

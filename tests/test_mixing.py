@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +68,8 @@ def test_rows_are_drawn_once_in_order_and_by_the_seed(seed, mix):
         ({"mix": "equal_parts"}, "mixes in nothing. Name the other aim's pairs in data.mix_in"),
         ({"mix": {"a": 1, "c": 1}}, "one weight to each source of train and mix_in. Look at: b, c."),
         ({"mix": {"a": 1, "b": 0}}, "greater than 0"),
+        ({"mix": {"a": 1, "b": math.nan}}, "finite"),
+        ({"mix": {"a": 1, "b": math.inf}}, "finite"),
         ({"mix_in": "a"}, "a is in data.train too"),
         ({"mix": "80/20"}, "equal_parts"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -47,6 +48,19 @@ def kill_after_first_checkpoint(arguments: list[str], run_dir: Path) -> None:
     assert json.loads((run_dir / "manifest.json").read_text())["status"] == "running", "it ended before the kill"
 
 
+def kill_at_step(arguments: list[str], run_dir: Path, step: int, delay: float) -> None:
+    """`delay` seconds after the step was logged: in a later step, in the writing of a checkpoint, or wherever it is."""
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 240
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        assert time.monotonic() < deadline, "the step was not reached"
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def run_here(stage: str, settings: list[str], run_dir: Path, *, resume: bool) -> None:
     config = load_config(STAGES[stage].config_class(), None, [*settings, f"run.dir={run_dir}"])
     STAGES[stage].run_function()(config, resume=resume)
@@ -70,6 +84,20 @@ def test_a_killed_training_resumes_bit_for_bit(name, tmp_path):
     run_here(stage, settings, tmp_path / "whole", resume=False)
     kill_after_first_checkpoint(command(stage, settings, tmp_path / "killed"), tmp_path / "killed")
     run_here(stage, settings, tmp_path / "killed", resume=True)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("name", ["rm", "rm-lora"])
+def test_a_training_killed_again_and_again_at_any_moment_resumes_bit_for_bit(name, tmp_path):
+    """First before there is a checkpoint, then at two steps and delays drawn from the seed."""
+    settings, rng = STAGE_SETTINGS[name], random.Random(name)
+    run_here("rm", settings, tmp_path / "whole", resume=False)
+    for index, step in enumerate([1, *sorted(rng.sample(range(4, 16), 2))]):
+        options = ["--resume"] if index else []
+        kill_at_step(
+            command("rm", settings, tmp_path / "killed", *options), tmp_path / "killed", step, rng.random() / 5
+        )
+    run_here("rm", settings, tmp_path / "killed", resume=True)
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from alignment.cli.summary import one_line, print_result
 from alignment.dialogue import Message, PreferencePair
 from reward_models.calibration import histogram, length_bias, reliability, sigmoid
 from reward_models.evaluate import compare, evaluate_pairs, label_accuracy, mcnemar_p_value, pair_accuracy
@@ -81,6 +82,11 @@ def test_a_score_that_is_the_length_correlates_fully_with_it():
         "within_pairs": pytest.approx(1.0),
     }
     assert length_bias([1.0, 2.0], [7, 7], [1.0], [5]) == {"responses": None, "within_pairs": None}
+
+
+def test_scores_that_are_no_finite_numbers_are_counted_and_refused():
+    with pytest.raises(ValueError, match="3 of 4 scores are no finite numbers"):
+        evaluate_pairs([pair(), pair()], [1.0, math.nan], [math.inf, -math.inf])
 
 
 # -------------------------------------------------------------------------------------------------- calibration
@@ -206,3 +212,43 @@ def test_reports_are_json_and_print(capsys):
     shown = capsys.readouterr().out
     for words in ("two pairs", "shorter wins", "ECE", "ROC AUC 1.000", "P(safe) <", "difference", "-0.500"):
         assert words in shown, words
+
+
+@pytest.mark.parametrize("name", ["hh [/train]", "[bold]", "a:train:b"])
+def test_a_name_with_brackets_is_shown_as_it_is(name, capsys):
+    """rich takes brackets for markup, refuses a closing one that was never opened, and makes an emoji of `:train:`."""
+    pairs = [pair(source=name), pair(source="b")]
+    console = Console(width=150)
+    console.print(report_tables(evaluate_pairs(pairs, [1.0, 0.5], [-1.0, 0.7]), f"{name} on two pairs"))
+    assert capsys.readouterr().out.count(name) == 2
+    report = compare(pairs, ([1.0, 1.0], [0.0, 0.0]), ([1.0, 0.0], [0.0, 1.0]))
+    console.print(comparison_table(report, f"first {name}", f"second {name}"))
+    assert capsys.readouterr().out.count(name) == 3
+
+
+# ------------------------------------------------------------------------------------------------- a run's result
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    report = evaluate_pairs([pair(), pair(source="hh [/train]")], [1.0, 0.5], [-1.0, 0.7])
+    values = {"stage": "rm", "kind": "helpfulness", "valid": report, "time_seconds": 61.0, "peak_memory_gb": 1.0}
+    return {**values, "train_pairs": 7, "train_loss_last": 0.5, **changes}
+
+
+def test_the_line_of_a_run_says_which_rows_it_left_out():
+    train = {"vetoed": 3, "too_long": 2, "unreadable": 1, "refused_by_chat_format": 1, "history_cut": 4}
+    line = one_line(result(left_out={"train": train, "valid": {"history_cut": 1}}))
+    assert line.endswith(
+        "2 pairs; train left out 3 vetoed, 2 too long, 1 unreadable, 1 refused by chat format, cut the history of 4; "
+        "valid cut the history of 1"
+    )
+    assert one_line(result(valid={}, left_out={"train": {"too_long": 2}, "valid": {}})) == (
+        "7 pairs, last training loss 0.500; train left out 2 too long"
+    )
+    for nothing in ({}, {"left_out": {"train": {}, "valid": {}}}):
+        assert one_line(result(**nothing)).endswith("2 pairs")
+
+
+def test_a_path_with_brackets_does_not_break_the_result(tmp_path, capsys):
+    print_result(result(), tmp_path / "[" / "rm]")
+    assert "[/rm]" in capsys.readouterr().out.replace("\n", "")

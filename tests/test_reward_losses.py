@@ -125,7 +125,9 @@ def test_centering_loss_is_the_squared_sum_of_both_scores():
 
 # ----------------------------------------------------------------------------------------------- veto and bins
 
-VETOED = {"chosen_safe": False, "rejected_safe": True, "rating": "better", "source": "s", "is_safety": True}
+VETOED = {
+    "chosen_safe": False, "rejected_safe": True, "rating": "better", "margin": 0.5, "source": "s", "is_safety": True
+}  # fmt: skip
 OTHERS = [(True, False), (True, True), (False, False), (None, True), (False, None), (None, None)]
 
 
@@ -136,7 +138,7 @@ def test_the_veto_drops_pairs_whose_chosen_response_alone_is_unsafe():
     assert count == 1
 
 
-def test_the_veto_may_flip_pairs_and_then_forgets_their_rating():
+def test_the_veto_may_flip_pairs_and_then_forgets_their_rating_and_margin():
     kept, count = apply_veto([pair(), pair(**VETOED)], "flip")
     assert kept[0] == pair()
     assert kept[1] == pair(
@@ -145,6 +147,7 @@ def test_the_veto_may_flip_pairs_and_then_forgets_their_rating():
         chosen_safe=True,
         rejected_safe=False,
         rating=None,
+        margin=None,
         source="s",
         is_safety=True,
     )
@@ -185,7 +188,16 @@ def test_margins_follow_the_rating_and_the_table(chat):
     pairs = [pair(rating="significantly_better"), pair(rating="negligibly_better"), pair()]
     assert [e.margin for e in encode(chat, pairs).encoded] == [1.0, 0.0, 0.25]
     assert [e.margin for e in encode(chat, pairs, margins={}).encoded] == [0.0, 0.0, 0.0]
-    assert [e.margin for e in encode(chat, pairs, margins={"negligibly_better": 0.5}).encoded] == [0.0, 0.5, 0.25]
+    own = {"significantly_better": 2.0, "better": 1.5, "slightly_better": 1.0, "negligibly_better": 0.5}
+    assert [e.margin for e in encode(chat, pairs, margins=own).encoded] == [2.0, 0.5, 0.25]
+
+
+def test_a_pairs_own_margin_goes_before_the_table_unless_margins_are_off(chat):
+    pairs = [pair(rating="better", margin=1.5), pair(rating="better", margin=0), pair(margin=2)]
+    assert [e.margin for e in encode(chat, pairs).encoded] == [1.5, 0.0, 2.0]
+    assert [e.margin for e in encode(chat, pairs, margins={}).encoded] == [0.0, 0.0, 0.0]
+    (part,) = pair_batches(encode(chat, pairs).encoded, [0, 1, 2], max_tokens=10_000)
+    assert sorted(part.targets["margin"].tolist()) == [0.0, 1.5, 2.0]
 
 
 def test_a_long_prompt_loses_old_turns_and_a_long_response_drops_its_pair(chat):

@@ -207,6 +207,20 @@ def test_a_run_does_not_go_on_with_other_settings(config):
             open_run(changed, resume=True)
 
 
+def test_a_run_does_not_go_on_from_another_model(config, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = model / "model.safetensors"
+    weights.write_bytes(b"one")
+    config = config.model_copy(update={"model": ModelSection(path=str(model))})
+    open_run(config)
+    open_run(config, resume=True)
+    weights.write_bytes(b"two")
+    with pytest.raises(RunError, match="model changed since the unfinished run began"):
+        open_run(config, resume=True)
+
+
 def test_a_run_goes_on_with_another_tracker_or_from_another_place(config, tmp_path):
     """The folder and what is reported decide nothing about the outcome."""
     open_run(config).note(before=1)

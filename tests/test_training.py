@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 from alignment.chat import EncodedDialogue
 from alignment.config import ModelSection, OptimSection, RunSection, StageConfig, TrainSection
+from alignment.errors import TrainingError
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import Run, newest_checkpoint, open_run
 from alignment.training import (
@@ -272,6 +273,21 @@ def test_every_step_is_logged_with_its_rate_and_gradient_norm(llama, open_tiny_r
     assert all(row["stage"] == "tiny" and math.isfinite(row["tiny/loss"]) for row in rows)
     assert rows[0]["tiny/lr"] == pytest.approx(1e-3)
     assert all(row["tiny/grad_norm"] > 0 for row in rows)
+
+
+def test_a_loss_that_is_no_number_stops_the_training(llama, open_tiny_run):
+    run = open_tiny_run("run")
+
+    def diverging(model: nn.Module, part: MicroBatch) -> Any:
+        loss, metrics = response_loss(model, part)
+        return loss * (math.nan if logged_steps(run) == 2 else 1.0), metrics
+
+    def logged_steps(run: Run) -> int:
+        return len(logged(run)) if (run.path / "metrics.jsonl").exists() else 0
+
+    with pytest.raises(TrainingError, match=r"step 3: the loss is nan.*optim\.lr \(now 0\.001\)"):
+        train(llama, run, sft_batcher(100), diverging, steps=4)
+    assert len(logged(run)) == 2
 
 
 def test_gradients_are_clipped_to_the_norm_that_is_set(llama, open_tiny_run):

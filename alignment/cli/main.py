@@ -69,7 +69,7 @@ def _add_stage(stage: Stage) -> None:
     @app.command(stage.name, cls=StageCommand, help=stage.summary)
     def command(
         arguments: Arguments = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and inputs, train nothing.")] = False,
         show_config: Annotated[bool, typer.Option("--show-config", help="Print the resolved settings.")] = False,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     ) -> None:
@@ -91,7 +91,9 @@ def run_stage(
     if show_config:
         sys.stdout.write(to_yaml(config))
     if dry_run:
-        typer.echo(f"{name}: settings and inputs are in order.", err=True)
+        check = STAGES[name].check_function()
+        found = check(config) if check else "settings are in order, and all inputs exist; rows were not read."
+        typer.echo(f"{name}: {found}", err=True)
     if show_config or dry_run:
         return
     run = STAGES[name].run_function()
@@ -131,12 +133,15 @@ def score(
     out: Annotated[Path | None, typer.Option(metavar="F.jsonl", help="Write the rows with their scores here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted call that had --out.")] = False,
+    wanted_precision: Annotated[
+        float, typer.Option(help="Pairs with safety labels: the threshold to report flags unsafe ones this precisely.")
+    ] = 0.9,
 ) -> None:
     """Score preference pairs (accuracy with intervals, calibration, length bias) or responses (score, probability)."""
     from alignment.cli.scoring import score_files
 
     prepare_libraries()
-    score_files(model, files, out=out, as_json=as_json, resume=resume)
+    score_files(model, files, out=out, as_json=as_json, resume=resume, wanted_precision=wanted_precision)
 
 
 @app.command("rm compare")
@@ -144,7 +149,7 @@ def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="A reward model, or a file of `align score --out`.")],
     second: Annotated[str, typer.Argument(metavar="B", help="The one to compare with it.")],
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="[DATA]...", help="Pairs; A's validation pairs where left out.")
+        list[str] | None, typer.Argument(metavar="[DATA]...", help="Pairs; where left out, those A's run held out.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

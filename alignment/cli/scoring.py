@@ -12,71 +12,84 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from alignment.data import file_sha256, load_pairs, load_rows, read_lines, stream_rows, write_rows
-from alignment.dialogue import Candidate, PreferencePair
-from alignment.errors import DataError, RunError
-from alignment.models import model_folder
+from alignment.chat import ChatFormat
+from alignment.cli.partial_file import PartialFile, Row
+from alignment.config import build_section
+from alignment.data import file_sha256, load_pairs, load_rows, raise_together, read_lines, stream_rows
+from alignment.dialogue import Candidate, Messages, PreferencePair, RowError, optional_number, parse_messages
+from alignment.errors import AlignError, DataError
+from alignment.models import load_chat_of, model_folder
 from alignment.progress import ProgressBar
-from alignment.runs import check_new_file, weights_sha256, write_json
+from alignment.runs import weights_sha256
 from alignment.sources import find_data
 from reward_models.calibration import sigmoid
+from reward_models.config import EvaluationSection
 from reward_models.evaluate import compare, evaluate_pairs, scored_row
-from reward_models.score import Scorer
+from reward_models.score import Scorer, fit_tree
 from reward_models.tables import comparison_table, report_tables
 
 # Prompts scored between two writes: what an interrupted call loses at most.
 PROMPTS_PER_WRITE = 256
+# How the name of a file of scores ends, where it stands for a model.
+SCORE_FILES = (".jsonl", ".jsonl.gz")
 
-Scores = tuple[list[float], list[float]]
-Row = dict[str, Any]
+Scores = tuple[list[float], list[float]]  # of the chosen responses, of the rejected ones
 
 
-def score_files(model: str, files: list[str], *, out: Path | None, as_json: bool, resume: bool) -> None:
+def score_files(
+    model: str, files: list[str], *, out: Path | None, as_json: bool, resume: bool, wanted_precision: float
+) -> None:
     """Pairs: agreement with people. Responses: score and sigmoid(score), which is P(safe) for a safety model.
 
     With `out`, rows are written as they are scored; an interrupted call goes on with `resume` and ends with the same
-    file. Raises DataError where files mix pairs and responses or hold a bad row, before anything is scored, and
-    RunError where `out` exists or another call's rows are in its way.
+    file. Raises DataError where files mix pairs and responses, or hold a bad row or one too long for the model, before
+    anything is scored, and RunError where `out` exists or another call's rows are in its way.
     """
+    evaluation = build_section(EvaluationSection, {"wanted_precision": wanted_precision})
     kinds = {name: _has_pairs(name) for name in files}
     if len(set(kinds.values())) > 1:
         mixed = ", ".join(f"{name} ({'pairs' if pairs else 'responses'})" for name, pairs in kinds.items())
         raise DataError(f"pairs and responses in one call: {mixed}. Score them in two.")
     is_pairs = all(kinds.values())
-    pairs = load_pairs(files).rows if is_pairs else []
-    count = len(pairs) if is_pairs else len(load_rows(files, _checked).rows)
     partial = PartialFile.open(out, {"model": _model_hash(model), "data": _data_hashes(files)}, resume=resume)
+    context = _Context(*load_chat_of(model))
+    pairs = load_pairs(files).rows if is_pairs else []
+    context.check_pairs(pairs)
+    count = len(pairs) if is_pairs else len(load_rows(files, context.checked_response).rows)
+    scorer = Scorer.load(model, device=PartialState().device, dtype=partial.dtype)
+    partial.begin(str(scorer.model.dtype).removeprefix("torch."))
     if is_pairs:
-        scorer = Scorer.load(model, device=PartialState().device)
-        rows = list(_resumed(partial, _scored_pairs(scorer, pairs[partial.num_prompts :], partial.num_prompts)))
-        report = evaluate_pairs(pairs, [row["score_chosen"] for row in rows], [row["score_rejected"] for row in rows])
-        console = Console(highlight=False)
+        rows = list(partial.resumed(_scored_pairs(scorer, pairs[partial.num_prompts :], partial.num_prompts)))
+        partial.finish()
+        chosen, rejected = ([row[name] for row in rows] for name in ("score_chosen", "score_rejected"))
+        report = evaluate_pairs(pairs, chosen, rejected, wanted_precision=evaluation.wanted_precision)
         if as_json:
-            console.print(json.dumps(report, indent=2), markup=False)
+            sys.stdout.write(json.dumps(report, indent=2) + "\n")
         else:
-            console.print(report_tables(report, f"{model} on {len(pairs)} pairs"))
+            Console(highlight=False).print(report_tables(report, f"{model} on {len(pairs)} pairs"))
     else:
-        scorer = Scorer.load(model, device=PartialState().device)
         prompts = groupby(stream_rows(files, _as_response), key=lambda candidate: candidate.prompt.messages)
         groups = (list(group) for _, group in prompts)
         mean = _print_responses(
-            _resumed(partial, _scored_responses(scorer, islice(groups, partial.num_prompts, None), partial, count)),
+            partial.resumed(_scored_responses(scorer, islice(groups, partial.num_prompts, None), partial, count)),
             shown=out is None and not as_json,
         )
+        partial.finish()
         if out is not None or as_json:
             sys.stdout.write(json.dumps({"responses": count, "mean_score": mean}, indent=2) + "\n")
-    partial.finish()
+    context.report_cut()
 
 
 def compare_models(first: str, second: str, files: Sequence[str], *, as_json: bool) -> None:
-    """Paired accuracy of two reward models on the same pairs; by default, those the first one was validated on.
+    """Paired accuracy of two reward models on the same pairs.
 
-    Either may also be a file that `align score --out` wrote; its rows are then the pairs.
+    Either may also be a file that `align score --out` wrote. Without `files`, the pairs are the first one's: those of
+    its file, or those its run was measured on, with the scores found there; a run as second gives the scores it left
+    where they are of the same pairs.
     """
-    if not files:
-        files = _validation_files(first)
-    pairs = load_pairs(files).rows
-    scores = [_scores_of(model, pairs) for model in (first, second)]
+    pairs = load_pairs(files).rows if files else _read_scores(_score_file(first))[0]
+    stored = [_stored_scores(model, pairs, held_out=not files) for model in (first, second)]
+    scores = [found or _score_now(model, pairs) for model, found in zip((first, second), stored, strict=True)]
     report = compare(pairs, *scores)
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
@@ -84,60 +97,47 @@ def compare_models(first: str, second: str, files: Sequence[str], *, as_json: bo
         Console(highlight=False).print(comparison_table(report, first, second))
 
 
-class PartialFile:
-    """Rows scored so far, beside the file they will become: `F.jsonl.partial`, and what they were made from.
+class _Context:
+    """A model's context, into which a prompt's last turn and each of its responses must fit."""
 
-    Without `out` nothing is kept.
-    """
+    def __init__(self, chat: ChatFormat, length: int) -> None:
+        self.chat, self.length = chat, length
+        self.cut: set[int] = set()  # hashes of prompts
 
-    def __init__(self, out: Path | None, rows: list[Row], num_prompts: int) -> None:
-        self.out, self.rows, self.num_prompts = out, rows, num_prompts
+    def check(self, prompt: Messages, responses: Sequence[str]) -> None:
+        """Raises RowError where they do not fit, or cannot be written in the model's format."""
+        try:
+            tree, was_cut = fit_tree(self.chat, prompt, responses, self.length)
+        except AlignError as error:
+            raise RowError(str(error)) from None
+        if tree is None:
+            problem = f"the prompt's last turn with its response is over the model's {self.length} tokens"
+            raise RowError(f"{problem}. Shorten or remove the row.")
+        if was_cut:
+            self.cut.add(hash(prompt))
 
-    @classmethod
-    def open(cls, out: Path | None, made_from: Row, *, resume: bool) -> PartialFile:
-        """Raises RunError where `out` exists, or unfinished rows are there that may not be gone on with."""
-        if out is None:
-            return cls(None, [], 0)
-        check_new_file(out)
-        data, about = _partial_paths(out)
-        if not about.exists():
-            write_json(about, made_from)
-            data.write_text("", encoding="utf-8")
-            return cls(out, [], 0)
-        if not resume:
-            raise RunError(f"{data}: an unfinished call's rows. Add --resume to go on, or remove it and {about}.")
-        if json.loads(about.read_text(encoding="utf-8")) != made_from:
-            raise RunError(f"{data}: was made with another model or other data. Remove it and {about}.")
-        rows, num_prompts = _whole_blocks(data)
-        return cls(out, rows, num_prompts)
+    def check_pairs(self, pairs: Sequence[PreferencePair]) -> None:
+        """Raises DataError with the place of every pair that does not fit."""
+        problems = []
+        for pair in pairs:
+            try:
+                self.check(pair.prompt, (pair.chosen, pair.rejected))
+            except RowError as error:
+                problems.append(f"{pair.where}: {error.problem}")
+        raise_together(problems)
 
-    def append(self, rows: Iterable[Row], num_prompts: int) -> None:
-        """Writes the rows of `num_prompts` more prompts."""
-        self.num_prompts += num_prompts
-        if self.out is None:
-            return
-        with _partial_paths(self.out)[0].open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.write(json.dumps({"prompts_done": self.num_prompts}) + "\n")
+    def checked_response(self, row: Mapping[str, Any]) -> None:
+        """For a first pass that finds every bad row and keeps none of the good ones."""
+        candidate = _as_response(row)
+        self.check(candidate.prompt.messages, [candidate.response])
 
-    def finish(self) -> None:
-        """Turns the partial file into the final one."""
-        if self.out is None:
-            return
-        data, about = _partial_paths(self.out)
-        with data.open(encoding="utf-8") as lines:
-            write_rows(self.out, (row for row in map(json.loads, lines) if "prompts_done" not in row))
-        data.unlink()
-        about.unlink()
-
-
-def _resumed(partial: PartialFile, fresh: Iterator[tuple[list[Row], int]]) -> Iterator[Row]:
-    """Earlier rows, then fresh ones, each block written before it is handed on."""
-    yield from partial.rows
-    for rows, num_prompts in fresh:
-        partial.append(rows, num_prompts)
-        yield from rows
+    def report_cut(self) -> None:
+        """Says how many prompts were scored without their oldest turns."""
+        if self.cut:
+            count = "1 prompt" if len(self.cut) == 1 else f"{len(self.cut)} prompts"
+            sys.stderr.write(
+                f"{count} lost the oldest turns: with the response over the model's {self.length} tokens.\n"
+            )
 
 
 def _scored_pairs(scorer: Scorer, pairs: Sequence[PreferencePair], done: int) -> Iterator[tuple[list[Row], int]]:
@@ -182,36 +182,69 @@ def _print_responses(rows: Iterable[Row], *, shown: bool) -> float:
     return total / count
 
 
-def _scores_of(model: str, pairs: Sequence[PreferencePair]) -> Scores:
-    """Scores of a model, or those in a file that `align score` wrote."""
-    if model.endswith((".jsonl", ".jsonl.gz")):
-        rows = [line.row or {} for line in read_lines(find_data(model))]
-        if not all("score_chosen" in row for row in rows):
-            raise DataError(f"{model}: its rows have no scores. Make it with `align score MODEL PAIRS --out`.")
-        if [(row["chosen"], row["rejected"]) for row in rows] != [_responses(pair) for pair in pairs]:
-            raise DataError(f"{model}: holds other pairs than the data to compare on. Score the same file.")
-        return [row["score_chosen"] for row in rows], [row["score_rejected"] for row in rows]
+def _stored_scores(model: str, pairs: Sequence[PreferencePair], *, held_out: bool) -> Scores | None:
+    """Scores in a file, or those a run left where they are of these pairs; None where a model is to compute them.
+
+    Raises DataError where a file holds other pairs.
+    """
+    if model.endswith(SCORE_FILES):
+        found, scores = _read_scores(model)
+        if problem := _difference(found, pairs):
+            raise DataError(f"{model}: holds other pairs than those to compare on: {problem}. Score the same file.")
+        return scores
+    if held_out and (file := _held_out_scores(model)):
+        found, scores = _read_scores(file)
+        return None if _difference(found, pairs) else scores
+    return None
+
+
+def _score_now(model: str, pairs: Sequence[PreferencePair]) -> Scores:
     scorer = Scorer.load(model, device=PartialState().device)
+    context = _Context(scorer.chat, scorer.context_length)
+    context.check_pairs(pairs)
     with ProgressBar(f"score {model}", len(pairs)) as bar:
         scores = _score_pairs(scorer, pairs, bar)
+    context.report_cut()
     return [both[0] for both in scores], [both[1] for both in scores]
 
 
-def _responses(pair: PreferencePair) -> tuple[Any, Any]:
-    row = pair.to_json()
-    return row["chosen"], row["rejected"]
+def _read_scores(file: str) -> tuple[list[PreferencePair], Scores]:
+    """Pairs with their scores, as `align score --out` and runs write them. Raises DataError with every bad row."""
+    scores: Scores = ([], [])
+
+    def parse(row: Mapping[str, Any]) -> PreferencePair:
+        pair = PreferencePair.from_json(row)
+        for name, column in zip(("score_chosen", "score_rejected"), scores, strict=True):
+            if (score := optional_number(row, name)) is None:
+                raise RowError(f'"{name}" is missing. Make the file with `align score MODEL PAIRS --out`.')
+            column.append(score)
+        return pair
+
+    return load_rows([file], parse).rows, scores
 
 
-def _validation_files(model: str) -> list[str]:
-    if model.endswith((".jsonl", ".jsonl.gz")):
-        return [model]
-    from alignment.config import read_yaml
+def _difference(found: Sequence[PreferencePair], pairs: Sequence[PreferencePair]) -> str | None:
+    """Where two lists of pairs part ways, or None where they are the same in the same order."""
+    for theirs, ours in zip(found, pairs, strict=False):
+        for name in ("prompt", "chosen", "rejected"):
+            if getattr(theirs, name) != getattr(ours, name):
+                return f'"{name}" of {theirs.where} is not that of {ours.where}'
+    return None if len(found) == len(pairs) else f"it has {len(found)}, they are {len(pairs)}"
 
-    config = Path(model) / "config.yaml"
-    files = read_yaml(config).get("data", {}).get("valid") if config.is_file() else None
-    if not files:
-        raise DataError(f"{model}: no run with validation data. Name the pairs to compare on after the two models.")
-    return files
+
+def _score_file(model: str) -> str:
+    """The file with a model's own pairs and scores: the model is that file, or a run that was measured."""
+    file = model if model.endswith(SCORE_FILES) else _held_out_scores(model)
+    if file is None:
+        raise DataError(f"{model}: no run with held-out scores. Name the pairs to compare on after the two models.")
+    return file
+
+
+def _held_out_scores(model: str) -> str | None:
+    from reward_models.trainer import HELD_OUT_SCORES
+
+    file = Path(model) / HELD_OUT_SCORES
+    return str(file) if file.is_file() and file.stat().st_size else None
 
 
 def _model_hash(model: str) -> str:
@@ -223,44 +256,15 @@ def _data_hashes(files: Sequence[str]) -> list[str]:
     return [file_sha256(found) if isinstance(found := find_data(name), Path) else str(name) for name in files]
 
 
-def _partial_paths(out: Path) -> tuple[Path, Path]:
-    return out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
-
-
-def _whole_blocks(path: Path) -> tuple[list[Row], int]:
-    """The rows up to the last complete block, to which the file is cut, and the prompts they cover."""
-    kept: list[Row] = []
-    block: list[Row] = []
-    end = num_prompts = position = 0
-    with path.open("rb") as file:
-        for line in file:
-            position += len(line)
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if "prompts_done" in row:
-                kept, block, end, num_prompts = kept + block, [], position, row["prompts_done"]
-            else:
-                block.append(row)
-    with path.open("rb+") as file:
-        file.truncate(end)
-    return kept, num_prompts
-
-
 def _has_pairs(name: str) -> bool:
-    first = next(iter(read_lines(find_data(name))), None)
-    return first is not None and first.row is not None and "chosen" in first.row
+    """By the first row that can be read."""
+    return "chosen" in next((line.row for line in read_lines(find_data(name)) if line.row is not None), {})
 
 
 def _as_response(row: Mapping[str, Any]) -> Candidate:
     """A row with `prompt` and `response`, or a dialogue whose last turn is the response."""
     if "messages" in row and "response" not in row:
+        parse_messages(row["messages"], "messages", last_role="assistant")
         *prompt, last = row["messages"]
         row = {**row, "prompt": prompt, "response": [last]}
     return Candidate.from_json({"index": 0, **row})
-
-
-def _checked(row: Mapping[str, Any]) -> None:
-    """For a first pass that finds every bad row and keeps none of the good ones."""
-    _as_response(row)

@@ -14,12 +14,16 @@ from alignment.config import StageConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's settings class and `run` function as `module:name`, so that nothing heavy is imported for help."""
+    """A stage's settings class and functions as `module:name`, so that nothing heavy is imported for help.
+
+    `checker`, where a stage has one, reads its data without training and says what it found.
+    """
 
     name: str
     config: str
     runner: str
     summary: str
+    checker: str | None = None
 
     def config_class(self) -> type[StageConfig]:
         """The pydantic model of its settings."""
@@ -28,6 +32,10 @@ class Stage:
     def run_function(self) -> Callable[..., dict[str, Any]]:
         """`run(config, resume=...) -> result`; importing it imports torch."""
         return _load(self.runner)
+
+    def check_function(self) -> Callable[[StageConfig], str] | None:
+        """`check(config) -> what was found`, raising what `run` would raise of its data."""
+        return _load(self.checker) if self.checker else None
 
 
 STAGES = {
@@ -40,6 +48,7 @@ STAGES = {
             "reward_models.config:RewardModelConfig",
             "reward_models.trainer:run",
             "Train a helpfulness or safety reward model on preference pairs.",
+            "reward_models.prepare:check",
         ),
         Stage(
             "reject",

@@ -76,6 +76,10 @@ def _sft(result: Result) -> str:
 
 
 def _reward_model(result: Result) -> str:
+    return "; ".join([_reward_model_figures(result), *_left_out(result.get("left_out", {}))])
+
+
+def _reward_model_figures(result: Result) -> str:
     if not result["valid"]:
         return f"{result['train_pairs']} pairs, last training loss {result['train_loss_last']:.3f}"
     accuracy = result["valid"]["accuracy"]
@@ -85,6 +89,19 @@ def _reward_model(result: Result) -> str:
     return f"held-out accuracy {accuracy['value']:.1%} {interval}, {accuracy['count']} pairs{extra}"
 
 
+def _left_out(parts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """`train left out 3 vetoed, 2 too long, cut the history of 4`, for each part that lost something."""
+    found = []
+    for part, reasons in parts.items():
+        rows = [f"{count} {name.replace('_', ' ')}" for name, count in reasons.items() if name != "history_cut"]
+        words = [f"left out {', '.join(rows)}"] if rows else []
+        if cut := reasons.get("history_cut"):
+            words.append(f"cut the history of {cut}")
+        if words:
+            found.append(f"{part} {', '.join(words)}")
+    return found
+
+
 def _policies(result: Result) -> Table:
     from rlhf.evaluate import report_table
 
@@ -92,8 +109,8 @@ def _policies(result: Result) -> Table:
 
 
 def _console() -> Console:
-    """At least wide enough for the tables where the output is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    """At least wide enough for the tables where the output is no terminal. A bracket in a path is no markup."""
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 110)
 
 
 def clock(seconds: float) -> str:

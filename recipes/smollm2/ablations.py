@@ -1,10 +1,11 @@
-"""Llama 2's ablations of the reward models on real data: margins (Table 28) and the auxiliary safety loss (Table 29).
+"""Studies of reward models on real data: learning rates, adapters, mixes; ablations as in Llama 2's Tables 28 and 29.
 
-    ALIGN_DATA_DIR=/path/to/data python recipes/smollm2/ablations.py [--seeds 0 1 2] [--runs DIR] [key=value ...]
+    ALIGN_DATA_DIR=/path/to/data python recipes/smollm2/ablations.py STUDY... [--seeds 0 1 2] [key=value ...]
 
-Trains every variant with every seed at a small size (further settings go to each run), skips what is finished, and
-prints for each variant its accuracy and the difference from the first one, pair by pair, with 95 % intervals.
-Graded pairs get their ratings from ranks (1, 2, 3, 4 or more places apart) and annotators' votes (1, 2, 3 ahead).
+Trains every variant of the named studies with every seed at a small size (further settings go to each run), skips what
+is finished, and prints for each variant its accuracy and the difference from the first one, pair by pair, with 95 %
+intervals. Graded pairs get their ratings from ranks (1, 2, 3, 4 or more places apart) and annotators' votes (1, 2, 3
+ahead). `--variants` trains some of a study only, e.g. for two calls at once with run.num_threads=1 each.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -27,47 +29,94 @@ from reward_models.evaluate import win
 from reward_models.trainer import HELD_OUT_SCORES
 
 RATING_BINS = {"ranks": (2.0, 3.0, 4.0), "votes": (1.0, 2.0, 3.0)}
-COMMON = [
-    "model.path=smollm2-135m-instruct", "model.chat_template=chatml", "data.max_length=512", "train.batch_size=16",
-    "data.max_rows=800",
-]  # fmt: skip
-MARGINS = {name: [f"margin={name}"] for name in ("none", "small", "large")}
-AUXILIARY = {"off": ["safety_loss_weight=0"], "on": ["safety_loss_weight=1"]}
+BASE = ["model.path=smollm2-135m-instruct", "model.chat_template=chatml", "data.max_length=512"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants of one thing: settings that all share, and those of each variant by name."""
+
+    title: str
+    common: Sequence[str]
+    variants: Mapping[str, Sequence[str]]
+
+
+def studies(graded: Mapping[str, Path]) -> dict[str, Study]:
+    """All studies by name; `graded` holds the pairs with ratings, by part."""
+    helpful = {part: f"pref_helpful_hh.{part}, pref_helpful_graded.{part}" for part in ("train", "valid")}
+    helpfulness = [*BASE, "kind=helpfulness", f"data.train=[{helpful['train']}]", f"data.valid=[{helpful['valid']}]"]
+    safe = {part: f"pref_safety_labelled.{part}, pref_safety_hh.{part}" for part in ("train", "valid")}
+    safety = [*BASE, "kind=safety", f"data.train=[{safe['train']}]", f"data.valid=[{safe['valid']}]"]
+    rates = {f"full {lr}": [f"optim.lr={lr}"] for lr in ("3e-5", "1e-5", "1e-4")}
+    rates |= {f"lora-16 {lr}": ["lora.r=16", f"optim.lr={lr}"] for lr in ("1e-4", "3e-4", "1e-3")}
+    rates |= {"lora-64 3e-4": ["lora.r=64", "lora.alpha=128", "optim.lr=3e-4"]}
+    tuned = ["data.max_rows=1600", "train.batch_size=32"]
+    small = ["data.max_rows=800", "train.batch_size=16", "optim.lr=3e-5"]
+    rated = [*BASE, "kind=helpfulness", f"data.train={graded['train']}", f"data.valid={graded['valid']}"]
+    return {
+        "helpfulness-rates": Study("helpfulness: learning rate, adapters", [*helpfulness, *tuned], rates),
+        "safety-rates": Study("safety: learning rate, adapters", [*safety, *tuned], rates),
+        "helpfulness-mix": Study(
+            "helpfulness: mix",
+            [*helpfulness, *small],
+            {
+                "people's": [],
+                "and AI-scored": [f"data.train=[{helpful['train']}, pref_helpful_ai_scored.train]"],
+                "equal parts": [f"data.mix_in=[{safe['train']}]", "data.mix=equal_parts"],
+            },
+        ),
+        "safety-mix": Study(
+            "safety: mix",
+            [*safety, *small],
+            {"all": [], "90/10": ["data.mix_in=pref_helpful_hh.train", "data.mix=90/10"]},
+        ),
+        "margin": Study(
+            "margin (Table 28)", [*rated, *small], {name: [f"margin={name}"] for name in ("none", "small", "large")}
+        ),
+        "auxiliary": Study(
+            "auxiliary safety loss (Table 29)",
+            [*safety, *small],
+            {"off": ["safety_loss_weight=0"], "on": ["safety_loss_weight=1"]},
+        ),
+    }
 
 
 def main() -> None:
-    """Runs both ablations."""
+    """Runs the named studies."""
     options, settings = _arguments()
     prepare_libraries()
-    graded = {part: _rated(options.runs, part) for part in ("train", "valid")}
-    helpfulness = ["kind=helpfulness", f"data.train={graded['train']}", f"data.valid={graded['valid']}"]
-    _study("margin", MARGINS, [*COMMON, *helpfulness, "optim.lr=3e-5", *settings], options)
-    safety = ["kind=safety", "data.train=[pref_safety_labelled.train, pref_safety_hh.train]"]
-    safety += ["data.valid=[pref_safety_labelled.valid, pref_safety_hh.valid]"]
-    _study("auxiliary safety loss", AUXILIARY, [*COMMON, *safety, "optim.lr=3e-5", *settings], options)
+    known = studies({part: _rated(options.runs, part) for part in ("train", "valid")})
+    if unknown := [name for name in options.studies if name not in known]:
+        raise SystemExit(f"no study {', '.join(unknown)}. There are: {', '.join(known)}.")
+    for name in options.studies:
+        _study(name, known[name], settings, options)
 
 
-def _study(title: str, variants: dict[str, list[str]], settings: Sequence[str], options: argparse.Namespace) -> None:
-    """Trains and prints. Intervals are over pairs, each pair's figure being its mean over the seeds."""
-    folders = {
-        name: [
-            _train(options.runs / f"{title.split()[0]}-{name}-{seed}", [*settings, *extra, f"run.seed={seed}"])
-            for seed in options.seeds
-        ]
-        for name, extra in variants.items()
-    }
-    table = Table(title, "accuracy", "against the first", "recall of unsafe", title=f"{len(options.seeds)} seeds")
-    first = _mean_wins(next(iter(folders.values())))
-    for name, runs in folders.items():
+def _study(name: str, study: Study, settings: Sequence[str], options: argparse.Namespace) -> None:
+    """Trains, and prints what is finished. Intervals are over pairs, a pair's figure being its mean over the seeds."""
+    found: dict[str, list[Path]] = {}
+    for variant, extra in study.variants.items():
+        folders = {seed: options.runs / name / f"{variant.replace(' ', '-')}-{seed}" for seed in options.seeds}
+        if not options.variants or variant in options.variants:
+            for seed, folder in folders.items():
+                _train(folder, [*study.common, *extra, *settings, f"run.seed={seed}"])
+        if all(map(is_finished, folders.values())):
+            found[variant] = list(folders.values())
+    table = Table(study.title, "accuracy", "against the first", title=f"{len(options.seeds)} seeds")
+    for title in ("ROC AUC of unsafe", "recall of unsafe"):
+        table.add_column(title)
+    first = _mean_wins(next(iter(found.values())))
+    for variant, runs in found.items():
         wins = _mean_wins(runs)
         difference = mean_interval([ours - theirs for ours, theirs in zip(wins, first, strict=True)])
         detection = [read_result(run)["valid"].get("unsafe_detection") for run in runs]
-        recalls = [found["at_threshold"][0]["recall"]["value"] for found in detection if found]
+        areas = [entry["roc_auc"]["value"] for entry in detection if entry]
+        recalls = [entry["at_threshold"][0]["recall"]["value"] for entry in detection if entry]
         table.add_row(
-            name,
+            variant,
             show(mean_interval(wins).to_json(), ".3f", bounds=True),
             show(difference.to_json(), "+.3f", bounds=True),
-            ", ".join(f"{recall:.3f}" for recall in recalls) or "-",
+            *(", ".join(f"{value:.3f}" for value in values) or "-" for values in (areas, recalls)),
         )
     Console(highlight=False).print(table)
 
@@ -100,10 +149,12 @@ def _rated(runs: Path, part: str) -> Path:
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", help="train these only, and print all that are finished")
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2-ablations"))
-    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("words", nargs="+", metavar="STUDY or key=value")
     options = parser.parse_intermixed_args()
-    return options, options.settings
+    options.studies = [word for word in options.words if "=" not in word]
+    return options, [word for word in options.words if "=" in word]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""A result file that grows as a call goes on, and that another call can go on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.data import write_rows
+from alignment.errors import RunError
+from alignment.runs import check_new_file, write_json
+
+Row = dict[str, Any]
+
+
+class PartialFile:
+    """Rows scored so far, beside the file they will become: `F.jsonl.partial`, and what they were made from.
+
+    The rows never stand without the other file, which alone means that nothing is done. Without `out` nothing is kept.
+    """
+
+    def __init__(
+        self, out: Path | None, made_from: Row, dtype: str = "auto", rows: Sequence[Row] = (), num_prompts: int = 0
+    ) -> None:
+        self.out, self.made_from, self.dtype, self.rows, self.num_prompts = out, made_from, dtype, rows, num_prompts
+
+    @classmethod
+    def open(cls, out: Path | None, made_from: Row, *, resume: bool) -> PartialFile:
+        """What there is of it, with the arithmetic type it was begun in, which is kept.
+
+        Raises RunError where `out` exists, or unfinished rows are there that may not be gone on with.
+        """
+        if out is None:
+            return cls(None, made_from)
+        check_new_file(out)
+        data, about = _partial_paths(out)
+        if not data.exists():
+            return cls(out, made_from)
+        if not resume:
+            raise RunError(f"{data}: an unfinished call's rows. Add --resume to go on, or remove it and {about}.")
+        known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+        dtype = known.pop("dtype", None)
+        if dtype is None or known != made_from:
+            raise RunError(f"{data}: was made with another model or other data. Remove it and {about}.")
+        return cls(out, made_from, dtype, *_whole_blocks(data))
+
+    def begin(self, dtype: str) -> None:
+        """Makes the files where they are not there, once the model is: a wrong one leaves nothing behind."""
+        if self.out is None:
+            return
+        data, about = _partial_paths(self.out)
+        if not data.exists():
+            write_json(about, {**self.made_from, "dtype": dtype})
+            data.touch()
+
+    def resumed(self, fresh: Iterator[tuple[list[Row], int]]) -> Iterator[Row]:
+        """Earlier rows, then fresh ones, each block written before it is handed on."""
+        yield from self.rows
+        for rows, num_prompts in fresh:
+            self.append(rows, num_prompts)
+            yield from rows
+
+    def append(self, rows: Iterable[Row], num_prompts: int) -> None:
+        """Writes the rows of `num_prompts` more prompts."""
+        self.num_prompts += num_prompts
+        if self.out is None:
+            return
+        with _partial_paths(self.out)[0].open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"prompts_done": self.num_prompts}) + "\n")
+
+    def finish(self) -> None:
+        """Turns the partial file into the final one."""
+        if self.out is None:
+            return
+        data, about = _partial_paths(self.out)
+        with data.open(encoding="utf-8") as lines:
+            write_rows(self.out, (row for row in map(json.loads, lines) if "prompts_done" not in row))
+        data.unlink()
+        about.unlink()
+
+
+def _partial_paths(out: Path) -> tuple[Path, Path]:
+    return out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
+
+
+def _whole_blocks(path: Path) -> tuple[list[Row], int]:
+    """The rows up to the last complete block, to which the file is cut, and the prompts they cover."""
+    kept: list[Row] = []
+    block: list[Row] = []
+    end = num_prompts = position = 0
+    with path.open("rb") as file:
+        for line in file:
+            position += len(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if "prompts_done" in row:
+                kept, block, end, num_prompts = kept + block, [], position, row["prompts_done"]
+            else:
+                block.append(row)
+    with path.open("rb+") as file:
+        file.truncate(end)
+    return kept, num_prompts
