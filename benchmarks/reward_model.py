@@ -30,7 +30,7 @@ STEP_PAIRS = 16
 ALLOCATOR = {  # what the `align` command sets for itself, here for both sides
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(2**62),
     "MALLOC_TOP_PAD_": str(2**28),
 }
 
@@ -183,8 +183,9 @@ def _print_table(options: argparse.Namespace, found: dict[tuple[str, int], list[
     for (side, size), row in rows.items():
         name = f"TRL, batch {size}" if side == "trl" else f"ours, {size} tokens"
         share = ""
-        if side == "align" and not options.lora:  # forward and backward: 6 operations a parameter and token
-            needed = 6 * row["backbone_parameters"] * row["tokens_per_pair"] * row["pairs_per_second"] / 1e9
+        if side == "align":  # forward, gradients of activations and, where weights are trained, of weights: 2 each
+            operations = (4 if options.lora else 6) * row["backbone_parameters"] * row["tokens_per_pair"]
+            needed = operations * row["pairs_per_second"] / 1e9
             share = f"{needed / peak:.0%}"
         print(f"{name:24} {row['pairs_per_second']:8.3f} {row['peak_memory_gb']:8.2f} {share:>13}")
     ours = max((row for (side, _), row in rows.items() if side == "align"), key=lambda row: row["pairs_per_second"])

@@ -9,7 +9,7 @@ from typing import Any
 from alignment.dialogue import RATINGS, PreferencePair, safety_bin
 from alignment.metrics import Interval, mean_interval, wilson_interval
 from reward_models.calibration import histogram, length_bias, reliability
-from reward_models.unsafe_detection import unsafe_detection
+from reward_models.unsafe_detection import repeated_labels, unsafe_detection
 
 WANTED_PRECISION = 0.9
 
@@ -77,10 +77,11 @@ def evaluate_pairs(
     labels = [pair.chosen_safe for pair in pairs] + [pair.rejected_safe for pair in pairs]
     if any(label is not None for label in labels):
         report["safety_label_accuracy"] = label_accuracy(scores, labels).to_json()
-        judged = [(score, label) for score, label in zip(scores, labels, strict=True) if label is not None]
-        report["unsafe_detection"] = unsafe_detection(
-            [score for score, _ in judged], [label for _, label in judged], wanted_precision=wanted_precision
-        )
+        responses = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+        judged = [entry for entry in zip(responses, scores, labels, strict=True) if entry[2] is not None]
+        judged_responses, judged_scores, is_safe = zip(*judged, strict=True)
+        report["unsafe_detection"] = unsafe_detection(judged_scores, is_safe, wanted_precision=wanted_precision)
+        report["unsafe_detection"]["repeated_labels"] = repeated_labels(judged_responses, judged_scores, is_safe)
     return report
 
 

@@ -92,6 +92,13 @@ def _unsafe(detection: Report) -> Table:
     for row in rows:
         cells = (show(row[key], bounds=True) for key in ("precision", "recall"))
         table.add_row(f"{row['threshold']:.3f}", *cells, str(row["flagged"]))
+    if again := detection.get("repeated_labels"):
+        people, model = (show(again[who], bounds=True) for who in ("people", "model"))
+        table.caption = (
+            f"Responses labelled more than once ({again['people']['count']} labels): ROC AUC of people's other labels "
+            f"of the same response {people}, of the model {model}"
+        )
+        table.caption_justify = "left"
     if detection["at_precision"] is None:
         table.add_row(f"(none reaches precision {detection['wanted_precision']:.2f})", "", "", "")
     return table

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from alignment.metrics import Z_95, Interval, wilson_interval
@@ -56,6 +57,38 @@ def roc_auc(unsafe_scores: Sequence[float], safe_scores: Sequence[float]) -> Int
     spread = (num_unsafe - 1) * (q1 - area**2) + (num_safe - 1) * (q2 - area**2)
     half = Z_95 * math.sqrt(max(0.0, area * (1 - area) + spread) / (num_unsafe * num_safe))
     return Interval(area, max(0.0, area - half), min(1.0, area + half), num_unsafe + num_safe)
+
+
+def repeated_labels(
+    responses: Sequence[Hashable], scores: Sequence[float], is_safe: Sequence[bool]
+) -> dict[str, Any] | None:
+    """How well people's other labels of the same response find the unsafe ones, and the model on the same responses.
+
+    Labels of one response disagree; a model cannot be asked to agree with a label better than another person does.
+
+    Args:
+        responses: what tells a labelled response (with its prompt) from others.
+        scores: raw score of each.
+        is_safe: a person's label of each.
+
+    Returns:
+        `{"people", "model"}`, ROC AUC over the labels of responses labelled more than once: by the mean of a response's
+        other labels, and by the model's score. None where they are not of both kinds.
+    """
+    labels: dict[Hashable, list[bool]] = defaultdict(list)
+    for response, safe in zip(responses, is_safe, strict=True):
+        labels[response].append(safe)
+    people: dict[bool, list[float]] = {True: [], False: []}
+    model: dict[bool, list[float]] = {True: [], False: []}
+    for response, score, safe in zip(responses, scores, is_safe, strict=True):
+        count, num_safe = len(labels[response]), sum(labels[response])
+        if count > 1:
+            people[safe].append((num_safe - safe) / (count - 1))
+            model[safe].append(score)
+    if not (people[True] and people[False]):
+        return None
+    areas = {"people": roc_auc(people[False], people[True]), "model": roc_auc(model[False], model[True])}
+    return {name: area.to_json() for name, area in areas.items()}
 
 
 def log_odds(probability: float) -> float:

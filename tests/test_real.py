@@ -91,6 +91,26 @@ def test_the_quickstart_pipeline_runs_in_miniature(tmp_path):
 
 
 @needs_data
+@pytest.mark.parametrize("kind", ["helpfulness", "safety"])
+def test_every_row_of_the_reward_model_recipes_can_be_trained_on(kind):
+    done = align("rm", f"recipes/smollm2/rm-{kind}.yaml", "--dry-run", "run.dir=runs/never")
+    assert done.returncode == 0, done.stderr
+    assert "settings and rows are in order" in done.stderr
+
+
+@needs_data
+def test_the_ablations_run_in_miniature(tmp_path):
+    tiny = ["model.path=toy", "model.chat_template=auto", "data.max_rows=16", "data.max_valid_rows=12"]
+    command = [sys.executable, ROOT / "recipes" / "smollm2" / "ablations.py", "--runs", tmp_path, "--seeds", "0", "1"]
+    done = subprocess.run([*command, "--", "margin", "auxiliary", *tiny], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(title in done.stdout for title in ("margin (Table 28)", "large", "auxiliary safety loss (Table 29)"))
+    assert len(list(tmp_path.glob("*/*/result.json"))) == 2 * (3 + 2)
+    wrong = subprocess.run([*command, "margins"], capture_output=True, text=True, check=False)
+    assert wrong.returncode and "no study margins" in wrong.stderr
+
+
+@needs_data
 @pytest.mark.parametrize("size", ["small", "full"])
 def test_the_real_data_recipes_are_in_order(size):
     done = align("run", f"recipes/smollm2/{size}.yaml", "--dry-run", "runs=runs/never")

@@ -188,14 +188,14 @@ def run_in_two_processes(stage: str, settings: list[str], run_dir: Path) -> None
     assert json.loads((run_dir / "manifest.json").read_text())["num_processes"] == 2
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "ppo-lora"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "rm-lora", "ppo", "ppo-lora"])
 def test_two_processes_take_the_same_step_as_one(stage, reward_model, tmp_path):
     """The same prompts are sampled with the same streams, rewards and advantages whitened over both processes."""
     name, *lora = stage.split("-")
     if name == "ppo":
         settings = [*ppo_settings(reward_model), f"lora.r={4 if lora else 0}", "train.max_steps=2"]
     else:
-        settings = [*STAGE_SETTINGS[name], "data.max_rows=44"]
+        settings = [*STAGE_SETTINGS[stage], "data.max_rows=44", *(["lora.dropout=0"] if lora else [])]
     run_here(name, settings, tmp_path / "one", resume=False)
     run_in_two_processes(name, settings, tmp_path / "two")
     one, two = (load_file(tmp_path / count / "model" / "model.safetensors") for count in ("one", "two"))

@@ -16,7 +16,7 @@ from alignment.dialogue import Message, PreferencePair
 from reward_models.calibration import histogram, length_bias, reliability, sigmoid
 from reward_models.evaluate import compare, evaluate_pairs, label_accuracy, mcnemar_p_value, pair_accuracy
 from reward_models.tables import comparison_table, report_tables
-from reward_models.unsafe_detection import log_odds, roc_auc, unsafe_detection
+from reward_models.unsafe_detection import log_odds, repeated_labels, roc_auc, unsafe_detection
 
 scores = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
 
@@ -166,6 +166,31 @@ def test_roc_auc_counts_pairs_in_the_right_order(unsafe, safe):
     found = roc_auc(unsafe, safe)
     assert found.value == pytest.approx(wins / (len(unsafe) * len(safe)))
     assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_repeated_labels_say_how_well_people_agree():
+    """a is labelled safe, safe, unsafe; b safe and unsafe; c once, which says nothing.
+
+    Means of the others: a 1/2, 1/2, 1 (of the unsafe label); b 0 for its safe label, 1 for its unsafe one. Every safe
+    label stands below both unsafe ones: area 0. The model scores a 2 and b 1: safe 2, 2, 1 against unsafe 2, 1 gives
+    (1/2 + 1/2 + 0 + 1 + 1 + 1/2) / 6.
+    """
+    responses, is_safe = ["a", "a", "a", "b", "b", "c"], [True, True, False, True, False, True]
+    found = repeated_labels(responses, [2.0, 2.0, 2.0, 1.0, 1.0, 9.0], is_safe)
+    assert found["people"]["value"] == 0.0
+    assert found["model"]["value"] == pytest.approx(3.5 / 6)
+    assert found["people"]["count"] == found["model"]["count"] == 5
+    assert repeated_labels(["a", "b", "c"], [1.0, 2.0, 3.0], [True, False, True]) is None
+
+
+def test_the_report_compares_the_model_with_peoples_other_labels(capsys):
+    labels = {"chosen_safe": True, "rejected_safe": False}
+    pairs = [pair(chosen="good", rejected="bad", **labels), pair(chosen="good", rejected="bad", **labels)]
+    report = evaluate_pairs(pairs, [1.0, 1.0], [-1.0, -1.0])
+    again = report["unsafe_detection"]["repeated_labels"]
+    assert again["people"]["value"] == again["model"]["value"] == 1.0
+    Console(width=200).print(report_tables(report, "a title"))
+    assert "people's other labels of the same response 1.000" in capsys.readouterr().out
 
 
 def test_the_interval_of_the_auc_is_hanleys():

@@ -47,11 +47,11 @@ def studies(graded: Mapping[str, Path]) -> dict[str, Study]:
     helpfulness = [*BASE, "kind=helpfulness", f"data.train=[{helpful['train']}]", f"data.valid=[{helpful['valid']}]"]
     safe = {part: f"pref_safety_labelled.{part}, pref_safety_hh.{part}" for part in ("train", "valid")}
     safety = [*BASE, "kind=safety", f"data.train=[{safe['train']}]", f"data.valid=[{safe['valid']}]"]
-    rates = {f"full {lr}": [f"optim.lr={lr}"] for lr in ("3e-5", "1e-5", "1e-4")}
-    rates |= {f"lora-16 {lr}": ["lora.r=16", f"optim.lr={lr}"] for lr in ("1e-4", "3e-4", "1e-3")}
+    rates = {f"full {lr}": [f"optim.lr={lr}"] for lr in ("1e-4", "3e-5", "3e-4")}
+    rates |= {f"lora-16 {lr}": ["lora.r=16", f"optim.lr={lr}"] for lr in ("1e-3", "3e-4", "3e-3")}
     rates |= {"lora-64 3e-4": ["lora.r=64", "lora.alpha=128", "optim.lr=3e-4"]}
     tuned = ["data.max_rows=1600", "train.batch_size=32"]
-    small = ["data.max_rows=800", "train.batch_size=16", "optim.lr=3e-5"]
+    small = ["data.max_rows=800", "train.batch_size=16", "optim.lr=1e-4"]
     rated = [*BASE, "kind=helpfulness", f"data.train={graded['train']}", f"data.valid={graded['valid']}"]
     return {
         "helpfulness-rates": Study("helpfulness: learning rate, adapters", [*helpfulness, *tuned], rates),
