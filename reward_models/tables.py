@@ -20,6 +20,8 @@ def report_tables(report: Report, title: str) -> Group:
     parts = [_accuracy(report, title), _calibration(report), _histogram(report)]
     if detection := report.get("unsafe_detection"):
         parts.append(_unsafe(detection))
+        if again := detection.get("repeated_labels"):
+            parts.append(_repeated_labels(again))
     return Group(*parts)
 
 
@@ -92,16 +94,15 @@ def _unsafe(detection: Report) -> Table:
     for row in rows:
         cells = (show(row[key], bounds=True) for key in ("precision", "recall"))
         table.add_row(f"{row['threshold']:.3f}", *cells, str(row["flagged"]))
-    if again := detection.get("repeated_labels"):
-        people, model = (show(again[who], bounds=True) for who in ("people", "model"))
-        table.caption = (
-            f"Responses labelled more than once ({again['people']['count']} labels): ROC AUC of people's other labels "
-            f"of the same response {people}, of the model {model}"
-        )
-        table.caption_justify = "left"
     if detection["at_precision"] is None:
         table.add_row(f"(none reaches precision {detection['wanted_precision']:.2f})", "", "", "")
     return table
+
+
+def _repeated_labels(again: Report) -> Text:
+    people, model = (show(again[who], bounds=True) for who in ("people", "model"))
+    count = again["people"]["count"]
+    return Text(f"ROC AUC on {count} repeated labels: people's other labels of the response {people}, model {model}")
 
 
 def _bar(count: int, most: int) -> str:

@@ -67,8 +67,8 @@ def test_every_recipe_validates(path, monkeypatch, tmp_path):
         # The data is not part of the repository: empty files of the same names stand for it.
         monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
         for name in ("sft_general", "sft_safety", "sft_oasst_multiturn", "sft_roleplay", "prompts_helpful",
-                     "prompts_safety", "pref_helpful_hh", "pref_helpful_graded", "pref_safety_hh",
-                     "pref_safety_labelled"):  # fmt: skip
+                     "prompts_safety", "pref_helpful_hh", "pref_helpful_graded", "pref_helpful_ai_scored",
+                     "pref_safety_hh", "pref_safety_labelled"):  # fmt: skip
             for split in ("train", "valid", "test"):
                 (tmp_path / f"{name}.{split}.jsonl.gz").touch()
     text = path.read_text(encoding="utf-8")

@@ -190,7 +190,7 @@ def test_the_report_compares_the_model_with_peoples_other_labels(capsys):
     again = report["unsafe_detection"]["repeated_labels"]
     assert again["people"]["value"] == again["model"]["value"] == 1.0
     Console(width=200).print(report_tables(report, "a title"))
-    assert "people's other labels of the same response 1.000" in capsys.readouterr().out
+    assert "on 4 repeated labels: people's other labels of the response 1.000" in capsys.readouterr().out
 
 
 def test_the_interval_of_the_auc_is_hanleys():
