@@ -100,14 +100,21 @@ def test_every_row_of_the_reward_model_recipes_can_be_trained_on(kind):
 
 @needs_data
 def test_the_ablations_run_in_miniature(tmp_path):
-    tiny = ["model.path=toy", "model.chat_template=auto", "data.max_rows=16", "data.max_valid_rows=12"]
+    tiny = ["model.path=toy", "model.chat_template=auto", "data.max_rows=16"]
     command = [sys.executable, ROOT / "recipes" / "smollm2" / "ablations.py", "--runs", tmp_path, "--seeds", "0", "1"]
-    done = subprocess.run([*command, "--", "margin", "auxiliary", *tiny], capture_output=True, text=True, check=False)
+    wide = {**os.environ, "COLUMNS": "160"}
+    done = subprocess.run(
+        [*command, "--", "margin", "auxiliary", *tiny], capture_output=True, text=True, check=False, env=wide
+    )
     assert done.returncode == 0, done.stderr
     assert all(title in done.stdout for title in ("margin (Table 28)", "large", "auxiliary safety loss (Table 29)"))
     assert len(list(tmp_path.glob("*/*/result.json"))) == 2 * (3 + 2)
-    wrong = subprocess.run([*command, "margins"], capture_output=True, text=True, check=False)
+    wrong = subprocess.run([*command, "--", "margins"], capture_output=True, text=True, check=False)
     assert wrong.returncode and "no study margins" in wrong.stderr
+    wrong = subprocess.run(
+        [*command, "--variants", "huge", "--", "margin"], capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode and "no variant huge" in wrong.stderr
 
 
 @needs_data

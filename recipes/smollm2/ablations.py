@@ -1,6 +1,6 @@
 """Studies of reward models on real data: learning rates, adapters, mixes; ablations as in Llama 2's Tables 28 and 29.
 
-    ALIGN_DATA_DIR=/path/to/data python recipes/smollm2/ablations.py STUDY... [--seeds 0 1 2] [key=value ...]
+    ALIGN_DATA_DIR=/path/to/data python recipes/smollm2/ablations.py [--seeds 0 1 2] -- STUDY... [key=value ...]
 
 Trains every variant of the named studies with every seed at a small size (further settings go to each run), skips what
 is finished, and prints for each variant its accuracy and the difference from the first one, pair by pair, with 95 %
@@ -88,6 +88,9 @@ def main() -> None:
     known = studies({part: _rated(options.runs, part) for part in ("train", "valid")})
     if unknown := [name for name in options.studies if name not in known]:
         raise SystemExit(f"no study {', '.join(unknown)}. There are: {', '.join(known)}.")
+    variants = {variant for name in options.studies for variant in known[name].variants}
+    if unknown := [name for name in options.variants or [] if name not in variants]:
+        raise SystemExit(f"no variant {', '.join(unknown)}. There are: {', '.join(sorted(variants))}.")
     for name in options.studies:
         _study(name, known[name], settings, options)
 
@@ -102,9 +105,8 @@ def _study(name: str, study: Study, settings: Sequence[str], options: argparse.N
                 _train(folder, [*study.common, *extra, *settings, f"run.seed={seed}"])
         if all(map(is_finished, folders.values())):
             found[variant] = list(folders.values())
-    table = Table(study.title, "accuracy", "against the first", title=f"{len(options.seeds)} seeds")
-    for title in ("ROC AUC of unsafe", "recall of unsafe"):
-        table.add_column(title)
+    columns = ("variant", "accuracy", "against the first", "ROC AUC of unsafe", "recall of unsafe")
+    table = Table(*columns, title=f"{study.title}, seeds {options.seeds}", title_justify="left")
     first = _mean_wins(next(iter(found.values())))
     for variant, runs in found.items():
         wins = _mean_wins(runs)
@@ -131,10 +133,13 @@ def _train(folder: Path, settings: Sequence[str]) -> Path:
 
 def _mean_wins(runs: Sequence[Path]) -> list[float]:
     """For each held-out pair, the share of seeds that score its chosen response higher; a tie counts half."""
-    by_seed = []
+    by_seed, pairs = [], []
     for run in runs:
-        rows = map(json.loads, (run / HELD_OUT_SCORES).read_text(encoding="utf-8").splitlines())
+        rows = list(map(json.loads, (run / HELD_OUT_SCORES).read_text(encoding="utf-8").splitlines()))
         by_seed.append([win(row["score_chosen"], row["score_rejected"]) for row in rows])
+        pairs.append([(row["prompt"], row["chosen"], row["rejected"]) for row in rows])
+    if any(each != pairs[0] for each in pairs):
+        raise SystemExit("the runs were measured on different pairs: leave out data.max_valid_rows.")
     return [statistics.fmean(wins) for wins in zip(*by_seed, strict=True)]
 
 
