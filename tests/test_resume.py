@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -36,29 +37,27 @@ def command(stage: str, settings: list[str], run_dir: Path, *options: str) -> li
     return [sys.executable, "-m", "alignment.cli.main", stage, *settings, f"run.dir={run_dir}", *options]
 
 
-def kill_after_first_checkpoint(arguments: list[str], run_dir: Path) -> None:
+def kill_when(reached: Callable[[], bool], arguments: list[str], run_dir: Path, *, delay: float = 0.0) -> None:
+    """Kills a training `delay` seconds after `reached` holds, wherever it is by then."""
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
-    while not list(run_dir.glob("checkpoints/*/complete")):
+    while not reached():
         assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.005)
+        assert time.monotonic() < deadline, "it did not get so far"
+        time.sleep(0.002)
+    time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert json.loads((run_dir / "manifest.json").read_text())["status"] == "running", "it ended before the kill"
 
 
-def kill_at_step(arguments: list[str], run_dir: Path, step: int, delay: float) -> None:
-    """`delay` seconds after the step was logged: in a later step, in the writing of a checkpoint, or wherever it is."""
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 240
-    while not metrics.exists() or metrics.read_text().count("\n") < step:
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        assert time.monotonic() < deadline, "the step was not reached"
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def kill_after_first_checkpoint(arguments: list[str], run_dir: Path) -> None:
+    kill_when(lambda: any(run_dir.glob("checkpoints/*/complete")), arguments, run_dir)
+
+
+def num_steps_logged(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def run_here(stage: str, settings: list[str], run_dir: Path, *, resume: bool) -> None:
@@ -92,13 +91,12 @@ def test_a_training_killed_again_and_again_at_any_moment_resumes_bit_for_bit(nam
     """First before there is a checkpoint, then at two steps and delays drawn from the seed."""
     settings, rng = STAGE_SETTINGS[name], random.Random(name)
     run_here("rm", settings, tmp_path / "whole", resume=False)
-    for index, step in enumerate([1, *sorted(rng.sample(range(4, 16), 2))]):
-        options = ["--resume"] if index else []
-        kill_at_step(
-            command("rm", settings, tmp_path / "killed", *options), tmp_path / "killed", step, rng.random() / 5
-        )
-    run_here("rm", settings, tmp_path / "killed", resume=True)
-    assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+    killed = tmp_path / "killed"
+    for index, step in enumerate([1, *sorted(rng.sample(range(4, 12), 2))]):
+        arguments = command("rm", settings, killed, *(["--resume"] if index else []))
+        kill_when(lambda step=step: num_steps_logged(killed) >= step, arguments, killed, delay=rng.random() / 10)
+    run_here("rm", settings, killed, resume=True)
+    assert_same_outcome(tmp_path / "whole", killed)
 
 
 @pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
