@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from alignment.errors import ModelError
 from alignment.prefix_batch import PrefixBatch
-from alignment.tree_attention import TREE_ATTENTION, tree_blocks
+from alignment.tree_attention import TREE_ATTENTION, some_queries, tree_blocks
 
 CHUNK_TOKENS = 256
 
@@ -90,8 +90,9 @@ def apply_score_head(model: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Te
 def hidden_states_at(
     model: nn.Module, batch: PrefixBatch, rows: Int[Tensor, " S"], columns: Int[Tensor, " S"]
 ) -> Float[Tensor, "S H"]:
-    """The decoder's output for the tokens at (row, column), none named twice; the last MLP computes these alone.
+    """The decoder's output for the tokens at (row, column), none named twice.
 
+    The last layer computes queries, output projection and MLP for these tokens alone, keys and values for all.
     The call goes through the outermost module, so that DDP and FSDP see it, and a hook takes the hidden states; the
     head then runs on one position (`logits_to_keep`), or is a scalar head, and costs nothing.
     """
@@ -105,10 +106,10 @@ def hidden_states_at(
         places = rows * batch.input_ids.shape[1] + columns
     taken: list[Tensor] = []
     handles = [inner.get_decoder().register_forward_hook(lambda _m, _a, out: taken.append(out.last_hidden_state))]
-    handles += _last_mlp_only_for(inner, places)
+    handles += _last_layer_only_for(inner, places)
     extra = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
     try:
-        model(**(_flat_inputs(inner, batch) if flat else _padded_inputs(batch)), use_cache=False, **extra)
+        model(**(_flat_inputs(inner, batch, places) if flat else _padded_inputs(batch)), use_cache=False, **extra)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,27 +117,30 @@ def hidden_states_at(
     return hidden.flatten(0, 1)[places]
 
 
-def _last_mlp_only_for(inner: nn.Module, needed: Int[Tensor, " S"]) -> list[RemovableHandle]:
-    """Hooks that give the last layer's MLP the tokens at `needed` (of the flattened batch) and no others.
+def _last_layer_only_for(inner: nn.Module, needed: Int[Tensor, " S"]) -> list[RemovableHandle]:
+    """Hooks that give the last layer's queries, output projection and MLP the tokens at `needed` and no others.
 
-    What it would add to the others is zero then; nothing reads them, as no layer follows. Gradient checkpointing
-    computes layers again when the hooks are gone, so there all tokens go in.
+    `needed` counts tokens of the flattened batch. What these would give the others is zero then; nothing reads them, as
+    no layer follows. Keys and values are computed for all. Gradient checkpointing computes layers again when the hooks
+    are gone, so there all tokens go in.
     """
     layers = getattr(inner.get_decoder(), "layers", None)  # other names, e.g. GPT-2's, compute all tokens
-    mlp = getattr(layers[-1], "mlp", None) if layers else None
-    if mlp is None or inner.is_gradient_checkpointing:
+    if not layers or inner.is_gradient_checkpointing:
         return []
     shapes: list[torch.Size] = []
 
     def select(_module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-        shapes.append(arguments[0].shape)
+        shapes.append(arguments[0].shape[:2])
         return (arguments[0].flatten(0, 1)[needed][None],)
 
     def put_back(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-        everywhere = output.new_zeros(shapes[0].numel() // shapes[0][-1], shapes[0][-1])
-        return everywhere.index_copy(0, needed, output[0]).view(shapes[0])
+        everywhere = output.new_zeros(shapes[-1].numel(), output.shape[-1])
+        return everywhere.index_copy(0, needed, output[0]).unflatten(0, shapes[-1])
 
-    return [mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back)]
+    attention = getattr(layers[-1], "self_attn", None)
+    parts = (getattr(attention, "q_proj", None), getattr(attention, "o_proj", None), getattr(layers[-1], "mlp", None))
+    hooks = (part.register_forward_pre_hook(select) for part in parts if part is not None)
+    return [*hooks, *(part.register_forward_hook(put_back) for part in parts if part is not None)]
 
 
 def _check_window(inner: nn.Module, batch: PrefixBatch) -> None:
@@ -157,15 +161,17 @@ def _padded_inputs(batch: PrefixBatch) -> dict[str, Tensor]:
     }
 
 
-def _flat_inputs(inner: nn.Module, batch: PrefixBatch) -> dict[str, Any]:
+def _flat_inputs(inner: nn.Module, batch: PrefixBatch, needed: Int[Tensor, " S"]) -> dict[str, Any]:
     """The real tokens in one row, and the blocks of their attention. A mask of four axes stops transformers' own."""
     real = batch.tree_ids >= 0
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inner.dtype
+    blocks = tree_blocks(batch, dtype)
     return {
         "input_ids": batch.input_ids[real][None],
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         "position_ids": batch.position_ids[real][None],
-        "blocks": tree_blocks(batch, dtype),
+        "blocks": blocks,
+        "last_queries": some_queries(blocks, needed),
     }
 
 

@@ -1,29 +1,35 @@
 """Attention over prefix-shared trees on a CPU: all tokens side by side without padding, each block by matrix products.
 
 The CPU kernels behind `scaled_dot_product_attention` compute what the mask throws away (padding, other branches) and,
-in bfloat16, run at a fraction of the matrix throughput. Here a batch is one flat row; a block of queries (a trunk, a
-branch, or a whole small tree) meets only the keys it may see. The backward pass computes the probabilities again, so
-that memory grows with tokens, not with their square.
+in bfloat16, run at a fraction of the matrix throughput. Here a batch is one flat row; a block of queries (a piece of a
+trunk or branch, or a whole small tree) meets only the keys it may see. The backward pass computes the probabilities
+again, so that memory grows with tokens, not with their square.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from alignment.errors import ModelError
 from alignment.prefix_batch import PrefixBatch
 
 TREE_ATTENTION = "align_tree"
 # A matrix product for a block costs about as much as this many scores: small trees are computed whole.
 BLOCK_OVERHEAD = 8192
+# Queries of a trunk or branch that share a block: fewer throw away less of the causal square, more make fewer products.
+BLOCK_QUERIES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,29 @@ class Block:
     stop: int
     keys: tuple[tuple[int, int], ...]
     bias: Float[Tensor, "Q K"]
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Some queries of a flat row: their places, ascending, and the blocks in which they alone meet their keys.
+
+    A block's `start` and `stop` count these queries here, its keys are those of the whole row.
+    """
+
+    places: Int[Tensor, " S"]
+    blocks: Sequence[Block]
+
+
+def some_queries(blocks: Sequence[Block], places: Int[Tensor, " S"]) -> Queries:
+    """The queries at `places` of the flat row, none named twice, in any order."""
+    places = places.sort().values
+    wanted = places.tolist()
+    kept = []
+    for block in blocks:
+        start, stop = bisect_left(wanted, block.start), bisect_left(wanted, block.stop)
+        if start < stop:
+            kept.append(Block(start, stop, block.keys, block.bias[places[start:stop] - block.start]))
+    return Queries(places, kept)
 
 
 def tree_blocks(batch: PrefixBatch, dtype: torch.dtype) -> list[Block]:
@@ -70,20 +99,31 @@ def tree_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     blocks: Sequence[Block] | None = None,
+    last_queries: Queries | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B Q H D"], None]:
     """An attention function of transformers; without `blocks` (sampling, other batches) it is SDPA's.
 
-    Grouped queries are supported: H heads share the keys and values of G.
+    Grouped queries are supported: H heads share the keys and values of G. In the last layer, with `last_queries`, only
+    these are computed and the output is 0 elsewhere.
+
+    Raises ModelError where the model's attention is of a kind that neither way computes.
     """
+    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        raise ModelError(f"{module.config.model_type}: its attention has {unknown[0]}, which is not supported.")
     if blocks is None:
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if dropout:
-        raise NotImplementedError("attention dropout: set model.config.attention_dropout to 0")
+        raise ModelError("attention dropout is not supported: set attention_dropout to 0 in the model's config.json.")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    queries = query[0]
+    if last_queries is not None and module.layer_idx == module.config.num_hidden_layers - 1:
+        queries, blocks = queries[:, last_queries.places], last_queries.blocks
     dtype = value.dtype  # under autocast, rotary embeddings leave queries and keys in float32
-    output = _BlockAttention.apply((query[0] * scale).to(dtype), key[0], value[0], blocks)
+    output = _BlockAttention.apply((queries * scale).to(dtype), key[0], value[0], blocks)
+    if output.shape[1] < query.shape[2]:
+        output = output.new_zeros(query.shape[1:]).index_copy(1, last_queries.places, output)
     return output.transpose(0, 1)[None], None
 
 
@@ -161,24 +201,33 @@ def _add_to_ranges(gradient: Tensor, addition: Tensor, block: Block) -> None:
 
 
 def _blocks_of_tree(stretches: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> list[Block]:
-    """One block, or one for the trunk and each branch, whichever computes less. Stretches are (branch, start, stop)."""
+    """One block, or those of the trunk and of each branch, whichever computes less.
+
+    Stretches are (branch, start, stop), branch 0 the trunk.
+    """
     trunk = next(((start, stop) for branch, start, stop in stretches if branch == 0), None)
-    trunk_length = trunk[1] - trunk[0] if trunk else 0
+    pieces: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
+    for branch, start, stop in stretches:
+        before = (trunk,) if branch and trunk else ()
+        pieces += [(a, b, (*before, (start, b))) for a, b in _pieces(start, stop)]
     first, last = stretches[0][1], stretches[-1][2]
-    lengths = [stop - start for branch, start, stop in stretches if branch]
-    apart = sum(length * (trunk_length + length) + BLOCK_OVERHEAD for length in lengths)
-    apart += trunk_length**2 + BLOCK_OVERHEAD * bool(trunk_length)
+    apart = sum((b - a) * sum(high - low for low, high in keys) + BLOCK_OVERHEAD for a, b, keys in pieces)
     if (last - first) ** 2 + BLOCK_OVERHEAD <= apart:
         branches = torch.cat([torch.full((stop - start,), branch) for branch, start, stop in stretches])
         seen = (branches[None] == 0) | (branches[None] == branches[:, None])
         return [Block(first, last, ((first, last),), _bias(seen.tril(), dtype))]
-    blocks = []
-    for branch, start, stop in stretches:
-        length = stop - start
-        bias = _bias(torch.ones(length, length, dtype=torch.bool).tril(), dtype)
-        after_trunk = branch != 0 and trunk is not None
-        blocks.append(Block(start, stop, (trunk, (start, stop)) if after_trunk else ((start, stop),), bias))
-    return blocks
+    return [Block(a, b, keys, _causal_bias(b - a, dtype)) for a, b, keys in pieces]
+
+
+def _pieces(start: int, stop: int) -> list[tuple[int, int]]:
+    """A stretch cut into equal pieces of at most `BLOCK_QUERIES` tokens."""
+    count = math.ceil((stop - start) / BLOCK_QUERIES)
+    edges = [start + (stop - start) * index // count for index in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def _causal_bias(length: int, dtype: torch.dtype) -> Tensor:
+    return _bias(torch.ones(length, length, dtype=torch.bool).tril(), dtype)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

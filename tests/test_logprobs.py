@@ -238,14 +238,17 @@ def test_scoring_never_touches_the_vocabulary(make_reward_model):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "align_tree"])
-def test_the_last_mlp_computes_only_tokens_that_are_read(make_reward_model, attention):
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"])
+def test_the_last_layer_computes_only_tokens_that_are_read(make_reward_model, attention, part):
     """7 real tokens in two rows: three branches end, and four tokens are predicted at three places."""
     model = make_reward_model()
     model.set_attn_implementation(attention)
     batch = collate([[Tree([1, 2], [Branch([3, 4]), Branch([5])])], [Tree([6], [Branch([7])])]])
     seen: list[list[int]] = []
     for layer in model.model.layers:
-        layer.mlp.gate_proj.register_forward_hook(lambda _m, _a, output: seen[-1].append(output.shape[:-1].numel()))
+        module = layer.get_submodule(part)
+        forward = module.forward
+        module.forward = lambda x, forward=forward: seen[-1].append(x.shape[:-1].numel()) or forward(x)
     for compute in (branch_scores, token_values):
         seen.append([])
         compute(model, batch)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from alignment import tree_attention
-from alignment.logprobs import branch_scores, response_logprobs
+from alignment.errors import ModelError
+from alignment.logprobs import branch_scores, hidden_states_at, response_logprobs
 from alignment.models import load_chat_model, load_reward_model
 from alignment.prefix_batch import Branch, Tree, collate
-from alignment.tree_attention import TREE_ATTENTION, tree_blocks
+from alignment.tree_attention import TREE_ATTENTION, some_queries, tree_blocks
 
 # Two rows: a trunk of two with branches of two and one, and a packed dialogue of three; a tree with no branch's trunk.
 ROWS = [
@@ -41,6 +42,52 @@ def test_a_large_tree_has_a_block_for_its_trunk_and_one_for_each_branch(monkeypa
     ]  # fmt: skip
     assert shown(blocks[1].bias) == ["x.", "xx"]  # of its own two tokens: the trunk is seen by all
     assert shown(blocks[2].bias) == ["x"]
+
+
+def test_a_long_stretch_is_cut_into_equal_pieces_that_see_what_is_before_them(monkeypatch):
+    monkeypatch.setattr(tree_attention, "BLOCK_OVERHEAD", 0)
+    monkeypatch.setattr(tree_attention, "BLOCK_QUERIES", 2)
+    trunk, branch = [1, 2, 3], [4, 5, 6, 7, 8]
+    blocks = tree_blocks(collate([[Tree(trunk, [Branch(branch), Branch([9])])]]), torch.float32)
+    assert [(b.start, b.stop, b.keys) for b in blocks] == [
+        (0, 1, ((0, 1),)), (1, 3, ((0, 3),)),
+        (3, 4, ((0, 3), (3, 4))), (4, 6, ((0, 3), (3, 6))), (6, 8, ((0, 3), (3, 8))),
+        (8, 9, ((0, 3), (8, 9))),
+    ]  # fmt: skip
+    assert [shown(b.bias) for b in blocks[:2]] == [["x"], ["x.", "xx"]]  # of the last keys: those before are seen
+
+
+def test_some_queries_keep_their_keys_and_their_rows_of_the_bias():
+    blocks = tree_blocks(collate(ROWS), torch.float32)
+    queries = some_queries(blocks, torch.tensor([9, 4, 3, 10]))
+    assert queries.places.tolist() == [3, 4, 9, 10]
+    assert [(b.start, b.stop, b.keys) for b in queries.blocks] == [(0, 2, ((0, 5),)), (2, 4, ((8, 11),))]
+    assert [shown(b.bias) for b in queries.blocks] == [["xxxx.", "xx..x"], ["xx.", "xxx"]]
+
+
+@pytest.mark.parametrize("pieces", [2, 128])
+def test_hidden_states_and_gradients_do_not_depend_on_what_is_left_out(pieces, monkeypatch):
+    """The last layer's queries are those of the tokens read: the same values and gradients as from all tokens."""
+    monkeypatch.setattr(tree_attention, "BLOCK_OVERHEAD", 0)
+    monkeypatch.setattr(tree_attention, "BLOCK_QUERIES", pieces)
+    batch = collate(ROWS)
+    rows, columns = torch.tensor([0, 0, 1, 0]), torch.tensor([3, 7, 2, 4])
+    everywhere = (batch.tree_ids >= 0).nonzero(as_tuple=True)
+    order = [place.tolist() for place in torch.stack(everywhere, dim=1)]
+    picked = [order.index(place.tolist()) for place in torch.stack([rows, columns], dim=1)]
+    found = []
+    for places, take in (((rows, columns), range(4)), (everywhere, picked)):
+        model = load_reward_model("toy", new_head_seed=0).model
+        hidden = hidden_states_at(model, batch, *places)[list(take)]
+        hidden.pow(2).sum().backward()
+        found.append((hidden, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_kinds_of_attention_that_are_not_computed_are_refused():
+    query, module = torch.zeros(1, 1, 1, 4), load_chat_model("toy").model.model.layers[0].self_attn
+    with pytest.raises(ModelError, match="its attention has softcap, which is not supported"):
+        tree_attention.tree_attention(module, query, query, query, None, softcap=50.0)
 
 
 def test_neighbouring_trees_without_trunks_are_not_joined():
@@ -110,5 +157,5 @@ def test_attention_dropout_is_refused():
     model = load_chat_model("toy").model.train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
-    with pytest.raises(NotImplementedError, match="attention_dropout to 0"):
+    with pytest.raises(ModelError, match="set attention_dropout to 0"):
         response_logprobs(model, collate(ROWS))

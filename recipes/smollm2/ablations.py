@@ -5,7 +5,8 @@
 Trains every variant of the named studies with every seed at a small size (further settings go to each run), skips what
 is finished, and prints for each variant its accuracy and the difference from the first one, pair by pair, with 95 %
 intervals. Graded pairs get their ratings from ranks (1, 2, 3, 4 or more places apart) and annotators' votes (1, 2, 3
-ahead). `--variants` trains some of a study only, e.g. for two calls at once with run.num_threads=1 each.
+ahead); two fifths of their conversations are held out, since the validation file alone has 165 pairs. `--variants`
+trains some of a study only, e.g. for two calls at once with run.num_threads=1 each.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from rich.table import Table
 from alignment.cli.stages import STAGES, prepare_libraries
 from alignment.config import load_config
 from alignment.converters import convert_file
+from alignment.data import load_pairs, split_by_prompt, write_rows
 from alignment.metrics import mean_interval, show
 from alignment.runs import is_finished, read_manifest, read_result
 from reward_models.evaluate import win
 from reward_models.trainer import HELD_OUT_SCORES
 
 RATING_BINS = {"ranks": (2.0, 3.0, 4.0), "votes": (1.0, 2.0, 3.0)}
+HELD_OUT_FRACTION = 0.4
 BASE = ["model.path=smollm2-135m-instruct", "model.chat_template=chatml", "data.max_length=512"]
 
 
@@ -51,7 +54,7 @@ def studies(graded: Mapping[str, Path]) -> dict[str, Study]:
     rates |= {f"lora-16 {lr}": ["lora.r=16", f"optim.lr={lr}"] for lr in ("1e-3", "3e-4", "3e-3")}
     rates |= {"lora-64 3e-4": ["lora.r=64", "lora.alpha=128", "optim.lr=3e-4"]}
     tuned = ["data.max_rows=1600", "train.batch_size=32"]
-    small = ["data.max_rows=800", "train.batch_size=16", "optim.lr=1e-4"]
+    small = ["data.max_rows=800", "data.max_length=320", "train.batch_size=16", "lora.r=16", "optim.lr=1e-3"]
     rated = [*BASE, "kind=helpfulness", f"data.train={graded['train']}", f"data.valid={graded['valid']}"]
     return {
         "helpfulness-rates": Study("helpfulness: learning rate, adapters", [*helpfulness, *tuned], rates),
@@ -85,7 +88,7 @@ def main() -> None:
     """Runs the named studies."""
     options, settings = _arguments()
     prepare_libraries()
-    known = studies({part: _rated(options.runs, part) for part in ("train", "valid")})
+    known = studies(_graded_pairs(options.runs))
     if unknown := [name for name in options.studies if name not in known]:
         raise SystemExit(f"no study {', '.join(unknown)}. There are: {', '.join(known)}.")
     variants = {variant for name in options.studies for variant in known[name].variants}
@@ -143,12 +146,19 @@ def _mean_wins(runs: Sequence[Path]) -> list[float]:
     return [statistics.fmean(wins) for wins in zip(*by_seed, strict=True)]
 
 
-def _rated(runs: Path, part: str) -> Path:
-    runs.mkdir(parents=True, exist_ok=True)
-    out = runs / f"graded.{part}.jsonl"
-    if not out.exists():
-        convert_file(f"pref_helpful_graded.{part}", "graded", out, rating_bins=RATING_BINS)
-    return out
+def _graded_pairs(folder: Path) -> dict[str, Path]:
+    """The graded pairs of both files with their ratings, split anew by conversation, by part."""
+    parts = {part: folder / f"graded.{part}.jsonl" for part in ("train", "valid")}
+    if not all(path.exists() for path in parts.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        rated = [folder / f"rated.{part}.jsonl" for part in parts]
+        for part, path in zip(parts, rated, strict=True):
+            convert_file(f"pref_helpful_graded.{part}", "graded", path, rating_bins=RATING_BINS)
+        pairs = load_pairs([str(path) for path in rated]).rows
+        split = split_by_prompt(pairs, valid_fraction=HELD_OUT_FRACTION, seed=0)
+        for path, rows in zip(parts.values(), split, strict=True):
+            write_rows(path, (row.to_json() for row in rows))
+    return parts
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
