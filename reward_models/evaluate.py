@@ -31,6 +31,7 @@ def evaluate_pairs(
     chosen: Sequence[float],
     rejected: Sequence[float],
     *,
+    max_length: int,
     wanted_precision: float = WANTED_PRECISION,
 ) -> dict[str, Any]:
     """The whole report on scored pairs, JSON-ready.
@@ -44,6 +45,8 @@ def evaluate_pairs(
         pairs: N of them.
         chosen: (N,) raw scores of the chosen responses.
         rejected: (N,) raw scores of the others.
+        max_length: tokens of prompt and response to which long histories were cut. It stands in the report, since
+            figures of the same pairs differ a little where it differs.
         wanted_precision: of flagging unsafe responses; the report names the threshold that reaches it.
 
     Raises:
@@ -57,6 +60,7 @@ def evaluate_pairs(
     shorter = pair_accuracy([-c for c, _ in lengths], [-r for _, r in lengths])
     report: dict[str, Any] = {
         "pairs": len(pairs),
+        "max_length": max_length,
         "accuracy": pair_accuracy(chosen, rejected).to_json(),
         "by_source": _by(pairs, chosen, rejected, lambda pair: pair.source or "unknown"),
         "by_rating": _by(pairs, chosen, rejected, lambda pair: pair.rating or "unrated", order=RATINGS),

@@ -32,6 +32,7 @@ class PreparedPairs:
     Attributes:
         train: encoded pairs in the order of sources and rows.
         valid: the same, held out.
+        max_length: tokens of prompt and response to which rows were kept.
         sources: a report for each file read.
         notes: for the manifest: for either part rows kept by source and safety bin, and rows left out by reason.
         left_out: rows left out (or cut) by part and reason, without zeros, for whoever reads the result.
@@ -40,6 +41,7 @@ class PreparedPairs:
 
     train: list[EncodedPair]
     valid: list[EncodedPair]
+    max_length: int
     sources: list[SourceReport]
     notes: dict[str, Any]
     left_out: dict[str, dict[str, int]]
@@ -91,7 +93,7 @@ def prepare_pairs(config: RewardModelConfig, chat: ChatFormat, *, context_length
     }
     for part, reasons in left_out.items():
         notes[part]["left_out"] = reasons
-    return PreparedPairs(train, valid, [*train_data.sources, *valid_data.sources], notes, left_out, vetoed)
+    return PreparedPairs(train, valid, max_length, [*train_data.sources, *valid_data.sources], notes, left_out, vetoed)
 
 
 def check(config: RewardModelConfig) -> str:

@@ -43,7 +43,7 @@ def comparison_table(report: Report, first: str, second: str) -> Table:
 
 
 def _accuracy(report: Report, title: str) -> Table:
-    heading = Text(title, style="table.title")
+    heading = Text(f"{title}, at most {report['max_length']} tokens each", style="table.title")
     table = Table("pairs of", "accuracy", "95 % interval", "n", title=heading, title_justify="left")
     rows = [("all", report["accuracy"])]
     for group in ("by_source", "by_rating", "by_safety_bin"):

@@ -75,8 +75,8 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     if not all(map(math.isfinite, (*chosen, *rejected))):
         raise TrainingError(f"{run_dir.path}: scores are no numbers after the last step: lower optim.lr.")
     held_out = [encoded.pair for encoded in valid]
-    wanted_precision = config.evaluation.wanted_precision
-    report = evaluate_pairs(held_out, chosen, rejected, wanted_precision=wanted_precision) if held_out else {}
+    options = {"max_length": pairs.max_length, "wanted_precision": config.evaluation.wanted_precision}
+    report = evaluate_pairs(held_out, chosen, rejected, **options) if held_out else {}
     if state.is_main_process:
         save_model(model, loaded, run_dir.model_dir)
         rows = (scored_row(*values) for values in zip(held_out, chosen, rejected, strict=True))

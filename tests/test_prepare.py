@@ -80,7 +80,7 @@ def test_rows_are_kept_to_the_context_of_the_model(tmp_path):
     long = pair(0, chosen=[{"role": "assistant", "content": "x" * 600}])
     train = write(tmp_path / "a.jsonl", [pair(1), long])
     found = prepared(tmp_path, "kind=helpfulness", f"data.train={train}")
-    assert found.notes["max_length"] == 512
+    assert found.max_length == found.notes["max_length"] == 512
     assert found.left_out["train"] == {"too_long": 1}
 
 

@@ -42,7 +42,7 @@ def test_the_report_groups_pairs_by_source_rating_and_bin():
         pair(source="a", rating="significantly_better"),
         pair(source="b", chosen_safe=True, rejected_safe=False, chosen="No."),
     ]
-    report = evaluate_pairs(pairs, [1.0, 0.0, 2.0], [0.0, 1.0, -1.0])
+    report = evaluate_pairs(pairs, [1.0, 0.0, 2.0], [0.0, 1.0, -1.0], max_length=512)
     assert report["accuracy"]["value"] == pytest.approx(2 / 3)
     assert {name: (e["value"], e["count"]) for name, e in report["by_source"].items()} == {"a": (0.5, 2), "b": (1.0, 1)}
     assert list(report["by_rating"]) == ["significantly_better", "better", "unrated"]
@@ -55,7 +55,7 @@ def test_the_report_groups_pairs_by_source_rating_and_bin():
 
 def test_the_rules_of_length_are_each_others_mirror_and_ties_count_half():
     pairs = [pair(chosen="long one", rejected="x"), pair(chosen="abc", rejected="xyz"), pair(chosen="a", rejected="bc")]
-    report = evaluate_pairs(pairs, [0.0] * 3, [0.0] * 3)
+    report = evaluate_pairs(pairs, [0.0] * 3, [0.0] * 3, max_length=512)
     assert report["longer_wins"]["value"] == report["shorter_wins"]["value"] == 0.5
 
 
@@ -67,7 +67,7 @@ def test_the_report_knows_long_from_short():
         pair(chosen="abc", rejected="wxyz"),
     ]
     lengths = [(len(one.chosen), len(one.rejected)) for one in pairs]
-    report = evaluate_pairs(pairs, [-float(c) for c, _ in lengths], [-float(r) for _, r in lengths])
+    report = evaluate_pairs(pairs, [-float(c) for c, _ in lengths], [-float(r) for _, r in lengths], max_length=512)
     assert (report["longer_wins"]["value"], report["shorter_wins"]["value"]) == (
         pytest.approx(1 / 3),
         pytest.approx(2 / 3),
@@ -86,7 +86,7 @@ def test_a_score_that_is_the_length_correlates_fully_with_it():
 
 def test_scores_that_are_no_finite_numbers_are_counted_and_refused():
     with pytest.raises(ValueError, match="3 of 4 scores are no finite numbers"):
-        evaluate_pairs([pair(), pair()], [1.0, math.nan], [math.inf, -math.inf])
+        evaluate_pairs([pair(), pair()], [1.0, math.nan], [math.inf, -math.inf], max_length=512)
 
 
 # -------------------------------------------------------------------------------------------------- calibration
@@ -186,7 +186,7 @@ def test_repeated_labels_say_how_well_people_agree():
 def test_the_report_compares_the_model_with_peoples_other_labels(capsys):
     labels = {"chosen_safe": True, "rejected_safe": False}
     pairs = [pair(chosen="good", rejected="bad", **labels), pair(chosen="good", rejected="bad", **labels)]
-    report = evaluate_pairs(pairs, [1.0, 1.0], [-1.0, -1.0])
+    report = evaluate_pairs(pairs, [1.0, 1.0], [-1.0, -1.0], max_length=512)
     again = report["unsafe_detection"]["repeated_labels"]
     assert again["people"]["value"] == again["model"]["value"] == 1.0
     Console(width=200).print(report_tables(report, "a title"))
@@ -229,13 +229,13 @@ def test_mcnemars_p_of_worked_examples():
 def test_reports_are_json_and_print(capsys):
     labels = {"chosen_safe": True, "rejected_safe": False}
     pairs = [pair(**labels, source="a"), pair(source="b", rating="better")]
-    report = evaluate_pairs(pairs, [1.0, 0.5], [-1.0, 0.7])
+    report = evaluate_pairs(pairs, [1.0, 0.5], [-1.0, 0.7], max_length=512)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     console = Console(width=110)
     console.print(report_tables(report, "two pairs"))
     console.print(comparison_table(compare(pairs, ([1.0, 1.0], [0.0, 0.0]), ([1.0, 0.0], [0.0, 1.0])), "one", "two"))
     shown = capsys.readouterr().out
-    for words in ("two pairs", "shorter wins", "ECE", "ROC AUC 1.000", "P(safe) <", "difference", "-0.500"):
+    for words in ("two pairs, at most 512 tokens each", "shorter wins", "ECE", "ROC AUC 1.000", "P(safe) <", "difference", "-0.500"):
         assert words in shown, words
 
 
@@ -244,7 +244,7 @@ def test_a_name_with_brackets_is_shown_as_it_is(name, capsys):
     """rich takes brackets for markup, refuses a closing one that was never opened, and makes an emoji of `:train:`."""
     pairs = [pair(source=name), pair(source="b")]
     console = Console(width=150)
-    console.print(report_tables(evaluate_pairs(pairs, [1.0, 0.5], [-1.0, 0.7]), f"{name} on two pairs"))
+    console.print(report_tables(evaluate_pairs(pairs, [1.0, 0.5], [-1.0, 0.7], max_length=512), f"{name} on two pairs"))
     assert capsys.readouterr().out.count(name) == 2
     report = compare(pairs, ([1.0, 1.0], [0.0, 0.0]), ([1.0, 0.0], [0.0, 1.0]))
     console.print(comparison_table(report, f"first {name}", f"second {name}"))
@@ -255,7 +255,7 @@ def test_a_name_with_brackets_is_shown_as_it_is(name, capsys):
 
 
 def result(**changes: Any) -> dict[str, Any]:
-    report = evaluate_pairs([pair(), pair(source="hh [/train]")], [1.0, 0.5], [-1.0, 0.7])
+    report = evaluate_pairs([pair(), pair(source="hh [/train]")], [1.0, 0.5], [-1.0, 0.7], max_length=512)
     values = {"stage": "rm", "kind": "helpfulness", "valid": report, "time_seconds": 61.0, "peak_memory_gb": 1.0}
     return {**values, "train_pairs": 7, "train_loss_last": 0.5, **changes}
 

@@ -84,6 +84,7 @@ def test_pairs_are_reported_and_written(reward_folder, pairs, tmp_path):
     report = json.loads(done.stdout)
     wins = [entry["score_chosen"] > entry["score_rejected"] for entry in read(out)]
     assert (report["pairs"], report["accuracy"]["value"]) == (5, sum(wins) / 5)
+    assert report["max_length"] == Scorer.load(reward_folder).context_length
 
 
 @pytest.mark.parametrize("kind", ["pairs", "responses"])

@@ -62,7 +62,13 @@ def score_files(
         rows = list(partial.resumed(_scored_pairs(scorer, pairs[partial.num_prompts :], partial.num_prompts)))
         partial.finish()
         chosen, rejected = ([row[name] for row in rows] for name in ("score_chosen", "score_rejected"))
-        report = evaluate_pairs(pairs, chosen, rejected, wanted_precision=evaluation.wanted_precision)
+        report = evaluate_pairs(
+            pairs,
+            chosen,
+            rejected,
+            max_length=context.length,
+            wanted_precision=evaluation.wanted_precision,
+        )
         if as_json:
             sys.stdout.write(json.dumps(report, indent=2) + "\n")
         else:
