@@ -14,6 +14,8 @@ Example: a trunk `[1, 2]` with branches `[3, 4]` and `[5]` is one row
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -209,6 +211,26 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             rows.append([index])
             free.append(capacity - lengths[index])
     return rows
+
+
+def even_groups(lengths: Sequence[int], *, workers: int, max_tokens: int) -> list[list[int]]:
+    """Indices of items in groups of about the same size, as few for each worker as keep within `max_tokens`.
+
+    Every item goes, the longest first, to the group that is smallest so far (Graham 1969). Where one item is longer
+    than `max_tokens`, groups may be as large as it.
+    """
+    limit = max(max_tokens, *lengths) if lengths else max_tokens
+    rounds = max(1, math.ceil(sum(lengths) / (workers * limit)))
+    while True:
+        groups: list[list[int]] = [[] for _ in range(min(workers * rounds, len(lengths)))]
+        smallest = [(0, place) for place in range(len(groups))]
+        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            size, place = smallest[0]
+            groups[place].append(index)
+            heapq.heapreplace(smallest, (size + lengths[index], place))
+        if all(size <= limit for size, _ in smallest):
+            return groups
+        rounds += 1
 
 
 def micro_batches(items: Sequence[Item], length: Callable[[Item], int], *, max_tokens: int) -> Iterator[list[int]]:

@@ -122,6 +122,5 @@ def pair_batches(pairs: Sequence[EncodedPair], indices: Sequence[int], *, max_to
             "margin": torch.tensor([chosen[i].margin for i in group]),
             "is_safe": torch.tensor([bool(label) for label in labels]),
             "labelled": torch.tensor([label is not None for label in labels]),
-            "rows": torch.tensor([indices[i] for i in group]),
         }
         yield MicroBatch(batch, targets, weight=float(len(group)))

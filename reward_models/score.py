@@ -13,8 +13,9 @@ from alignment.dialogue import Message, Messages, RowError, parse_messages
 from alignment.errors import DataError, ModelError
 from alignment.hardware import compute_dtype
 from alignment.logprobs import branch_scores
+from alignment.model_workers import map_in_workers, num_workers
 from alignment.models import LoadedModel, load_reward_model
-from alignment.prefix_batch import Branch, Tree, collate, micro_batches
+from alignment.prefix_batch import Branch, Tree, collate, even_groups, micro_batches
 
 MAX_TOKENS = 8192
 
@@ -76,34 +77,68 @@ class Scorer:
             raise ModelError(f"the reward model gave {wrong} scores that are no finite numbers. Look at its training.")
         return scores
 
-    @torch.no_grad()
     def score_trees(
         self, trees: Sequence[Tree], *, on_progress: Callable[[int], None] | None = None
     ) -> list[list[float]]:
-        """Raw scores of every branch of every tree, in order; read at each branch's last token."""
-        device = next(self.model.parameters()).device
-        results = [[0.0] * len(tree.branches) for tree in trees]
-        parts = [(index, start, part) for index, tree in enumerate(trees) for start, part in self._split(tree)]
-        for group in micro_batches(parts, lambda part: part[2].num_tokens, max_tokens=self.max_tokens):
-            batch = collate([[parts[row][2]] for row in group]).to(device)
-            scores = iter(branch_scores(self.model, batch).tolist())
-            for index, start, part in (parts[row] for row in group):
-                stop = start + len(part.branches)
-                results[index][start:stop] = [next(scores) for _ in part.branches]
-            if on_progress:
-                on_progress(sum(parts[row][1] == 0 for row in group))
-        return results
+        """Raw scores of every branch of every tree, in order."""
+        return score_trees(self.model, trees, max_tokens=self.max_tokens, on_progress=on_progress)
 
-    def _split(self, tree: Tree) -> list[tuple[int, Tree]]:
-        """A tree over `max_tokens` as several that repeat its trunk, each with the index of its first branch."""
-        parts: list[tuple[int, Tree]] = []
-        start, size = 0, len(tree.trunk)
-        for index, branch in enumerate(tree.branches):
-            if index > start and size + len(branch.ids) > self.max_tokens:
-                parts.append((start, Tree(tree.trunk, tree.branches[start:index])))
-                start, size = index, len(tree.trunk)
-            size += len(branch.ids)
-        return [*parts, (start, Tree(tree.trunk, tree.branches[start:]))]
+
+def score_trees(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    *,
+    max_tokens: int,
+    autocast: torch.dtype = torch.float32,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Raw scores of every branch of every tree, in order; read at each branch's last token.
+
+    Args:
+        model: a reward model, not to be trained meanwhile.
+        trees: prompts with their responses.
+        max_tokens: of all that is computed at one time; a tree that is longer by itself is split, its trunk repeated.
+        autocast: the type to compute in where the weights are of another; float32 takes the weights as they are.
+        on_progress: told how many trees are done since it was called last.
+    """
+    device = next(model.parameters()).device
+    workers = num_workers(device, sum(tree.num_tokens for tree in trees), max_tokens=max_tokens)
+    budget = max_tokens // workers
+    results = [[0.0] * len(tree.branches) for tree in trees]
+    parts = [(index, start, part) for index, tree in enumerate(trees) for start, part in _split(tree, budget)]
+    lengths = [part.num_tokens for *_, part in parts]
+    if workers == 1:
+        chosen = micro_batches(lengths, int, max_tokens=budget)
+    else:
+        chosen = even_groups(lengths, workers=workers, max_tokens=budget)
+    groups = [[parts[row] for row in group] for group in chosen]
+
+    @torch.no_grad()
+    def scores(twin: nn.Module, group: Sequence[tuple[int, int, Tree]]) -> list[float]:
+        batch = collate([[part] for *_, part in group]).to(device)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
+            return branch_scores(twin, batch).tolist()
+
+    for group, values in zip(groups, map_in_workers(scores, model, groups, workers=workers), strict=True):
+        found = iter(values)
+        for index, start, part in group:
+            stop = start + len(part.branches)
+            results[index][start:stop] = [next(found) for _ in part.branches]
+        if on_progress:
+            on_progress(sum(start == 0 for _, start, _ in group))
+    return results
+
+
+def _split(tree: Tree, max_tokens: int) -> list[tuple[int, Tree]]:
+    """A tree over `max_tokens` as several that repeat its trunk, each with the index of its first branch."""
+    parts: list[tuple[int, Tree]] = []
+    start, size = 0, len(tree.trunk)
+    for index, branch in enumerate(tree.branches):
+        if index > start and size + len(branch.ids) > max_tokens:
+            parts.append((start, Tree(tree.trunk, tree.branches[start:index])))
+            start, size = index, len(tree.trunk)
+        size += len(branch.ids)
+    return [*parts, (start, Tree(tree.trunk, tree.branches[start:]))]
 
 
 def score(model: str | Scorer, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]) -> list[list[float]]:

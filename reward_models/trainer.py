@@ -24,6 +24,7 @@ from reward_models.evaluate import evaluate_pairs, scored_row
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss
 from reward_models.preferences import EncodedPair, pair_batches
 from reward_models.prepare import prepare_pairs, warn_of_few_steps
+from reward_models.score import score_trees
 
 HELD_OUT_SCORES = "held_out_scores.jsonl"
 
@@ -124,20 +125,11 @@ def pair_loss(*, safety_weight: float, centering_weight: float) -> LossFunction:
     return loss
 
 
-@torch.no_grad()
 def score_pairs(
     model: nn.Module, pairs: Sequence[EncodedPair], *, max_tokens: int, dtype: torch.dtype, title: str
 ) -> tuple[list[float], list[float]]:
     """Raw scores of the chosen and of the rejected responses, in the order of the pairs."""
-    device = next(model.parameters()).device
-    model.eval()
-    scores: dict[int, tuple[float, float]] = {}
     with ProgressBar(title, len(pairs), shown=PartialState().is_main_process) as bar:
-        for part in pair_batches(pairs, range(len(pairs)), max_tokens=max_tokens):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                values = branch_scores(model, part.batch.to(device)).tolist()
-            for row, chosen, rejected in zip(part.targets["rows"].tolist(), values[0::2], values[1::2], strict=True):
-                scores[row] = (chosen, rejected)
-            bar.advance(len(values) // 2)
-    both = [scores[index] for index in range(len(pairs))]
+        trees = [pair.tree for pair in pairs]
+        both = score_trees(model.eval(), trees, max_tokens=max_tokens, autocast=dtype, on_progress=bar.advance)
     return [chosen for chosen, _ in both], [rejected for _, rejected in both]

@@ -16,7 +16,7 @@ from alignment import tree_attention
 from alignment.config import LoraSection
 from alignment.logprobs import branch_scores, response_logprobs, token_values, unwrap
 from alignment.models import add_lora
-from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches, pack
+from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, even_groups, micro_batches, pack
 
 VOCAB = 64
 Rows = Sequence[Sequence[Tree]]
@@ -390,6 +390,26 @@ def test_pack_respects_the_capacity_loses_nothing_and_opens_no_row_in_vain(lengt
     loads = [sum(lengths[index] for index in row) for row in rows]
     assert all(load <= capacity or len(row) == 1 for load, row in zip(loads, rows, strict=True))
     assert all(one + other > capacity for one, other in combinations(loads, 2))
+
+
+def test_even_groups_of_a_worked_example():
+    # 9 | 4 | then 3 to the 4, 2 to the 4 + 3 (7 < 9): 9 and 9.
+    assert even_groups([3, 9, 4, 2], workers=2, max_tokens=10) == [[1], [2, 0, 3]]
+    # An item over the limit sets it: two groups of 9 again. Two groups of 7 are over 6, so four.
+    assert even_groups([3, 9, 4, 2], workers=2, max_tokens=4) == [[1], [2, 0, 3]]
+    assert even_groups([3, 5, 4, 2], workers=2, max_tokens=6) == [[1], [2], [0], [3]]
+    assert even_groups([], workers=2, max_tokens=6) == []
+
+
+@given(lengths=st.lists(st.integers(1, 20), max_size=30), workers=st.integers(1, 4), limit=st.integers(1, 60))
+def test_even_groups_cover_every_index_once_within_the_limit(lengths, workers, limit):
+    groups = even_groups(lengths, workers=workers, max_tokens=limit)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    sizes = [sum(lengths[index] for index in group) for group in groups]
+    assert all(0 < size <= max(limit, *lengths) for size in sizes)
+    # No group is larger than the smallest by more than the last item it took.
+    assert all(size - lengths[group[-1]] <= min(sizes) for size, group in zip(sizes, groups, strict=True))
+    assert len(groups) % workers == 0 or len(groups) == len(lengths)
 
 
 def test_micro_batches_of_a_worked_example():

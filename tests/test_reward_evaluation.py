@@ -235,7 +235,15 @@ def test_reports_are_json_and_print(capsys):
     console.print(report_tables(report, "two pairs"))
     console.print(comparison_table(compare(pairs, ([1.0, 1.0], [0.0, 0.0]), ([1.0, 0.0], [0.0, 1.0])), "one", "two"))
     shown = capsys.readouterr().out
-    for words in ("two pairs, at most 512 tokens each", "shorter wins", "ECE", "ROC AUC 1.000", "P(safe) <", "difference", "-0.500"):
+    for words in (
+        "two pairs, at most 512 tokens each",
+        "shorter wins",
+        "ECE",
+        "ROC AUC 1.000",
+        "P(safe) <",
+        "difference",
+        "-0.500",
+    ):
         assert words in shown, words
 
 

@@ -224,15 +224,14 @@ def test_micro_batches_of_pairs_keep_scores_labels_and_margins_together(chat):
     encoded: list[EncodedPair] = encode(chat, pairs).encoded
     indices = [4, 0, 3, 2]
     budget = 2 * encoded[4].tree.num_tokens
+    lengths = [[len(branch.ids) for branch in each.tree.branches] for each in encoded]  # no two pairs have the same
     seen = []
     for part in pair_batches(encoded, indices, max_tokens=budget):
         assert part.batch.num_tokens <= budget
-        rows = part.targets["rows"].tolist()
+        rows = [lengths.index(both) for both in part.batch.branch_lengths.view(-1, 2).tolist()]
         assert part.weight == len(rows)
         last = part.batch.input_ids[part.batch.last_rows, part.batch.last_columns]
         assert last.tolist() == [chat.end_of_turn_id] * (2 * len(rows))
-        lengths = [len(branch.ids) for row in rows for branch in encoded[row].tree.branches]
-        assert part.batch.branch_lengths.tolist() == lengths
         labels = [label for row in rows for label in (pairs[row].chosen_safe, pairs[row].rejected_safe)]
         assert part.targets["labelled"].tolist() == [label is not None for label in labels]
         assert part.targets["is_safe"].tolist() == [label is True for label in labels]
@@ -251,15 +250,14 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_pairs(make_reward_model, chat):
     model = make_reward_model(len(chat.tokenizer))
     (part,) = pair_batches(encoded, [0, 1], max_tokens=1000)
     loss, metrics = pair_loss(safety_weight=0.5, centering_weight=0.1)(model, part)
-    rows = part.targets["rows"].tolist()
     total = ranking = wins = 0.0
-    for row in rows:
-        tree = encoded[row].tree
-        c, r = (model(input_ids=torch.tensor([[*tree.trunk, *branch.ids]])).logits.item() for branch in tree.branches)
-        ranking += math.log1p(math.exp(-(c - r - encoded[row].margin)))
+    for each in encoded:
+        ids = ([*each.tree.trunk, *branch.ids] for branch in each.tree.branches)
+        c, r = (model(input_ids=torch.tensor([row])).logits.item() for row in ids)
+        ranking += math.log1p(math.exp(-(c - r - each.margin)))
         total += 0.1 * (c + r) ** 2
         wins += c > r
-        for value, label in ((c, encoded[row].chosen_safe), (r, encoded[row].rejected_safe)):
+        for value, label in ((c, each.chosen_safe), (r, each.rejected_safe)):
             if label is not None:
                 total += 0.5 * math.log1p(math.exp(-value if label else value))
     assert loss.item() == pytest.approx(total + ranking, abs=1e-4)
