@@ -4,9 +4,10 @@
 
 Trains every variant of the named studies with every seed at a small size (further settings go to each run), skips what
 is finished, and prints for each variant its accuracy and the difference from the first one, pair by pair, with 95 %
-intervals. Graded pairs get their ratings from ranks (1, 2, 3, 4 or more places apart) and annotators' votes (1, 2, 3
-ahead); two fifths of their conversations are held out, since the validation file alone has 165 pairs. `--variants`
-trains some of a study only, e.g. for two calls at once with run.num_threads=1 each.
+intervals; for finding unsafe responses (P(safe) below a half) the mean over the seeds. Graded pairs get their ratings
+from ranks (1, 2, 3, 4 or more places apart) and annotators' votes (1, 2, 3 ahead); two fifths of their conversations
+are held out, since the validation file alone has 165 pairs. `--variants` trains some of a study only, e.g. for two
+calls at once with run.num_threads=1 each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,22 +110,22 @@ def _study(name: str, study: Study, settings: Sequence[str], options: argparse.N
                 _train(folder, [*study.common, *extra, *settings, f"run.seed={seed}"])
         if all(map(is_finished, folders.values())):
             found[variant] = list(folders.values())
-    columns = ("variant", "accuracy", "against the first", "ROC AUC of unsafe", "recall of unsafe")
-    table = Table(*columns, title=f"{study.title}, seeds {options.seeds}", title_justify="left")
+    rows = []
     first = _mean_wins(next(iter(found.values())))
     for variant, runs in found.items():
         wins = _mean_wins(runs)
         difference = mean_interval([ours - theirs for ours, theirs in zip(wins, first, strict=True)])
-        detection = [read_result(run)["valid"].get("unsafe_detection") for run in runs]
-        areas = [entry["roc_auc"]["value"] for entry in detection if entry]
-        recalls = [entry["at_threshold"][0]["recall"]["value"] for entry in detection if entry]
-        table.add_row(
-            variant,
-            show(mean_interval(wins).to_json(), ".3f", bounds=True),
-            show(difference.to_json(), "+.3f", bounds=True),
-            *(", ".join(f"{value:.3f}" for value in values) or "-" for values in (areas, recalls)),
-        )
-    Console(highlight=False).print(table)
+        detection = [entry for run in runs if (entry := read_result(run)["valid"].get("unsafe_detection"))]
+        areas = [entry["roc_auc"] for entry in detection]
+        precisions, recalls = ([entry["at_threshold"][0][of] for entry in detection] for of in ("precision", "recall"))
+        figures = [mean_interval(wins).to_json(), *(_mean_of(each) for each in (areas, precisions, recalls) if each)]
+        accuracy, *unsafe = (show(figure, bounds=True) for figure in figures)
+        rows.append((variant, accuracy, show(difference.to_json(), "+.3f", bounds=True), *unsafe))
+    columns = ("variant", "accuracy", "against the first", "ROC AUC of unsafe", "its precision", "its recall")
+    table = Table(*columns[: len(rows[0])], title=f"{study.title}, seeds {options.seeds}", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _train(folder: Path, settings: Sequence[str]) -> Path:
@@ -132,6 +134,15 @@ def _train(folder: Path, settings: Sequence[str]) -> Path:
         config = load_config(stage.config_class(), None, [*settings, f"run.dir={folder}"])
         stage.run_function()(config, resume=read_manifest(folder) is not None)
     return folder
+
+
+def _mean_of(intervals: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The mean over the seeds of a figure and of its bounds: all seeds are measured on the same responses.
+
+    None where a seed has none, as the precision where nothing was flagged.
+    """
+    columns = {name: [entry[name] for entry in intervals] for name in ("value", "low", "high")}
+    return {name: None if None in values else statistics.fmean(values) for name, values in columns.items()}
 
 
 def _mean_wins(runs: Sequence[Path]) -> list[float]:
