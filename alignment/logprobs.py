@@ -125,7 +125,7 @@ def _last_layer_only_for(inner: nn.Module, needed: Int[Tensor, " S"]) -> list[Re
     are gone, so there all tokens go in.
     """
     layers = getattr(inner.get_decoder(), "layers", None)  # other names, e.g. GPT-2's, compute all tokens
-    if not layers or inner.is_gradient_checkpointing:
+    if not layers or any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
         return []
     shapes: list[torch.Size] = []
 

@@ -65,7 +65,7 @@ STAGES = {
 def prepare_libraries() -> None:
     """Quiets the libraries' own bars and notices, and sets the allocator; call before a stage runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    verbosity = os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     import datasets
@@ -73,6 +73,8 @@ def prepare_libraries() -> None:
 
     from alignment.hardware import tune_allocator
 
+    if verbosity == "error":  # where transformers was imported before, it has not seen the variable
+        transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     tune_allocator()
