@@ -118,6 +118,13 @@ def test_the_reward_model_loads_with_plain_transformers_with_the_same_outputs(pi
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_every_metric_of_a_reward_model_is_explained(pipeline):
+    explained = (ROOT / "docs" / "reward-models.md").read_text(encoding="utf-8")
+    first = json.loads((pipeline / "rm-safety" / "metrics.jsonl").read_text().splitlines()[0])
+    for name in first.keys() - {"step", "stage"}:
+        assert f"| `{name}` |" in explained, name
+
+
 def test_two_reward_models_are_compared_by_the_scores_they_left(pipeline):
     """Each was validated on its own pairs; as files of scores they can only be compared on the same ones."""
     scores = [pipeline / name / "held_out_scores.jsonl" for name in ("rm-helpfulness", "rm-safety")]

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignment.chat import encode_dialogue, encode_prompt
 from alignment.data import load_dialogues, load_prompts
 from alignment.dialogue import Message
 from alignment.logprobs import response_logprobs
-from alignment.models import LoadedModel, load_chat_model
+from alignment.models import LoadedModel, load_chat_model, load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import SamplingParams
 from alignment.sampling.torch_engine import TorchSampler
+from reward_models.score import Scorer
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,21 @@ def test_trained_tokens_of_every_demonstration_are_its_answers_and_their_end(smo
         trained = [token for token, counts in zip(encoded.input_ids, encoded.loss_mask, strict=True) if counts]
         answers = [message.content for message in dialogue.messages if message.role == "assistant"]
         assert smollm2.tokenizer.decode(trained) == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+def test_plain_transformers_reads_the_score_where_we_do(tmp_path):
+    """As docs/reward-models.md has it: the template's line break behind the response is taken off."""
+    loaded = load_reward_model("smollm2-135m-instruct", chat_template="chatml", new_head_seed=0)
+    save_model(loaded.model, loaded, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    prompt, response = "Why is the sky blue?", "It reflects the sea."
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    with torch.no_grad():
+        expected = plain(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.item()
+    [[found]] = Scorer.load(str(tmp_path / "model"), dtype="float32").score([prompt], [[response]])
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_pad_token_is_not_the_end_of_turn(smollm2):

@@ -130,22 +130,26 @@ def test_each_stage_has_a_recipe_script(name, monkeypatch, capsys):
     assert f"align {name}" in shown and "run.dir" in shown
 
 
-def readme_commands():
-    """Every `align` line of the README's command blocks, joined where it is broken."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+def documented_commands():
+    """Every `align` line of the command blocks of README and docs, joined where it is broken."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
     lines = [line.split("#")[0] for line in text.splitlines() if re.match(r" {4}(\w+=\S+ )?align ", line)]
     return [line[line.index("align ") :].split()[1:] for line in lines]
 
 
-@pytest.mark.parametrize("arguments", readme_commands(), ids=" ".join)
-def test_the_readmes_commands_are_commands_with_settings_that_exist(arguments):
+@pytest.mark.parametrize("arguments", documented_commands(), ids=" ".join)
+def test_documented_commands_are_commands_with_settings_that_exist(arguments):
     name, rest = arguments[0], arguments[1:]
     if name in STAGES and rest and rest[0] not in ("compare",):
+        if rest[0].endswith(".yaml"):  # validated by itself
+            assert (ROOT / rest[0]).is_file()
+            return
         overrides = parse_overrides([argument for argument in rest if "=" in argument])
         build_config(STAGES[name].config_class(), overrides, "README", check_inputs=False)
         return
     options = [argument.split("=")[0] for argument in rest if argument.startswith("--")]
-    words = [name, *[word for word in rest[:1] if word in ("check", "preview", "convert", "compare")]]
+    words = [name, *[word for word in rest[:1] if word in ("check", "preview", "convert", "split", "compare")]]
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--help"])
     assert shown.exit_code == 0
     for option in options:
