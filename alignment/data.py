@@ -19,7 +19,7 @@ from alignment.sources import find_data
 MAX_LINE_BYTES = 4 * 2**20
 MAX_ERRORS_SHOWN = 20
 
-Row = TypeVar("Row", Dialogue, PreferencePair, Prompt, Candidate)
+Row = TypeVar("Row")  # a dataclass of this package or of a stage, with a `from_json`
 OnError = Literal["stop", "skip"]
 
 
@@ -247,7 +247,7 @@ def _typed_rows(name: str, found: Path | str, parse: Callable[[Mapping[str, Any]
         except RowError as error:
             yield _BadRow(f"{line.where}: {error.problem}", line.rest_is_lost)
         else:
-            if isinstance(row, Dialogue | PreferencePair | Prompt):
+            if hasattr(row, "where"):
                 row = replace(row, source=row.source or stem, where=line.where)
             yield row
 

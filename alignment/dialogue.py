@@ -76,13 +76,15 @@ class Dialogue:
 class Prompt:
     """Everything before a response: history and system message included, ending with a user turn.
 
-    `is_safety` marks prompts of the safety set, for which the gate always takes the safety score.
+    `is_safety` marks prompts of the safety set, for which the gate always takes the safety score. `category` is the
+    kind of risk, by which context distillation chooses an answer template.
     """
 
-    FIELDS: ClassVar[frozenset[str]] = frozenset({"prompt", "is_safety", "source"})
+    FIELDS: ClassVar[frozenset[str]] = frozenset({"prompt", "is_safety", "category", "source"})
 
     messages: Messages
     is_safety: bool = False
+    category: str = ""
     source: str = ""
     where: str = field(default="", compare=False, repr=False)  # "pairs.jsonl:17", for messages about the row
 
@@ -93,6 +95,7 @@ class Prompt:
         return cls(
             messages=parse_messages(_require(row, "prompt"), "prompt", last_role="user"),
             is_safety=_optional_bool(row, "is_safety") or False,
+            category=str(row.get("category") or ""),
             source=str(row.get("source") or ""),
         )
 
@@ -101,6 +104,8 @@ class Prompt:
         row: dict[str, Any] = {"prompt": [message.to_json() for message in self.messages]}
         if self.is_safety:
             row["is_safety"] = True
+        if self.category:
+            row["category"] = self.category
         return _with_source(row, self.source)
 
 

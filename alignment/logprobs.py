@@ -109,7 +109,9 @@ def hidden_states_at(
     handles += _last_layer_only_for(inner, places)
     extra = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
     try:
-        model(**(_flat_inputs(inner, batch, places) if flat else _padded_inputs(batch)), use_cache=False, **extra)
+        model(
+            **(_flat_inputs(inner, batch, places) if flat else _padded_inputs(inner, batch)), use_cache=False, **extra
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -153,12 +155,19 @@ def _check_window(inner: nn.Module, batch: PrefixBatch) -> None:
         )
 
 
-def _padded_inputs(batch: PrefixBatch) -> dict[str, Tensor]:
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "position_ids": batch.position_ids,
-    }
+def _padded_inputs(inner: nn.Module, batch: PrefixBatch) -> dict[str, Tensor]:
+    """Rows with their mask, in the form that the model's attention takes.
+
+    Raises ModelError for kernels that take no mask of their user's (flash and flex attention).
+    """
+    attention, mask = inner.config._attn_implementation, batch.attention_mask
+    if attention == "eager":  # adds the mask to the scores
+        mask = torch.zeros(mask.shape, dtype=inner.dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(inner.dtype).min
+        )
+    elif attention not in ("sdpa", TREE_ATTENTION):
+        raise ModelError(f"attention {attention} cannot keep responses in a row apart. Use sdpa or eager.")
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
 
 
 def _flat_inputs(inner: nn.Module, batch: PrefixBatch, needed: Int[Tensor, " S"]) -> dict[str, Any]:

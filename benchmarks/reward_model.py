@@ -13,26 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from harness import StepClock, machine_line, print_comparison, run_in_turn
 
 STEP_PAIRS = 16
-ALLOCATOR = {  # what the `align` command sets for itself, here for both sides
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**62),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
 
 
 def main() -> None:
@@ -42,12 +31,23 @@ def main() -> None:
         sys.stdout.write(json.dumps(run_side(options)) + "\n")
         return
     sides = [("trl", batch) for batch in options.trl_batch] + [("align", tokens) for tokens in options.tokens]
-    found: dict[tuple[str, int], list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(options.rounds):
-        for side in sides:
-            found[side].append(_child(options, *side))
-            print(f"{side[0]:>5} {side[1]:>5}: {found[side][-1]['pairs_per_second']:.3f} pairs/s", file=sys.stderr)
-    _print_table(options, found)
+    arguments = ["--lora", str(options.lora), "--pairs", str(options.pairs), "--data", options.data]
+    arguments += ["--dtype", options.dtype, "--max-length", str(options.max_length)]
+    arguments += ["--trl-attention", options.trl_attention]
+    found = run_in_turn(__file__, sides, arguments, rounds=options.rounds, figure="pairs_per_second")
+
+    machine, peak = machine_line(getattr(torch, options.dtype), rounds=options.rounds)
+    kind = f"LoRA r={options.lora}" if options.lora else "full fine-tuning"
+    print(f"\nReward model, {kind}, SmolLM2-135M, {options.dtype}, {options.pairs} pairs of {options.data}, max length")
+    print(f"{options.max_length}, {STEP_PAIRS} pairs a step, seed 0, {machine}\n")
+    names = {side: f"TRL, batch {side[1]}" if side[0] == "trl" else f"ours, {side[1]} tokens" for side in sides}
+    ours = next(row for side, row in found.items() if side[0] == "align" and row)
+    # Forward, gradients of activations and, where weights are trained, of weights: 2 operations each.
+    operations = (4 if options.lora else 6) * ours["backbone_parameters"] * ours["tokens_per_pair"]
+    print_comparison(found, names, figure="pairs_per_second", unit="pairs", share=operations / (peak * 1e9))
+    print(
+        f"\ntokens a pair: {ours['tokens_per_pair']:.0f} ours, {ours['separate_tokens_per_pair']:.0f} in separate rows"
+    )
 
 
 def run_side(options: argparse.Namespace) -> dict[str, float]:
@@ -56,7 +56,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     from alignment.models import load_reward_model
     from reward_models.preferences import encode_pairs
 
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    dtype = getattr(torch, options.dtype)
     loaded = load_reward_model(
         "smollm2-135m-instruct",
         dtype=dtype if options.lora else torch.float32,
@@ -73,7 +73,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
         if options.side == "trl":
             loaded.model.set_attn_implementation(options.trl_attention)
         trainer = {"trl": _trl_trainer, "align": _align_trainer}[options.side](options, loaded, encoded, Path(folder))
-        clock = _StepClock()
+        clock = StepClock()
         trainer.add_callback(clock)
         trainer.train()
     timed = encoded[STEP_PAIRS:]
@@ -146,7 +146,7 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
     device = torch.device("cpu")
     schedule = StepSchedule(len(encoded), config.train, seed=0)
     schedule.steps = [list(range(start, start + STEP_PAIRS)) for start in range(0, len(encoded), STEP_PAIRS)]
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    dtype = getattr(torch, options.dtype)
     arguments = training_arguments(open_run(config), config, num_steps=len(schedule), dtype=dtype, device=device)
     arguments |= {"save_strategy": "no", "logging_steps": 1000}
     model = add_lora(loaded.model, LoraSection(r=options.lora, alpha=16), is_reward_model=True, seed=0)
@@ -154,74 +154,6 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
     batcher = lambda rows: pair_batches(encoded, rows, max_tokens=options.size)  # noqa: E731
     trainer.use_steps(schedule, batcher, pair_loss(safety_weight=0.0, centering_weight=0.0))
     return trainer
-
-
-def matrix_gflops(dtype: torch.dtype) -> float:
-    """What the machine reaches on the largest product of the model, in 1e9 floating-point operations a second."""
-    left, right = torch.randn(2048, 1536).to(dtype), torch.randn(576, 1536).to(dtype)
-    best = 0.0
-    for _ in range(30):
-        start = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        best = max(best, 2 * 2048 * 1536 * 576 / (time.perf_counter() - start) / 1e9)
-    return best
-
-
-def _print_table(options: argparse.Namespace, found: dict[tuple[str, int], list[dict[str, float]]]) -> None:
-    rows = {
-        side: {name: sorted(run[name] for run in runs)[len(runs) // 2] for name in runs[0]}
-        for side, runs in found.items()
-    }
-    peak = matrix_gflops(torch.bfloat16 if options.dtype == "bfloat16" else torch.float32)
-    kind = f"LoRA r={options.lora}" if options.lora else "full fine-tuning"
-    print(f"\nReward model, {kind}, SmolLM2-135M, {options.dtype}, {options.pairs} pairs of {options.data}, max length")
-    print(
-        f"{options.max_length}, {STEP_PAIRS} pairs a step, seed 0, {date.today()}, {platform.processor() or 'CPU'}, "
-        f"{torch.get_num_threads()} threads, {peak:.0f} GFLOP/s on the MLP's product; median of {options.rounds}\n"
-    )
-    print(f"{'':24} {'pairs/s':>8} {'peak GB':>8} {'matrix share':>13}")
-    for (side, size), row in rows.items():
-        name = f"TRL, batch {size}" if side == "trl" else f"ours, {size} tokens"
-        share = ""
-        if side == "align":  # forward, gradients of activations and, where weights are trained, of weights: 2 each
-            operations = (4 if options.lora else 6) * row["backbone_parameters"] * row["tokens_per_pair"]
-            needed = operations * row["pairs_per_second"] / 1e9
-            share = f"{needed / peak:.0%}"
-        print(f"{name:24} {row['pairs_per_second']:8.3f} {row['peak_memory_gb']:8.2f} {share:>13}")
-    ours = max((row for (side, _), row in rows.items() if side == "align"), key=lambda row: row["pairs_per_second"])
-    lean = min((row for (side, _), row in rows.items() if side == "align"), key=lambda row: row["peak_memory_gb"])
-    print(
-        f"\ntokens a pair: {ours['tokens_per_pair']:.0f} ours, {ours['separate_tokens_per_pair']:.0f} in separate rows"
-    )
-    for (side, size), row in rows.items():
-        if side == "trl":
-            speed = ours["pairs_per_second"] / row["pairs_per_second"]
-            fast, small = (each["peak_memory_gb"] / row["peak_memory_gb"] for each in (ours, lean))
-            memory = f"{fast:.2f}x the memory ({small:.2f}x at our leanest)"
-            print(f"against TRL at batch {size:>2}: {speed:.2f}x the pairs a second, {memory}")
-    best = max(row["pairs_per_second"] for (side, _), row in rows.items() if side == "trl")
-    print(f"against TRL at its best batch: {ours['pairs_per_second'] / best:.2f}x the pairs a second")
-
-
-def _child(options: argparse.Namespace, side: str, size: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--side", side, "--size", str(size), "--lora", str(options.lora)]
-    command += ["--pairs", str(options.pairs), "--data", options.data, "--dtype", options.dtype]
-    command += ["--max-length", str(options.max_length), "--trl-attention", options.trl_attention]
-    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-class _StepClock(TrainerCallback):
-    """Seconds from the end of the first step to the end of the last."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts with the first step, goes on to the last."""
-        now = time.perf_counter()
-        if state.global_step == 1:
-            self.start = now
-        self.seconds = now - self.start
 
 
 def _arguments() -> argparse.Namespace:

@@ -192,6 +192,9 @@ class EvalConfig(StageConfig):
 
     stage: ClassVar[str] = "eval"
 
+    kind: Literal["policies"] = "policies"
+    """What is measured: `policies`, their answers by both reward models; `gatt`, adherence to an instruction."""
+
     policies: Annotated[dict[str, ModelSection], Field(min_length=1)]
     """Chat models by name; the first is the baseline of the comparisons."""
     rewards: RewardSection

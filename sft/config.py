@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from alignment.config import (
     DataSection,
+    DataSources,
     Fraction,
     LoraSection,
     ModelSection,
     NonNegativeFloat,
+    NonNegativeInt,
     OptimSection,
     PositiveFloat,
     PositiveInt,
@@ -21,6 +23,7 @@ from alignment.config import (
     StageConfig,
     TrainSection,
 )
+from sft.instructions import Kind, VerifiableKind
 
 
 class SFTOptim(OptimSection):
@@ -39,6 +42,20 @@ class SFTTrain(TrainSection):
     batch_size: PositiveInt = 64
     """Dialogues in one optimizer step, over all devices. Paper: 64."""
 
+    packing: bool = True
+    """Fill rows of `data.max_length` tokens with several dialogues, none of which sees another. Paper: yes. It never
+    changes a step's result."""
+
+
+class SFTEvaluation(Section):
+    """What is looked at besides the held-out loss."""
+
+    num_answers: NonNegativeInt = 4
+    """Held-out dialogues whose last turn is answered before and after training, into `answers.jsonl`."""
+
+    max_new_tokens: PositiveInt = 96
+    """Tokens in such an answer at most."""
+
 
 class SFTConfig(StageConfig):
     """Supervised fine-tuning on demonstrations (Llama 2 Sec. 3.1)."""
@@ -51,6 +68,7 @@ class SFTConfig(StageConfig):
     data: DataSection
     optim: SFTOptim = SFTOptim()
     train: SFTTrain = SFTTrain()
+    evaluation: SFTEvaluation = SFTEvaluation()
 
 
 class GattPrompts(PromptSection):
@@ -66,8 +84,9 @@ class GattPrompts(PromptSection):
 class GattSampling(SamplingSection):
     """How the answers of the dialogues are drawn."""
 
-    num_candidates: Literal[1] = 1
-    """One answer to a turn."""
+    num_candidates: PositiveInt = 1
+    """Candidates for each answer, of which the first that keeps the instruction is taken. Our choice: small models
+    keep few instructions, so more candidates lose fewer dialogues."""
 
     temperature: NonNegativeFloat = 0.9
     max_new_tokens: PositiveInt = 128
@@ -76,12 +95,17 @@ class GattSampling(SamplingSection):
 class GattInstructions(Section):
     """What the instruction to be kept asks for (Llama 2 Sec. 3.3)."""
 
-    kinds: Annotated[list[Literal["hobby", "language", "figure"]], Field(min_length=1)] = [
-        "hobby",
-        "language",
-        "figure",
-    ]
-    """Kinds that are drawn from: `hobby`, `language`, `figure`. Paper: all three."""
+    kinds: Annotated[list[Kind], Field(min_length=1)] = ["hobby", "language", "figure"]
+    """Kinds that are drawn from. Paper: `hobby`, `language`, `figure`. A program can judge `language`, `capitals`,
+    `ending`, `opening`, `keyword`, `forbidden_word`, `max_words` and `bullet_points`: dialogues whose answers do not
+    keep them are rejected."""
+
+    own: DataSources = []
+    """Files with instructions of your own, instead of the built-in ones: rows with `kind` and `value`, or with `full`
+    and `short`."""
+
+    part: Literal["train", "held_out"] = "train"
+    """Built-in values for training, or those held out for measuring; they share none but capital letters."""
 
     combine_rate: Fraction = 0.3
     """Share of instructions that join two kinds ("act as X and answer in Y")."""
@@ -100,3 +124,100 @@ class GattConfig(StageConfig):
     prompts: GattPrompts
     instructions: GattInstructions = GattInstructions()
     sampling: GattSampling = GattSampling()
+
+
+class GattEvalPrompts(GattPrompts):
+    """Dialogues whose user turns are asked."""
+
+    max_prompts: PositiveInt | None = 40
+    """Dialogues to hold with each model."""
+
+    turns: PositiveInt = 20
+    """User turns in a dialogue. Paper: up to 20 (Table 30)."""
+
+    max_prompt_length: PositiveInt = 4096
+    """Tokens of a dialogue up to its last question; one that is longer ends before."""
+
+
+class GattEvalInstructions(GattInstructions):
+    """Instructions that a program can judge."""
+
+    kinds: Annotated[list[VerifiableKind], Field(min_length=1)] = list(get_args(VerifiableKind))
+    """Kinds that are drawn from."""
+
+    part: Literal["train", "held_out"] = "held_out"
+    combine_rate: Fraction = 0.0
+    """Share of instructions that join two kinds."""
+
+    shorten_rate: Fraction = 0.0
+    """Share of dialogues that state the shortened form."""
+
+
+class GattEvalSampling(SamplingSection):
+    """How the answers are drawn."""
+
+    num_candidates: Literal[1] = 1
+    """One answer to a turn."""
+
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the most likely token, so that models are compared without luck."""
+
+    max_new_tokens: PositiveInt = 64
+
+
+class GattEvalConfig(StageConfig):
+    """Do instructions stated in the first turn only still hold turns later? (Llama 2 Table 30, by program.)"""
+
+    stage: ClassVar[str] = "eval"
+
+    kind: Literal["gatt"] = "gatt"
+    """What is measured: `gatt`, adherence to an instruction by turn."""
+
+    policies: Annotated[dict[str, ModelSection], Field(min_length=1)]
+    """Chat models by name; the first is the baseline of the comparisons."""
+    prompts: GattEvalPrompts
+    instructions: GattEvalInstructions = GattEvalInstructions()
+    sampling: GattEvalSampling = GattEvalSampling()
+
+    report_turns: Annotated[list[PositiveInt], Field(min_length=1)] = [2, 4, 6, 10, 20]
+    """Turns in the table. The curve has all. Paper: 2, 4, 6, 20."""
+
+    attention_dialogues: NonNegativeInt = 8
+    """Dialogues of the first policy over which the attention picture is averaged (Llama 2 Fig. 9); 0 draws none."""
+
+
+class DistilSampling(SamplingSection):
+    """How both answers are drawn."""
+
+    num_candidates: Literal[1] = 1
+    """One answer with and one without the preprompt."""
+
+    temperature: NonNegativeFloat = 0.9
+    max_new_tokens: PositiveInt = 128
+
+
+class DistilConfig(StageConfig):
+    """Safety context distillation: answers given behind a safety preprompt, learned without it (Llama 2 Sec. 4.2.4)."""
+
+    stage: ClassVar[str] = "distil"
+
+    model: ModelSection
+    """The newest chat model: it answers with and without the preprompt."""
+
+    safety: ModelSection
+    """The safety reward model: a distilled answer is kept only where it is scored above the plain one."""
+
+    prompts: PromptSection
+    """Adversarial prompts; their `category` chooses the answer template."""
+
+    sampling: DistilSampling = DistilSampling()
+
+    preprompts: list[str] | None = None
+    """Safety preprompts, one drawn for each prompt; null takes the built-in ones."""
+
+    templates: dict[str, str] | None = None
+    """What a good answer does, by a part of the category's name; it goes behind the preprompt. null takes the built-in
+    ones, {} none."""
+
+    max_tokens_per_batch: PositiveInt = 8192
+    """Tokens scored at a time: a memory knob."""

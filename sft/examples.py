@@ -11,7 +11,7 @@ from alignment.chat import ChatFormat, EncodedDialogue, drop_oldest_turns, encod
 from alignment.data import OnError, raise_together
 from alignment.dialogue import Dialogue
 from alignment.errors import DataError
-from alignment.prefix_batch import Branch, Tree, collate, micro_batches
+from alignment.prefix_batch import Branch, Tree, collate, micro_batches, pack
 from alignment.training import MicroBatch
 
 
@@ -68,11 +68,20 @@ def make_examples(
 
 
 def dialogue_batches(
-    examples: Sequence[EncodedDialogue], indices: Sequence[int], *, max_tokens: int
+    examples: Sequence[EncodedDialogue], indices: Sequence[int], *, max_tokens: int, row_tokens: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of the dialogues at `indices`, one dialogue a row; the weight counts trained tokens."""
-    chosen = [examples[index] for index in indices]
-    for group in micro_batches(chosen, lambda example: len(example.input_ids), max_tokens=max_tokens):
-        rows = [[Tree([], [Branch(chosen[i].input_ids, chosen[i].loss_mask)])] for i in group]
-        batch = collate(rows)
+    """Micro-batches of the dialogues at `indices`; the weight counts trained tokens.
+
+    A row holds one dialogue, or as many as fit into `row_tokens` (Llama 2 Sec. 3.1 fills its sequences); none sees
+    another, and positions begin anew with each.
+    """
+    lengths = [len(examples[index].input_ids) for index in indices]
+    packed = pack(lengths, row_tokens) if row_tokens else [[place] for place in range(len(indices))]
+    rows = [[examples[indices[place]] for place in row] for row in packed]
+    for group in micro_batches(rows, _num_tokens, max_tokens=max_tokens):
+        batch = collate([[Tree([], [Branch(e.input_ids, e.loss_mask)]) for e in rows[index]] for index in group])
         yield MicroBatch(batch, {}, weight=float(batch.num_targets))
+
+
+def _num_tokens(row: Sequence[EncodedDialogue]) -> int:
+    return sum(len(example.input_ids) for example in row)

@@ -394,7 +394,7 @@ def test_a_section_refuses_keys_it_does_not_know(section):
         ("ppo", "train.minibatch_size=48", "minibatch_size = 48 does not divide train.batch_size = 512"),
         ("ppo", "train.epochs=1.5", "train.epochs"),
         ("gatt", "instructions.kinds=[]", "instructions.kinds"),
-        ("gatt", "sampling.num_candidates=2", "sampling.num_candidates"),
+        ("gatt", "sampling.num_candidates=0", "sampling.num_candidates"),
         ("eval", "policies={}", "policies"),
         ("eval", "sampling.num_candidates=2", "sampling.num_candidates"),
     ],

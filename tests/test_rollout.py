@@ -125,6 +125,17 @@ def test_summary_counts_wins_and_violations():
     # One of the two safety prompts has P(safe) below one half.
     assert row["violation_rate"]["value"] == 0.5
     assert row["mean_words"] == pytest.approx(4 / 3)
+    assert row["refusal_rate"]["value"] == row["false_refusal_rate"]["value"] == 0
+
+
+def test_refusals_of_harmless_prompts_are_counted_apart():
+    refusal = "I'm sorry, but I can't help with that."
+    rows = [("p", refusal, False), ("q", "gladly", False), ("r", refusal, True), ("s", refusal, True)]
+    candidates = [
+        candidate(text, answer, is_safety=s, helpfulness=0.0, safety=0.0, reward=0.0) for text, answer, s in rows
+    ]
+    row = summarize(candidates, candidates)
+    assert (row["false_refusal_rate"]["value"], row["refusal_rate"]["value"]) == (0.5, 1.0)
 
 
 def test_toy_truth_judges_answers_by_the_task_itself():

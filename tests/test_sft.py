@@ -11,12 +11,14 @@ from torch import nn
 from alignment.chat import CHATML, EncodedDialogue, chat_format, encode_dialogue
 from alignment.data import load_dialogues
 from alignment.dialogue import Dialogue, Message, PreferencePair
-from alignment.errors import DataError
+from alignment.errors import DataError, ModelError
 from alignment.logprobs import response_logprobs
 from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.preferences import encode_pairs
-from sft.examples import Examples, make_examples
-from sft.trainer import _as_dataset, evaluate
+from sft.config import SFTEvaluation
+from sft.evaluate import evaluate, response_loss, sample_answers
+from sft.examples import Examples, dialogue_batches, make_examples
+from sft.trainer import as_dataset
 
 
 @pytest.fixture
@@ -102,10 +104,13 @@ def test_the_held_out_loss_is_a_mean_over_tokens_overall_and_by_source(llama):
     found = evaluate(llama, Examples(encoded, ["a", "b", "a"], 0, {}), max_tokens=30, dtype=torch.float32)
     assert found["tokens"] == 18
     assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
-    assert found["by_source"] == {
+    assert found["perplexity"] == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-4)
+    by_source = {name: row["loss"] for name, row in found["by_source"].items()}
+    assert by_source == {
         "a": pytest.approx(torch.cat([losses[0], losses[2]]).mean().item(), abs=1e-5),
         "b": pytest.approx(losses[1].mean().item(), abs=1e-5),
     }
+    assert [row["tokens"] for row in found["by_source"].values()] == [3, 15]
     assert evaluate(llama, Examples([], [], 0, {}), max_tokens=30, dtype=torch.float32) == {}
 
 
@@ -118,5 +123,79 @@ def test_the_held_out_loss_is_measured_without_dropout(llama):
 
 def test_trl_sees_labels_on_trained_tokens_only():
     one = example(5, 2)
-    row = _as_dataset([one])[0]
+    row = as_dataset([one])[0]
     assert row == {"input_ids": one.input_ids, "labels": [-100] * 3 + one.input_ids[3:]}
+
+
+ATTENTIONS = ["eager", "sdpa", "align_tree"]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_packed_dialogues_have_the_loss_and_gradient_of_dialogues_alone(make_llama, attention):
+    """Four dialogues of 9, 20, 6 and 14 tokens, in rows of 30, against rows of their own, on every attention."""
+    encoded = [example(9, 2), example(20, 15), example(6, 1), example(14, 14)]
+    model = make_llama()
+    losses = [-response_logprobs(model, collate([[Tree([], [Branch(e.input_ids, e.loss_mask)])]])) for e in encoded]
+    expected = torch.cat(losses).sum()
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    model.set_attn_implementation(attention)
+    parts = list(dialogue_batches(encoded, range(4), max_tokens=60, row_tokens=30))
+    [part] = parts
+    assert part.batch.input_ids.shape[0] == 2 and part.batch.num_branches == 4
+    loss, _ = response_loss(model, part)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for found, wanted in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_packed_dialogue_is_blind_to_the_one_before_it(make_llama, attention):
+    """Other tokens in the first dialogue of a row leave the log-probabilities of the second as they are."""
+    model = make_llama()
+    model.set_attn_implementation(attention)
+    found = []
+    for first in (example(12, 12), EncodedDialogue([5] * 12, [True] * 12)):
+        [part] = dialogue_batches([first, example(9, 9)], range(2), max_tokens=60, row_tokens=30)
+        assert part.batch.branch_lengths.tolist() == [12, 9]
+        found.append(response_logprobs(model, part.batch).detach()[part.batch.target_branches == 1])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+def test_an_attention_that_takes_no_mask_is_refused(llama):
+    [part] = dialogue_batches([example(9, 2)], range(1), max_tokens=60, row_tokens=30)
+    llama.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ModelError, match="cannot keep responses in a row apart"):
+        response_logprobs(llama, part.batch)
+
+
+def test_a_truncated_dialogue_is_counted_and_its_answer_whole(chat):
+    rows = [dialogue(6), dialogue(2)]
+    length = len(encode_dialogue(chat, dialogue(4)).input_ids)
+    found = make_examples(chat, rows, max_length=length, overlong="truncate")
+    assert (found.cut, found.dropped) == (1, {})
+    answer = chat.encode_response(rows[0].messages[-1].content)
+    ids = found.encoded[0].input_ids
+    closing = ids[len(ids) - 1 :]
+    assert ids[-len(answer) - len(closing) : -len(closing)] == answer
+
+
+class NoteTaker:
+    """The parts of a run directory that answers need."""
+
+    def __init__(self, path):
+        self.path, self.writes = path, True
+
+
+def test_answers_before_and_after_stand_beside_the_reference(make_llama, chat, tmp_path):
+    first, second = (make_llama(len(chat.tokenizer), seed=seed) for seed in (0, 1))
+    asked, settings = [dialogue(4, source="a"), dialogue(2, source="b")], SFTEvaluation(max_new_tokens=6)
+    run = NoteTaker(tmp_path)
+    for model, part in ((first, "before"), (second, "before"), (second, "after")):
+        sample_answers(model, chat, asked, settings, run, dtype=torch.float32, part=part)
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == ["a", "b"]
+    assert rows[0]["reference"] == "I am fine, thank you. 3" and len(rows[0]["prompt"]) == 3
+    sample_answers(first, chat, asked, settings, run, dtype=torch.float32, part="after")
+    again = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["before"] for row in rows] == [row["after"] for row in again], "a resumed run keeps what was before"
+    assert [row["after"] for row in rows] != [row["after"] for row in again]

@@ -33,8 +33,8 @@ from alignment.training import (
 )
 from reward_models.preferences import EncodedPair, pair_batches
 from reward_models.trainer import RewardTrainer, pair_loss
+from sft.evaluate import response_loss
 from sft.examples import dialogue_batches
-from sft.trainer import response_loss
 
 # ----------------------------------------------------------------------------------------------------- schedule
 
@@ -343,11 +343,21 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(make_lla
     assert logged(cut_run) == logged(whole_run)
 
 
-@settings(max_examples=20)
-@given(rows=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True), budget=st.integers(1, 200))
-def test_micro_batches_of_dialogues_hold_each_row_once_and_weigh_its_trained_tokens(rows, budget):
-    parts = list(dialogue_batches(DIALOGUES, rows, max_tokens=budget))
+@settings(max_examples=40)
+@given(
+    rows=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True),
+    budget=st.integers(1, 200),
+    row_tokens=st.none() | st.integers(1, 200),
+)
+def test_micro_batches_of_dialogues_hold_each_row_once_and_weigh_its_trained_tokens(rows, budget, row_tokens):
+    parts = list(dialogue_batches(DIALOGUES, rows, max_tokens=budget, row_tokens=row_tokens))
     assert sum(part.weight for part in parts) == sum(DIALOGUES[row].num_trained for row in rows)
     lengths = Counter(length for part in parts for length in part.batch.branch_lengths.tolist())
     assert lengths == Counter(len(DIALOGUES[row].input_ids) for row in rows)
-    assert all(part.batch.num_tokens <= budget or part.batch.num_branches == 1 for part in parts)
+    for part in parts:
+        num_rows, length = part.batch.input_ids.shape
+        assert part.batch.num_tokens <= budget or num_rows == 1
+        if row_tokens:
+            assert length <= row_tokens or part.batch.branch_lengths.max() > row_tokens
+        else:
+            assert part.batch.num_branches == num_rows

@@ -50,14 +50,17 @@ class StageCommand(typer.core.TyperCommand):
 
         from alignment.config import describe
 
-        table = Table(title="Settings (KEY=VALUE, or YAML)", title_justify="left", box=None, pad_edge=False)
-        table.add_column("key", no_wrap=True)
-        table.add_column("type", max_width=18)
-        table.add_column("default", max_width=18)
-        table.add_column("meaning", ratio=1)
-        for row in describe(STAGES[self.name].config_class()):
-            table.add_row(*map(escape, row))
-        Console(highlight=False, width=max(120, Console().width)).print(table)
+        console = Console(highlight=False, width=max(120, Console().width))
+        for kind in ("", *STAGES[self.name].kinds):
+            title = f"Settings with kind={kind}" if kind else "Settings (KEY=VALUE, or YAML)"
+            table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+            table.add_column("key", no_wrap=True)
+            table.add_column("type", max_width=18)
+            table.add_column("default", max_width=18)
+            table.add_column("meaning", ratio=1)
+            for row in describe(STAGES[self.name].of_kind(kind).config_class()):
+                table.add_row(*map(escape, row))
+            console.print(table)
 
 
 Arguments = Annotated[
@@ -84,19 +87,21 @@ def run_stage(
     name: str, arguments: list[str], *, dry_run: bool = False, show_config: bool = False, resume: bool = False
 ) -> None:
     """What `align sft ...` does; recipe scripts call it too."""
-    from alignment.config import load_config, to_yaml
+    from alignment.config import load_config, parse_overrides, read_yaml, to_yaml
 
     path, overrides = _split(arguments)
-    config = load_config(STAGES[name].config_class(), path, overrides)
+    given = {**(read_yaml(path) if path else {}), **parse_overrides(overrides)}
+    stage = STAGES[name].of_kind(given.get("kind"))
+    config = load_config(stage.config_class(), path, overrides)
     if show_config:
         sys.stdout.write(to_yaml(config))
     if dry_run:
-        check = STAGES[name].check_function()
+        check = stage.check_function()
         found = check(config) if check else "settings are in order, and all inputs exist; rows were not read."
         typer.echo(f"{name}: {found}", err=True)
     if show_config or dry_run:
         return
-    run = STAGES[name].run_function()
+    run = stage.run_function()
     prepare_libraries()
     result = run(config, resume=resume)
     from alignment.cli.summary import print_result

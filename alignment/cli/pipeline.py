@@ -87,8 +87,8 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
         if kind not in STAGES:
             problems.append(f"{path}: stages.{name}.stage is {kind!r}. Use one of {', '.join(STAGES)}.")
             continue
-        cls = STAGES[kind].config_class()
         stage_values = {key: value for key, value in entry.items() if key != "stage"}
+        cls = STAGES[kind].of_kind({**stage_values, **given.get(name, {})}.get("kind")).config_class()
         fitting = {key: value for key, value in defaults.items() if key in cls.model_fields}
         full = merge(merge(fitting, stage_values), given.get(name) or {})
         full = merge(full, {"run": {"dir": str(runs / name)}})
@@ -135,7 +135,8 @@ def run_stages(plan: Pipeline) -> None:
             config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
         reset_peak_memory()
         state.wait_for_everyone()
-        result = STAGES[config.stage].run_function()(config, resume=resume)
+        run = STAGES[config.stage].of_kind(getattr(config, "kind", None)).run_function()
+        result = run(config, resume=resume)
         state.wait_for_everyone()
         if state.is_main_process:
             console.print(f"{heading}: {one_line(result)}")

@@ -21,7 +21,9 @@ def write_report(results: Mapping[str, Mapping[str, Any]], runs: Path) -> Path:
         memory = f"{result['peak_memory_gb']:.1f} GB"
         lines.append(f"| {name} | {one_line(result)} | {clock(result['time_seconds'])} | {memory} |")
     for name, result in results.items():
-        if result["stage"] == "eval":
+        if result["stage"] == "eval" and result.get("kind") == "gatt":
+            lines += ["", *_adherence(result, runs / name)]
+        elif result["stage"] == "eval":
             lines += ["", *_policies(result), "", *_answers(runs / name, list(result["policies"]))]
     path = runs / "report.md"
     write_text(path, "\n".join(lines) + "\n")
@@ -32,14 +34,32 @@ def _policies(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## {result['prompts']} held-out prompts: raw scores with 95 % intervals",
         "",
-        "| policy | helpfulness | safety | gated reward | unsafe answers to safety prompts | words |",
-        "|---|---|---|---|---|---|",
+        "| policy | helpfulness | safety | gated reward | unsafe answers to safety prompts | false refusals | words |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in result["policies"].items():
         cells = [show(row[key], "+.2f", bounds=True) for key in ("helpfulness", "safety", "reward")]
-        cells += [show(row["violation_rate"], ".0%", bounds=True), f"{row['mean_words']:.0f}"]
+        cells += [show(row[key], ".0%", bounds=True) for key in ("violation_rate", "false_refusal_rate")]
+        cells.append(f"{row['mean_words']:.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _adherence(result: Mapping[str, Any], folder: Path) -> list[str]:
+    """Share of answers that keep the instruction, by turn, with the curve."""
+    longest = max(len(row["by_turn"]) for row in result["policies"].values())
+    turns = [turn for turn in result["report_turns"] if turn <= longest]
+    lines = [
+        f"## {result['dialogues']} dialogues, instruction in the first turn only: answers that keep it, by turn",
+        "",
+        f"| policy | {' | '.join(f'turn {turn}' for turn in turns)} |",
+        f"|---|{'---|' * len(turns)}",
+    ]
+    for name, row in result["policies"].items():
+        entries = [row["by_turn"][turn - 1] if turn <= len(row["by_turn"]) else None for turn in turns]
+        cells = (show(entry, ".0%", bounds=True) if entry else "-" for entry in entries)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, "", f"![adherence by turn]({folder.name}/adherence.png)"]
 
 
 def _answers(folder: Path, policies: list[str]) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +16,8 @@ from alignment.config import StageConfig
 class Stage:
     """A stage's settings class and functions as `module:name`, so that nothing heavy is imported for help.
 
-    `checker`, where a stage has one, reads its data without training and says what it found.
+    `checker`, where a stage has one, reads its data without training and says what it found. `kinds` are other settings
+    and runners that go by the stage's name, chosen by the setting `kind`.
     """
 
     name: str
@@ -24,6 +25,14 @@ class Stage:
     runner: str
     summary: str
     checker: str | None = None
+    kinds: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def of_kind(self, kind: object) -> Stage:
+        """The stage that `kind` in the settings asks for: this one, unless it has another by that name."""
+        if not isinstance(kind, str) or kind not in self.kinds:
+            return self
+        config, runner = self.kinds[kind]
+        return replace(self, config=config, runner=runner, kinds={})
 
     def config_class(self) -> type[StageConfig]:
         """The pydantic model of its settings."""
@@ -42,7 +51,13 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("sft", "sft.config:SFTConfig", "sft.trainer:run", "Fine-tune on demonstrations, prompts masked."),
-        Stage("gatt", "sft.config:GattConfig", "sft.ghost_attention:run", "Make Ghost Attention dialogues for SFT."),
+        Stage("gatt", "sft.config:GattConfig", "sft.gatt:run", "Make Ghost Attention dialogues for SFT."),
+        Stage(
+            "distil",
+            "sft.config:DistilConfig",
+            "alignment.cli.distil:run",
+            "Safety context distillation: safe answers as SFT data, filtered by the safety reward model.",
+        ),
         Stage(
             "rm",
             "reward_models.config:RewardModelConfig",
@@ -57,7 +72,13 @@ STAGES = {
             "One round of rejection sampling: the best of K becomes SFT data.",
         ),
         Stage("ppo", "rlhf.config:PPOConfig", "rlhf.ppo:run", "PPO on the safety-gated reward."),
-        Stage("eval", "rlhf.config:EvalConfig", "rlhf.evaluate:run", "Compare policies on held-out prompts."),
+        Stage(
+            "eval",
+            "rlhf.config:EvalConfig",
+            "rlhf.evaluate:run",
+            "Compare policies on held-out prompts, or (kind=gatt) how long they keep an instruction.",
+            kinds={"gatt": ("sft.config:GattEvalConfig", "sft.gatt_evaluation:run")},
+        ),
     )
 }
 

@@ -23,7 +23,11 @@ def one_line(result: Result) -> str:
     if kind == "rm":
         return _reward_model(result)
     if kind == "gatt":
-        return f"{result['dialogues']} dialogues"
+        dropped = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["dropped"].items())
+        return f"{result['dialogues']} dialogues" + (f"; left out {dropped}" if dropped else "")
+    if kind == "distil":
+        kept, gain = show(result["kept"], ".0%", bounds=True), show(result["score_gain"], "+.2f")
+        return f"{kept} of {result['prompts']} distilled answers kept, safety score {gain} by the preprompt"
     if kind == "reject":
         mean, best = show(result["mean_reward"], "+.2f"), show(result["mean_best_reward"], "+.2f")
         return f"{result['kept']} of {result['prompts']} prompts kept, reward {mean} -> best {best}"
@@ -32,6 +36,8 @@ def one_line(result: Result) -> str:
             f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}, "
             f"KL to reference {result['kl']:.2f} nats a response"
         )
+    if kind == "eval" and result.get("kind") == "gatt":
+        return f"{len(result['policies'])} policies in {result['dialogues']} dialogues"
     if kind == "eval":
         return f"{len(result['policies'])} policies on {result['prompts']} prompts"
     return ""
@@ -103,8 +109,10 @@ def _left_out(parts: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def _policies(result: Result) -> Table:
-    from rlhf.evaluate import report_table
-
+    if result.get("kind") == "gatt":
+        from sft.gatt_evaluation import report_table
+    else:
+        from rlhf.evaluate import report_table
     return report_table(result)
 
 

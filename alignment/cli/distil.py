@@ -1,0 +1,34 @@
+"""`align distil` with a reward model of this project as its filter: `sft` knows none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from alignment.progress import ProgressBar
+from reward_models.score import Scorer
+from sft import context_distillation
+from sft.config import DistilConfig
+
+
+def run(config: DistilConfig, *, resume: bool = False) -> dict[str, Any]:
+    """See `sft.context_distillation.run`."""
+    return context_distillation.run(config, _load_score, resume=resume)
+
+
+def _load_score(config: DistilConfig, device: torch.device) -> context_distillation.Score:
+    scorer = Scorer.load(
+        config.safety.path,
+        device=device,
+        dtype=config.safety.dtype,
+        chat_template=config.safety.chat_template,
+        max_tokens=config.max_tokens_per_batch,
+    )
+
+    def score(prompts: Any, responses: Any) -> list[list[float]]:
+        with ProgressBar("distil: scores", len(prompts), shown=PartialState().is_main_process) as bar:
+            return scorer.score(prompts, responses, on_progress=bar.advance)
+
+    return score

@@ -1,0 +1,130 @@
+"""What the training benchmarks share: child processes in turn, the clock of optimizer steps, the machine's speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+ALLOCATOR = {  # what the `align` command sets for itself, here for both sides
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**62),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+Side = tuple[str, int]
+
+
+class StepClock(TrainerCallback):
+    """Seconds from the end of the first step to the end of the last."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts with the first step, goes on to the last."""
+        now = time.perf_counter()
+        if state.global_step == 1:
+            self.start = now
+        self.seconds = now - self.start
+
+
+def run_in_turn(
+    script: str, sides: Sequence[Side], arguments: Sequence[str], *, rounds: int, figure: str
+) -> dict[Side, dict[str, float] | None]:
+    """The median figures of every side, each measurement a child process, the sides in turn in every round.
+
+    None for a side that the kernel killed for want of memory.
+    """
+    found: dict[Side, list[dict[str, float]]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            measured = _child(script, side, arguments)
+            shown = f"{measured[figure]:.3f} {figure}" if measured else "killed: not enough memory"
+            print(f"{side[0]:>12} {side[1]:>5}: {shown}", file=sys.stderr, flush=True)
+            found[side] += [measured] if measured else []
+    return {
+        side: {name: median(run[name] for run in runs) for name in runs[0]} if len(runs) == rounds else None
+        for side, runs in found.items()
+    }
+
+
+def print_comparison(
+    found: Mapping[Side, Mapping[str, float] | None],
+    names: Mapping[Side, str],
+    *,
+    figure: str,
+    unit: str,
+    share: float,
+) -> None:
+    """The table of both sides, and ours (side `align`) against every other and against the fastest other.
+
+    Args:
+        found: figures of every side, `peak_memory_gb` and `figure` among them.
+        names: what to call each side.
+        figure: the name of the speed.
+        unit: what it counts, e.g. "pairs".
+        share: of the machine's matrix throughput that the model's products need at one unit a second.
+    """
+    print(f"{'':34} {unit + '/s':>10} {'peak GB':>8} {'matrix share':>13}")
+    for side, row in found.items():
+        if row is None:
+            print(f"{names[side]:34} {'does not fit into memory':>24}")
+            continue
+        needed = f"{share * row[figure]:.0%}" if side[0] == "align" else ""
+        print(f"{names[side]:34} {row[figure]:10.3f} {row['peak_memory_gb']:8.2f} {needed:>13}")
+    measured = {side: row for side, row in found.items() if row is not None}
+    ours = [row for side, row in measured.items() if side[0] == "align"]
+    fast = max(ours, key=lambda row: row[figure])
+    lean = min(ours, key=lambda row: row["peak_memory_gb"])
+    print()
+    theirs = {side: row for side, row in measured.items() if side[0] != "align"}
+    for side, row in theirs.items():
+        speed = fast[figure] / row[figure]
+        memory, least = (each["peak_memory_gb"] / row["peak_memory_gb"] for each in (fast, lean))
+        print(
+            f"against {names[side]}: {speed:.2f}x the {unit} a second, {memory:.2f}x the memory ({least:.2f}x leanest)"
+        )
+    if theirs:
+        best = max(row[figure] for row in theirs.values())
+        print(f"against its best: {fast[figure] / best:.2f}x the {unit} a second")
+
+
+def machine_line(dtype: torch.dtype, *, rounds: int) -> tuple[str, float]:
+    """Date, processor, threads and matrix throughput in words, and the throughput in 1e9 operations a second."""
+    peak = matrix_gflops(dtype)
+    processor = platform.processor() or "CPU"
+    threads = torch.get_num_threads()
+    return (
+        f"{date.today()}, {processor}, {threads} threads, {peak:.0f} GFLOP/s on the MLP's product; median of {rounds}",
+        peak,
+    )
+
+
+def matrix_gflops(dtype: torch.dtype) -> float:
+    """What the machine reaches on the largest product of the model, in 1e9 floating-point operations a second."""
+    left, right = torch.randn(2048, 1536).to(dtype), torch.randn(576, 1536).to(dtype)
+    best = 0.0
+    for _ in range(30):
+        start = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        best = max(best, 2 * 2048 * 1536 * 576 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def _child(script: str, side: Side, arguments: Sequence[str]) -> dict[str, float] | None:
+    command = [sys.executable, script, "--side", side[0], "--size", str(side[1]), *arguments]
+    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGKILL:
+        return None
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])

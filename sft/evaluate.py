@@ -1,0 +1,112 @@
+"""What fine-tuning changed: held-out loss and perplexity by source, and answers before and after."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from alignment.chat import ChatFormat, decode_response, fit_prompt
+from alignment.data import write_rows
+from alignment.dialogue import Dialogue
+from alignment.logprobs import response_logprobs
+from alignment.progress import ProgressBar
+from alignment.runs import Run
+from alignment.sampling import SamplingParams
+from alignment.sampling.torch_engine import TorchSampler
+from alignment.training import MicroBatch
+from sft.config import SFTEvaluation
+from sft.examples import Examples, dialogue_batches
+
+
+def response_loss(model: nn.Module, part: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood summed over the trained tokens, in nats (Llama 2 Sec. 3.1: prompts carry no loss)."""
+    logprobs = response_logprobs(model, part.batch)
+    return -logprobs.sum(), {}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    examples: Examples,
+    *,
+    max_tokens: int,
+    row_tokens: int | None = None,
+    dtype: torch.dtype,
+    title: str = "held-out loss",
+) -> dict[str, Any]:
+    """Mean loss per trained token (nats) and its exponential, overall and by source; empty without examples."""
+    if not examples.encoded:
+        return {}
+    device = next(model.parameters()).device
+    model.eval()
+    sums: dict[str, float] = defaultdict(float)
+    tokens: dict[str, int] = defaultdict(int)
+    by_source = defaultdict(list)
+    for index, source in enumerate(examples.sources):
+        by_source[source].append(index)
+    with ProgressBar(title, len(examples.encoded), shown=PartialState().is_main_process) as bar:
+        for source, indices in by_source.items():
+            for part in dialogue_batches(examples.encoded, indices, max_tokens=max_tokens, row_tokens=row_tokens):
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    loss, _ = response_loss(model, part.to(device))
+                sums[source] += loss.item()
+                tokens[source] += part.batch.num_targets
+                bar.advance(part.batch.num_branches)
+    by_source_figures = {source: _figures(sums[source], tokens[source]) for source in sums}
+    return {**_figures(sum(sums.values()), sum(tokens.values())), "by_source": by_source_figures}
+
+
+def _figures(total: float, count: int) -> dict[str, float | int | None]:
+    """Loss, perplexity (None where it is past every float), tokens."""
+    loss = total / count
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else None, "tokens": count}
+
+
+def sample_answers(
+    model: nn.Module,
+    chat: ChatFormat,
+    dialogues: Sequence[Dialogue],
+    settings: SFTEvaluation,
+    run_dir: Run,
+    *,
+    dtype: torch.dtype,
+    part: Literal["before", "after"],
+) -> None:
+    """Greedy answers to the last turns of held-out dialogues, as `answers.jsonl`: prompt, reference, before, after.
+
+    What a resumed run finds from before its training is kept. The main process alone samples.
+    """
+    path = run_dir.path / "answers.jsonl"
+    if not dialogues or not run_dir.writes or (part == "before" and path.exists()):
+        return
+    room = model.config.max_position_embeddings - settings.max_new_tokens
+    prompts = [fit_prompt(chat, dialogue.messages[:-1], room)[0] for dialogue in dialogues]
+    fitting = [index for index, ids in enumerate(prompts) if ids is not None]
+    params = SamplingParams(temperature=0.0, max_new_tokens=settings.max_new_tokens)
+    sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id])
+    device = next(model.parameters()).device
+    with (
+        ProgressBar(f"sft: answers {part}", len(fitting)) as bar,
+        torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+    ):
+        drawn = sampler.sample([prompts[index] for index in fitting], params, on_progress=bar.advance)
+    texts = {index: decode_response(chat, sample.token_ids) for index, [sample] in zip(fitting, drawn, strict=True)}
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        rows = [
+            {
+                "prompt": [message.to_json() for message in dialogue.messages[:-1]],
+                "reference": dialogue.messages[-1].content,
+                "source": dialogue.source,
+            }
+            for dialogue in dialogues
+        ]
+    write_rows(path, ({**row, part: texts.get(index)} for index, row in enumerate(rows)))

@@ -1,0 +1,106 @@
+"""The `gatt` stage: samples dialogues that keep an instruction and writes them as SFT rows (Llama 2 Sec. 3.3)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignment.data import load_prompts, write_rows
+from alignment.errors import DataError
+from alignment.hardware import process_state
+from alignment.metrics import wilson_interval
+from alignment.progress import ProgressBar
+from alignment.runs import open_run
+from sft.config import GattConfig
+from sft.conversation import Plan, RowLog, Speaker, chunks, load_own, make_plans
+from sft.ghost_attention import choose_answer, context, every_turn, first_turn, training_dialogue
+
+
+def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Samples the dialogues and writes them.
+
+    `sampled.jsonl` has all with what became of them, `dialogues.jsonl` the rows for SFT, and `as_sampled.jsonl` the
+    same dialogues with the instruction in every turn: training on them is training without Ghost Attention.
+    """
+    state = process_state(config.run.device)
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    own = load_own(config.instructions)
+    plans = make_plans(data, config.prompts, own, config.instructions, seed=config.run.seed)
+    run_dir = open_run(config, resume=resume, state=state)
+    run_dir.note_sources([*data.sources, *own.sources])
+
+    log = RowLog(run_dir.path / "sampled.jsonl", resume=resume)
+    state.wait_for_everyone()
+    missing = range(len(log.rows), len(plans))
+    if missing:
+        length = config.prompts.max_prompt_length
+        options = {"device": state.device, "max_prompt_length": length, "seed": config.run.seed}
+        speaker = Speaker.load(config.model, config.sampling, **options)
+        size = config.sampling.max_rows // config.sampling.num_candidates
+        total = sum(len(plans[index].user_turns) for index in missing) * config.sampling.num_candidates
+        with ProgressBar("gatt: answers", total, shown=state.is_main_process) as bar:
+            for chunk in chunks(missing, size):
+                rows = sample_dialogues(speaker, [plans[index] for index in chunk], bar)
+                log.append(rows, writes=run_dir.writes)
+
+    kept = [(plan, row) for plan, row in zip(plans, log.rows, strict=True) if not row["dropped"]]
+    dropped = dict(Counter(row["dropped"] for row in log.rows if row["dropped"]))
+    if not kept:
+        raise DataError(
+            f"no dialogue was finished ({dropped}). Raise sampling.num_candidates, sampling.max_new_tokens, "
+            "prompts.max_prompt_length or prompts.max_prompts."
+        )
+    run_dir.note(dropped=dropped)
+    if state.is_main_process:
+        for name, where in (("dialogues", first_turn), ("as_sampled", every_turn)):
+            rows = (training_dialogue(where(plan.stated, plan.user_turns), row["answers"]) for plan, row in kept)
+            write_rows(run_dir.path / f"{name}.jsonl", (dialogue.to_json() for dialogue in rows))
+    return run_dir.finish(
+        {"stage": "gatt", "dialogues": len(kept), "dropped": dropped, "kept_by_kind": _kept_by_kind(plans, log.rows)}
+    )
+
+
+def sample_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:
+    """The answers of every dialogue, the instruction joined to each user turn; a dialogue ends where none may stand.
+
+    `dropped` says why a dialogue ended early: `too_long`, `empty`, `cut_off` (its last answer) or
+    `instruction_not_kept`; null otherwise.
+    """
+    asked = [every_turn(plan.instruction.full, plan.user_turns) for plan in plans]
+    answers: list[list[str]] = [[] for _ in plans]
+    dropped: dict[int, str] = {}
+    for turn in range(max(map(len, asked))):
+        contexts = {
+            index: context(turns, answers[index])
+            for index, turns in enumerate(asked)
+            if index not in dropped and turn < len(turns)
+        }
+        candidates = speaker.answer(contexts, turn=turn, bar=bar)
+        dropped |= {index: "too_long" for index in contexts if index not in candidates}
+        for index, found in candidates.items():
+            is_last = turn == len(asked[index]) - 1
+            answer, reason = choose_answer(found, plans[index].instruction, is_last=is_last)
+            if answer is None:
+                dropped[index] = reason
+            else:
+                answers[index].append(answer)
+    return [
+        {
+            "instruction": plan.instruction.full,
+            "kinds": [constraint.kind for constraint in plan.instruction.constraints],
+            "user_turns": plan.user_turns,
+            "answers": answers[index],
+            "dropped": dropped.get(index),
+        }
+        for index, plan in enumerate(plans)
+    ]
+
+
+def _kept_by_kind(plans: Sequence[Plan], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The share of dialogues that were finished, of those whose instruction has a constraint of each kind."""
+    by_kind: dict[str, list[bool]] = {}
+    for plan, row in zip(plans, rows, strict=True):
+        for constraint in plan.instruction.constraints:
+            by_kind.setdefault(constraint.kind, []).append(not row["dropped"])
+    return {kind: wilson_interval(sum(found), len(found)).to_json() for kind, found in sorted(by_kind.items())}

@@ -1,0 +1,175 @@
+"""Does an instruction stated in the first turn only still hold turns later? `align eval kind=gatt` (Llama 2 Table 30).
+
+Every model holds the same dialogues, each with its own answers as history; a program judges every answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from alignment.data import load_prompts
+from alignment.hardware import process_state
+from alignment.metrics import mean_interval, show, wilson_interval
+from alignment.progress import ProgressBar
+from alignment.runs import Run, open_run
+from sft.attention_mass import attention_picture
+from sft.config import GattEvalConfig
+from sft.conversation import Plan, RowLog, Speaker, chunks, load_own, make_plans
+from sft.ghost_attention import context, first_turn
+
+Row = Mapping[str, Any]
+
+
+def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Holds the dialogues with every policy, judges them; writes dialogues, table, curve and attention picture."""
+    state = process_state(config.run.device)
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    own = load_own(config.instructions)
+    plans = make_plans(data, config.prompts, own, config.instructions, seed=config.run.seed)
+    run_dir = open_run(config, resume=resume, state=state)
+    run_dir.note_sources([*data.sources, *own.sources])
+
+    options = {"max_prompt_length": config.prompts.max_prompt_length, "seed": config.run.seed}
+    rows: dict[str, list[Row]] = {}
+    attention: dict[str, list[list[float]]] = {}
+    for name, section in config.policies.items():
+        log = RowLog(run_dir.path / f"dialogues-{name}.jsonl", resume=resume)
+        state.wait_for_everyone()
+        speaker = Speaker.load(section, config.sampling, device=state.device, **options)
+        missing = range(len(log.rows), len(plans))
+        total = sum(len(plans[index].user_turns) for index in missing)
+        with ProgressBar(f"eval: {name} answers", total, shown=state.is_main_process) as bar:
+            for chunk in chunks(missing, config.sampling.max_rows):
+                log.append(hold_dialogues(speaker, [plans[index] for index in chunk], bar), writes=run_dir.writes)
+        rows[name] = log.rows
+        if config.attention_dialogues:
+            first = next(iter(rows.values()))[: config.attention_dialogues]
+            attention[name] = attention_picture(speaker.loaded, first)
+    policies = adherence_table(rows, config.report_turns)
+    if state.is_main_process:
+        _draw(run_dir, policies, attention)
+    return run_dir.finish(
+        {
+            "stage": "eval",
+            "kind": "gatt",
+            "dialogues": len(plans),
+            "report_turns": config.report_turns,
+            "policies": policies,
+            "attention": attention,
+        }
+    )
+
+
+def hold_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:
+    """Every dialogue with the instruction in its first turn only, and whether each answer kept it.
+
+    A dialogue ends where it no longer fits into the model.
+    """
+    asked = [first_turn(plan.stated, plan.user_turns) for plan in plans]
+    answers: list[list[str]] = [[] for _ in plans]
+    for turn in range(max(map(len, asked))):
+        contexts = {
+            index: context(turns, answers[index])
+            for index, turns in enumerate(asked)
+            if turn < len(turns) and len(answers[index]) == turn
+        }
+        for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar).items():
+            answers[index].append(answer.text)
+    return [
+        {
+            "instruction": plan.stated,
+            "kinds": [constraint.kind for constraint in plan.instruction.constraints],
+            "user_turns": turns,
+            "answers": found,
+            "kept": [plan.instruction.holds(answer) for answer in found],
+        }
+        for plan, turns, found in zip(plans, asked, answers, strict=True)
+    ]
+
+
+def adherence_table(rows: Mapping[str, Sequence[Row]], report_turns: Sequence[int]) -> dict[str, Any]:
+    """For every policy: share of answers that keep the instruction, by turn, by kind, and against the first policy.
+
+    `by_turn` has Wilson intervals, turn 1 first. `gain` is the paired difference from the first policy at the turns
+    to report, over the dialogues of which both have that turn, with a normal interval.
+    """
+    baseline = next(iter(rows.values()))
+    table = {}
+    for name, dialogues in rows.items():
+        num_turns = max(len(row["kept"]) for row in dialogues)
+        reported = [turn for turn in report_turns if turn <= num_turns]
+        kinds = sorted({kind for row in dialogues for kind in row["kinds"]})
+        table[name] = {
+            "by_turn": [_rate(dialogues, turn) for turn in range(1, num_turns + 1)],
+            "by_kind": {
+                kind: {str(turn): _rate([r for r in dialogues if kind in r["kinds"]], turn) for turn in reported}
+                for kind in kinds
+            },
+            "gain": {str(turn): _gain(dialogues, baseline, turn) for turn in reported},
+        }
+    return table
+
+
+def report_table(result: Row) -> Table:
+    """Adherence at the turns to report, with 95 % intervals, for a terminal."""
+    turns = [turn for turn in result["report_turns"] if turn <= _num_turns(result)]
+    title = f"{result['dialogues']} dialogues, instruction in the first turn only: share of answers that keep it"
+    table = Table("policy", *(f"turn {turn}" for turn in turns), title=title)
+    for name, row in result["policies"].items():
+        entries = [row["by_turn"][turn - 1] if turn <= len(row["by_turn"]) else None for turn in turns]
+        table.add_row(name, *(show(entry, ".0%", bounds=True) if entry else "-" for entry in entries))
+    return table
+
+
+def _num_turns(result: Row) -> int:
+    return max(len(row["by_turn"]) for row in result["policies"].values())
+
+
+def _rate(dialogues: Sequence[Row], turn: int) -> dict[str, float | int | None]:
+    kept = [row["kept"][turn - 1] for row in dialogues if len(row["kept"]) >= turn]
+    return wilson_interval(sum(kept), len(kept)).to_json()
+
+
+def _gain(ours: Sequence[Row], theirs: Sequence[Row], turn: int) -> dict[str, float | int | None]:
+    both = [
+        float(a["kept"][turn - 1]) - float(b["kept"][turn - 1])
+        for a, b in zip(ours, theirs, strict=True)
+        if min(len(a["kept"]), len(b["kept"])) >= turn
+    ]
+    return mean_interval(both).to_json()
+
+
+def _draw(run_dir: Run, policies: Mapping[str, Any], attention: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="user turn", ylabel="answers that keep the instruction", ylim=(-0.03, 1.03))
+    for name, row in policies.items():
+        turns = range(1, len(row["by_turn"]) + 1)
+        axes.plot(turns, [entry["value"] for entry in row["by_turn"]], marker="o", markersize=3, label=name)
+        bounds = ([entry[side] for entry in row["by_turn"]] for side in ("low", "high"))
+        axes.fill_between(turns, *bounds, alpha=0.2)
+    axes.legend()
+    _save(figure, run_dir.path / "adherence.png")
+    if not attention:
+        return
+    figure = Figure(figsize=(3.2 * len(attention) + 1, 4), layout="constrained")
+    top = max(value for table in attention.values() for row in table for value in row)
+    panels = figure.subplots(1, len(attention), sharey=True, squeeze=False)[0]
+    for axes, (name, table) in zip(panels, attention.items(), strict=True):
+        num_turns = len(table[0])
+        image = axes.imshow(table, aspect="auto", vmin=0, vmax=top, extent=(0.5, num_turns + 0.5, len(table), 0))
+        axes.set(title=name, xlabel="turn of the answer")
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(panels), label="attention on the instruction")
+    _save(figure, run_dir.path / "attention.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    temporary.replace(path)

@@ -1,0 +1,322 @@
+"""`align gatt`, `align eval kind=gatt` and `align distil` on the toy model, with models whose answers are scripted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignment.chat import CHATML, chat_format, decode_response, encode_prompt
+from alignment.cli import distil
+from alignment.cli.main import run_stage
+from alignment.cli.stages import STAGES
+from alignment.cli.summary import one_line
+from alignment.config import load_config
+from alignment.data import load_dialogues
+from alignment.dialogue import Message
+from alignment.errors import DataError
+from alignment.models import LoadedModel
+from alignment.sampling.torch_engine import TorchSampler
+from sft import context_distillation, conversation, gatt, gatt_evaluation
+from sft.attention_mass import attention_mass, spans
+from sft.config import DistilConfig, GattConfig, GattEvalConfig
+from sft.context_distillation import TEMPLATES, is_kept, summarize, template_of, with_preprompt
+from sft.ghost_attention import Answer, context
+
+COMMON = ["model.path=toy", "run.device=cpu", "run.seed=1"]
+PROMPTS = ["prompts.prompts=toy:prompts.train", "prompts.max_prompts=6", "prompts.max_prompt_length=400"]
+
+
+class ScriptedSpeaker:
+    """Answers a conversation by a function of its messages; counts what it is asked."""
+
+    def __init__(self, answer) -> None:
+        self.answer_one, self.asked = answer, []
+
+    def answer(self, contexts, *, turn, bar):
+        self.asked += contexts.values()
+        found = {key: self.answer_one(messages) for key, messages in contexts.items()}
+        return {key: [Answer(text, True) for text in texts] for key, texts in found.items() if texts is not None}
+
+
+@pytest.fixture
+def speak(monkeypatch):
+    """`speak(module, answer)` puts a scripted speaker in the place of a module's model and returns it."""
+
+    def install(answer) -> ScriptedSpeaker:
+        speaker = ScriptedSpeaker(answer)
+        speaker.loaded = None
+        monkeypatch.setattr(conversation.Speaker, "load", classmethod(lambda cls, *_, **__: speaker))
+        return speaker
+
+    return install
+
+
+def gatt_config(folder: Path, *extra: str) -> GattConfig:
+    settings = [*COMMON, *PROMPTS, "instructions.kinds=[capitals]", "instructions.combine_rate=0", *extra]
+    return load_config(GattConfig, None, [*settings, f"run.dir={folder}"])
+
+
+def test_gatt_keeps_dialogues_whose_every_answer_keeps_the_instruction(tmp_path, speak):
+    """One opening is answered in lower case on the second turn: that dialogue is rejected and counted."""
+    speaker = speak(lambda messages: ["ok"] if len(messages) == 3 and "c" in messages[0].content[-1] else ["no", "OK"])
+    result = gatt.run(gatt_config(tmp_path / "run"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "sampled.jsonl").read_text().splitlines()]
+    rejected = [row for row in rows if row["dropped"]]
+    assert [row["dropped"] for row in rejected] == ["instruction_not_kept"] * len(rejected)
+    assert all(len(row["answers"]) == 1 and row["user_turns"][0].endswith("c") for row in rejected)
+    assert result["dialogues"] == 6 - len(rejected) > 0
+    kept = load_dialogues([str(tmp_path / "run" / "dialogues.jsonl")]).rows
+    assert len(kept) == result["dialogues"]
+    for dialogue in kept:
+        users = [message.content for message in dialogue.messages if message.role == "user"]
+        assert dialogue.train_on == "last"
+        assert "capital letters" in users[0] and not any("capital letters" in turn for turn in users[1:])
+        assert [message.content for message in dialogue.messages if message.role == "assistant"] == ["OK"] * len(users)
+    for messages in speaker.asked:
+        assert all("capital letters" in message.content for message in messages if message.role == "user")
+    for dialogue in load_dialogues([str(tmp_path / "run" / "as_sampled.jsonl")]).rows:
+        assert all("capital letters" in message.content for message in dialogue.messages if message.role == "user")
+        assert dialogue.train_on == "last"
+    rate = result["kept_by_kind"]["capitals"]
+    assert (rate["value"], rate["count"]) == (result["dialogues"] / 6, 6)
+    assert "dialogues" in one_line(result)
+
+
+def test_half_of_the_dialogues_state_the_short_form(tmp_path, speak):
+    speak(lambda messages: ["OK"])
+    config = gatt_config(tmp_path / "run", "prompts.max_prompts=100", "sampling.max_rows=8")
+    gatt.run(config)
+    dialogues = load_dialogues([str(tmp_path / "run" / "dialogues.jsonl")]).rows
+    short = sum(dialogue.messages[0].content.startswith("Style:") for dialogue in dialogues)
+    assert len(dialogues) == 100 and 35 <= short <= 65  # 50 expected, standard deviation 5
+
+
+def test_gatt_says_what_to_do_where_no_dialogue_is_finished(tmp_path, speak):
+    speak(lambda messages: ["no"])
+    with pytest.raises(DataError, match=r"instruction_not_kept.*num_candidates"):
+        gatt.run(gatt_config(tmp_path / "run"))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_gatt_goes_on_without_sampling_again_what_is_on_disk(tmp_path, speak):
+    """Two dialogues at a time; the model fails in the second lot, and a half-written row stands at the file's end."""
+    settings = ["sampling.max_rows=2"]
+    speak(lambda messages: ["OK"])
+    gatt.run(gatt_config(tmp_path / "whole", *settings))
+
+    def fail_later(messages):
+        if (tmp_path / "run" / "sampled.jsonl").exists():
+            raise Interrupted
+        return ["OK"]
+
+    speak(fail_later)
+    with pytest.raises(Interrupted):
+        gatt.run(gatt_config(tmp_path / "run", *settings))
+    with (tmp_path / "run" / "sampled.jsonl").open("a") as file:
+        file.write('{"instruction": "In the who')
+    speaker = speak(lambda messages: ["OK"])
+    gatt.run(gatt_config(tmp_path / "run", *settings), resume=True)
+    assert (tmp_path / "run" / "dialogues.jsonl").read_text() == (tmp_path / "whole" / "dialogues.jsonl").read_text()
+    openings = {messages[0].content for messages in speaker.asked}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "sampled.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert len([m for m in speaker.asked if len(m) == 1]) == 4 and openings
+
+
+def test_instructions_of_ones_own_take_the_place_of_the_built_in_ones(tmp_path, speak, write_file):
+    speak(lambda messages: ["Aye, matey"])
+    own = write_file("own.jsonl", '{"kind": "ending", "value": "matey"}\n')
+    result = gatt.run(gatt_config(tmp_path / "run", f"instructions.own={own}"))
+    assert result["kept_by_kind"].keys() == {"ending"} and result["dialogues"] == 6
+    wrong = write_file("wrong.jsonl", '{"kind": "ending", "value": "x"}\n{"kind": "mood", "value": "glad"}\n')
+    with pytest.raises(DataError, match=r"wrong.jsonl:2: \"kind\" is 'mood'"):
+        gatt.run(gatt_config(tmp_path / "other", f"instructions.own={wrong}"))
+
+
+def eval_config(folder: Path, *extra: str) -> GattEvalConfig:
+    settings = ["policies.a=toy", "policies.b=toy", "run.device=cpu", *PROMPTS, "prompts.turns=5"]
+    return load_config(GattEvalConfig, None, [*settings, "instructions.kinds=[capitals]", *extra, f"run.dir={folder}"])
+
+
+def test_adherence_is_judged_by_turn_with_the_instruction_in_the_first_only(tmp_path, monkeypatch):
+    """Model `a` keeps it for three answers, `b` for all: turn 4 and 5 differ by everything, turn 2 by nothing."""
+    speakers = {
+        "a": ScriptedSpeaker(lambda messages: ["OK"] if len(messages) <= 5 else ["ok"]),
+        "b": ScriptedSpeaker(lambda messages: ["OK"]),
+    }
+    order = iter(speakers.values())
+    monkeypatch.setattr(conversation.Speaker, "load", classmethod(lambda cls, *_, **__: next(order)))
+    result = gatt_evaluation.run(eval_config(tmp_path / "run", "attention_dialogues=0", "report_turns=[2, 4, 9]"))
+    rates = {name: [entry["value"] for entry in row["by_turn"]] for name, row in result["policies"].items()}
+    assert rates == {"a": [1, 1, 1, 0, 0], "b": [1, 1, 1, 1, 1]}
+    assert result["policies"]["b"]["gain"]["4"]["value"] == 1 and result["policies"]["b"]["gain"]["2"]["value"] == 0
+    assert result["policies"]["a"]["by_kind"]["capitals"]["4"]["value"] == 0
+    for speaker in speakers.values():
+        for messages in speaker.asked:
+            users = [message.content for message in messages if message.role == "user"]
+            assert "capital letters" in users[0] and not any("capital letters" in turn for turn in users[1:])
+    assert (tmp_path / "run" / "adherence.png").stat().st_size > 1000
+    table = gatt_evaluation.report_table(result)
+    assert [column.header for column in table.columns] == ["policy", "turn 2", "turn 4"]
+    assert "2 policies in 6 dialogues" in one_line(result)
+
+
+def test_a_dialogue_that_no_longer_fits_ends_and_is_not_counted_later(tmp_path, speak):
+    speak(lambda messages: None if len(messages) > 5 else ["OK"])
+    result = gatt_evaluation.run(eval_config(tmp_path / "run", "attention_dialogues=0"))
+    assert [entry["count"] for entry in result["policies"]["a"]["by_turn"]] == [6, 6, 6]
+
+
+def test_eval_kind_gatt_runs_from_the_command_line_on_a_real_model(tmp_path):
+    settings = ["kind=gatt", "policies.base=toy", "run.device=cpu", *PROMPTS, "prompts.turns=3"]
+    settings += ["instructions.kinds=[capitals, ending]", "sampling.max_new_tokens=6", f"run.dir={tmp_path / 'run'}"]
+    run_stage("eval", settings)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [entry["count"] for entry in result["policies"]["base"]["by_turn"]] == [6, 6, 6]
+    [[*turns], *_] = result["attention"]["base"]
+    assert len(turns) == 3 and all(0 < mass < 1 for mass in turns)
+    assert (tmp_path / "run" / "attention.png").stat().st_size > 1000
+
+
+def test_the_instructions_place_is_found_and_its_share_of_attention_is_that_of_the_definition(make_llama, tokenizer):
+    chat = chat_format(tokenizer, "chatml")
+    model = make_llama(len(tokenizer))
+    turns = ["Act as Ada.\nhi", "why?"]
+    ids, (start, stop), answers = spans(chat, "Act as Ada.", turns, ["hello", "because"])
+    assert decode_response(chat, ids[start:stop]) == "Act as Ada."
+    assert [decode_response(chat, ids[a:b]) for a, b in answers] == ["hello", "because"]
+    before = model.config._attn_implementation
+    found = attention_mass(model, ids, (start, stop), answers)
+    assert model.config._attn_implementation == before
+
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    for layer, table in enumerate(attentions):
+        for turn, (first, last) in enumerate(answers):
+            shares = [
+                sum(table[0, head, query, key].item() for key in range(start, stop))
+                for head in range(table.shape[1])
+                for query in range(first, last)
+            ]
+            assert found[layer, turn].item() == pytest.approx(sum(shares) / len(shares), abs=1e-5)
+
+
+def test_a_speaker_gives_each_context_its_candidates_and_leaves_out_long_ones(make_llama, make_tokenizer):
+    tokenizer = make_tokenizer(template=CHATML)
+    chat = chat_format(tokenizer)
+    model = make_llama(len(tokenizer))
+    config = load_config(GattConfig, None, [*COMMON, *PROMPTS, "sampling.num_candidates=2", "run.dir=r"])
+    section = config.sampling.model_copy(update={"max_new_tokens": 5})
+    speaker = conversation.Speaker(LoadedModel(model, tokenizer, chat), section, max_prompt_length=60, seed=3)
+    contexts = {7: context(["hi"], []), 2: context(["x" * 100], []), 5: context(["hi"], [])}
+
+    class Bar:
+        def advance(self, count):
+            pass
+
+    found = speaker.answer(contexts, turn=1, bar=Bar())
+    assert set(found) == {7, 5} and all(len(answers) == 2 for answers in found.values())
+    sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id])
+    params = conversation.sample_ids  # the same call with the same seed gives the same texts
+    expected = params(sampler, [encode_prompt(chat, contexts[key]) for key in (7, 5)], section, seed=4, bar=Bar())
+    assert found[7][0].text == decode_response(chat, expected[0][0].token_ids)
+
+
+def distil_config(folder: Path, *extra: str) -> DistilConfig:
+    settings = [*COMMON, "safety=toy", *PROMPTS, *extra, f"run.dir={folder}"]
+    return load_config(DistilConfig, None, settings)
+
+
+def scored_by_length(prompts, responses):
+    return [[float(len(text)) for text in texts] for texts in responses]
+
+
+def test_distilled_answers_are_kept_only_where_they_score_higher(tmp_path, speak):
+    """Behind the preprompt the answer is longer, except where the prompt asks for c."""
+
+    def answer(messages):
+        plain = messages[-1].content.endswith("c")
+        return ["four"] if plain or messages[0].role != "system" else ["longer"]
+
+    speak(answer)
+    asked = []
+
+    def load_score(config, device):
+        def score(prompts, responses):
+            asked.extend(prompts)
+            return scored_by_length(prompts, responses)
+
+        return score
+
+    result = context_distillation.run(distil_config(tmp_path / "run"), load_score)
+    rows = load_dialogues([str(tmp_path / "run" / "distilled.jsonl")]).rows
+    assert 0 < len(rows) == round(result["kept"]["value"] * 6)
+    for row in rows:
+        assert row.train_on == "last" and row.messages[-1] == Message("assistant", "longer")
+        assert row.messages[0].role == "user" and not row.messages[-2].content.endswith("c")
+    assert all(messages[0].role == "user" for messages in asked), "answers are judged behind the prompt alone"
+    assert "distilled answers kept" in one_line(result)
+
+
+def test_distil_goes_on_without_sampling_again_what_is_on_disk(tmp_path, speak):
+    speak(lambda messages: ["longer"] if messages[0].role == "system" else ["four"])
+
+    def fails(config, device):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        context_distillation.run(distil_config(tmp_path / "run"), fails)
+    speaker = speak(lambda messages: ["another"])
+    result = context_distillation.run(
+        distil_config(tmp_path / "run"), lambda config, device: scored_by_length, resume=True
+    )
+    assert not speaker.asked and result["kept"]["value"] == 1.0
+
+
+def test_a_distilled_answer_must_end_by_itself_and_beat_the_plain_one():
+    row = {"distilled": "no", "is_finished": True, "score_distilled": 1.0, "score_plain": 0.0}
+    assert is_kept(row)
+    assert not is_kept({**row, "score_distilled": 0.0})
+    assert not is_kept({**row, "is_finished": False})
+    assert not is_kept({**row, "distilled": ""})
+
+
+def test_the_kept_rate_is_reported_by_category():
+    row = {"distilled": "no", "is_finished": True, "score_plain": 0.0}
+    rows = [{**row, "category": "a", "score_distilled": s} for s in (1.0, -1.0)] + [{**row, "score_distilled": 3.0}]
+    found = summarize(rows)
+    assert {name: entry["value"] for name, entry in found["kept_by_category"].items()} == {"a": 0.5, "none": 1.0}
+    assert found["score_gain"]["value"] == 1.0 and found["kept"]["count"] == 3
+
+
+def test_templates_go_by_a_part_of_the_category():
+    assert template_of("drug_abuse,weapons,banned_substance", TEMPLATES) == TEMPLATES["weapon"]
+    assert template_of("Privacy_Violation", TEMPLATES) == TEMPLATES["privacy"]
+    assert template_of("", TEMPLATES) == template_of("Mathematics and Logic", {}) == ""
+
+
+def test_a_preprompt_goes_before_a_system_turn_or_becomes_one():
+    user = Message("user", "hi")
+    assert with_preprompt((user,), "Be safe.") == (Message("system", "Be safe."), user)
+    assert with_preprompt((Message("system", "Be brief."), user), "Be safe.")[0].content == "Be safe.\nBe brief."
+
+
+def test_align_distil_scores_with_the_reward_model_it_is_given(tmp_path, speak, reward_folder):
+    speak(lambda messages: ["longer"] if messages[0].role == "system" else ["four"])
+    config = distil_config(tmp_path / "run", f"safety={reward_folder}")
+    try:
+        distil.run(config)
+    except DataError as error:
+        assert "scored above the plain one" in str(error)
+    assert STAGES["distil"].run_function() is distil.run
+
+
+def test_kind_chooses_the_settings_of_eval():
+    assert STAGES["eval"].of_kind("gatt").config_class() is GattEvalConfig
+    assert STAGES["eval"].of_kind(None) is STAGES["eval"] is STAGES["eval"].of_kind("policies")
+    assert STAGES["rm"].of_kind("safety") is STAGES["rm"]
