@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignment.config import (
     DataSection,
@@ -77,8 +77,20 @@ class GattPrompts(PromptSection):
     max_prompts: PositiveInt | None = 64
     """Dialogues to make."""
 
-    turns: PositiveInt = 3
-    """User turns in a dialogue. Dialogues with fewer are filled up with user turns of others."""
+    turns: PositiveInt = 4
+    """User turns in a dialogue at most. Prompts with fewer are filled up with user turns of others."""
+
+    min_turns: PositiveInt = 2
+    """User turns in a dialogue at least; each has a number drawn evenly between the two. Only last answers are trained,
+    so dialogues of every length teach the instruction at every turn."""
+
+    @model_validator(mode="after")
+    def _turns_in_order(self) -> GattPrompts:
+        if self.min_turns > self.turns:
+            raise ValueError(
+                f"prompts.min_turns = {self.min_turns} is more than prompts.turns = {self.turns}. Lower it."
+            )
+        return self
 
 
 class GattSampling(SamplingSection):
@@ -126,7 +138,7 @@ class GattConfig(StageConfig):
     sampling: GattSampling = GattSampling()
 
 
-class GattEvalPrompts(GattPrompts):
+class GattEvalPrompts(PromptSection):
     """Dialogues whose user turns are asked."""
 
     max_prompts: PositiveInt | None = 40

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from alignment.chat import decode_response, encode_prompt
-from alignment.config import ModelSection, SamplingSection
+from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
 from alignment.dialogue import Messages, Prompt
 from alignment.hardware import compute_dtype
@@ -21,7 +21,7 @@ from alignment.models import LoadedModel, load_chat_model
 from alignment.progress import ProgressBar
 from alignment.sampling.prompts import choose_prompts, sample_ids
 from alignment.sampling.torch_engine import TorchSampler
-from sft.config import GattInstructions, GattPrompts
+from sft.config import GattInstructions
 from sft.ghost_attention import Answer, seed_turns
 from sft.instructions import Instruction, PoolRow, built_in_pool, draw_instruction, own_pool
 
@@ -46,19 +46,26 @@ def load_own(instructions: GattInstructions) -> Loaded[PoolRow]:
 
 
 def make_plans(
-    data: Loaded[Prompt], prompts: GattPrompts, own: Loaded[PoolRow], instructions: GattInstructions, *, seed: int
+    data: Loaded[Prompt],
+    prompts: PromptSection,
+    own: Loaded[PoolRow],
+    instructions: GattInstructions,
+    *,
+    turns: tuple[int, int],
+    seed: int,
 ) -> list[Plan]:
-    """The dialogues that the seed decides."""
+    """The dialogues that the seed decides, each with a number of user turns between the two of `turns`."""
     rng = random.Random(seed)
     chosen = choose_prompts(data, prompts, seed)
     pool = own_pool(own.rows) if own.rows else built_in_pool(instructions.kinds, instructions.part)
+    lengths = [rng.randint(*turns) for _ in chosen]
     return [
         Plan(
-            turns,
+            user_turns,
             draw_instruction(pool, rng, combine_rate=instructions.combine_rate),
             rng.random() < instructions.shorten_rate,
         )
-        for turns in seed_turns(chosen, prompts.turns, rng)
+        for user_turns in seed_turns(chosen, lengths, rng)
     ]
 
 

@@ -26,7 +26,8 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     own = load_own(config.instructions)
-    plans = make_plans(data, config.prompts, own, config.instructions, seed=config.run.seed)
+    turns = (config.prompts.min_turns, config.prompts.turns)
+    plans = make_plans(data, config.prompts, own, config.instructions, turns=turns, seed=config.run.seed)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *own.sources])
 

@@ -75,13 +75,13 @@ def choose_answer(candidates: Sequence[Answer], instruction: Instruction, *, is_
     return None, reason
 
 
-def seed_turns(prompts: Sequence[Prompt], turns: int, rng: random.Random) -> list[list[str]]:
-    """`turns` user turns for each prompt: its own, filled up with the opening turns of others."""
+def seed_turns(prompts: Sequence[Prompt], lengths: Sequence[int], rng: random.Random) -> list[list[str]]:
+    """As many user turns as asked for each prompt: its own, filled up with the opening turns of others."""
     own = [[message.content for message in prompt.messages if message.role == "user"] for prompt in prompts]
     openings = list(dict.fromkeys(turns_of[0] for turns_of in own))
     filled = []
-    for mine in own:
+    for mine, length in zip(own, lengths, strict=True):
         others = [turn for turn in openings if turn not in mine]
-        missing = max(0, turns - len(mine))
-        filled.append((mine + rng.sample(others, min(missing, len(others))))[:turns])
+        missing = max(0, length - len(mine))
+        filled.append((mine + rng.sample(others, min(missing, len(others))))[:length])
     return filled

@@ -14,7 +14,7 @@ from alignment.cli.summary import one_line
 from alignment.config import load_config
 from alignment.data import load_dialogues
 from alignment.dialogue import Message
-from alignment.errors import DataError
+from alignment.errors import ConfigError, DataError
 from alignment.models import LoadedModel
 from alignment.sampling.torch_engine import TorchSampler
 from sft import context_distillation, conversation, gatt, gatt_evaluation
@@ -53,7 +53,8 @@ def speak(monkeypatch):
 
 
 def gatt_config(folder: Path, *extra: str) -> GattConfig:
-    settings = [*COMMON, *PROMPTS, "instructions.kinds=[capitals]", "instructions.combine_rate=0", *extra]
+    settings = [*COMMON, *PROMPTS, "instructions.kinds=[capitals]", "instructions.combine_rate=0"]
+    settings += ["prompts.min_turns=3", "prompts.turns=3", *extra]
     return load_config(GattConfig, None, [*settings, f"run.dir={folder}"])
 
 
@@ -81,6 +82,17 @@ def test_gatt_keeps_dialogues_whose_every_answer_keeps_the_instruction(tmp_path,
     rate = result["kept_by_kind"]["capitals"]
     assert (rate["value"], rate["count"]) == (result["dialogues"] / 6, 6)
     assert "dialogues" in one_line(result)
+
+
+def test_dialogues_have_every_number_of_turns_that_is_asked_for(tmp_path, speak):
+    """Only last answers are trained: with one length, no other turn would learn to keep the instruction."""
+    speak(lambda messages: ["OK"])
+    gatt.run(gatt_config(tmp_path / "run", "prompts.max_prompts=60", "prompts.min_turns=2", "prompts.turns=4"))
+    dialogues = load_dialogues([str(tmp_path / "run" / "dialogues.jsonl")]).rows
+    lengths = [len(dialogue.messages) // 2 for dialogue in dialogues]
+    assert set(lengths) == {2, 3, 4} and min(lengths.count(length) for length in (2, 3, 4)) >= 10
+    with pytest.raises(ConfigError, match=r"prompts.min_turns = 5 is more than prompts.turns = 3"):
+        gatt_config(tmp_path / "other", "prompts.min_turns=5")
 
 
 def test_half_of_the_dialogues_state_the_short_form(tmp_path, speak):

@@ -136,6 +136,6 @@ def test_a_wrong_row_of_a_pool_is_named(row, problem):
 
 def test_short_dialogues_are_filled_up_with_other_openings():
     prompts = [Prompt(messages=(Message("user", text),)) for text in ("a", "b", "c", "d", "a")]
-    turns = seed_turns(prompts, 3, random.Random(0))
+    turns = seed_turns(prompts, [3, 1, 2, 3, 4], random.Random(0))
     assert [row[0] for row in turns] == ["a", "b", "c", "d", "a"]
-    assert all(len(row) == len(set(row)) == 3 for row in turns)
+    assert [len(row) for row in turns] == [len(set(row)) for row in turns] == [3, 1, 2, 3, 4]
