@@ -108,9 +108,12 @@ def decode_response(chat: ChatFormat, ids: Sequence[int]) -> str:
     return chat.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
-def drop_oldest_turns(messages: Messages) -> Messages | None:
-    """The dialogue without its oldest exchange (the system turn stays), or None where only one exchange is left."""
-    start = 1 if messages[0].role == "system" else 0
+def drop_oldest_turns(messages: Messages, *, keep_first: bool = False) -> Messages | None:
+    """The dialogue without its oldest exchange, or None where only one (with `keep_first`, two) is left.
+
+    The system turn stays. With `keep_first` the first exchange stays as well, and the one after it goes.
+    """
+    start = (1 if messages[0].role == "system" else 0) + (2 if keep_first else 0)
     shorter = messages[:start] + messages[start + 2 :]
     return shorter if len(shorter) > start else None
 

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -111,7 +112,12 @@ def load_chat_of(path: str, chat_template: str = "auto") -> tuple[ChatFormat, in
     """The chat format of a model by any of its names, and the tokens its context holds; no weights are loaded."""
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
-    return chat, getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", sys.maxsize)
+    return chat, context_length(AutoConfig.from_pretrained(folder))
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Tokens a model's context holds; beyond all data where its configuration names no end."""
+    return getattr(config, "max_position_embeddings", sys.maxsize)
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool, seed: int) -> nn.Module:

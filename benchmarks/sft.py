@@ -5,9 +5,11 @@
 
 Each measurement is a child process of its own, so that its peak memory is its own; the two sides take turns. One
 optimizer step of 16 dialogues warms up, the following ones are timed. TRL gets ready ids with a completion mask and
-computes the loss on completions only; `trl-sorted` gives it the rows of every step sorted by length, so that its
-micro-batches hold as little padding as they can. Both sides run with the same allocator settings, the same arithmetic
-type and AdamW; trained weights are float32, those that LoRA freezes are of the arithmetic type.
+computes the loss on completions only. Besides its defaults it is tried with the rows of every step sorted by length, so
+that its micro-batches hold as little padding as they can (`trl-sorted`), and without padding (`trl-flat`, its
+padding_free, which it documents for FlashAttention and which transformers' mask makes exact with SDPA as well). Both
+sides run with the same allocator settings, the same arithmetic type and AdamW; trained weights are float32, those that
+LoRA freezes are of the arithmetic type. The mean loss of each side is printed: it must be the same.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def main() -> None:
     if options.side:
         sys.stdout.write(json.dumps(run_side(options)) + "\n")
         return
-    sides = [(name, batch) for name in ("trl", "trl-sorted") for batch in options.trl_batch]
+    sides = [(name, batch) for name in options.trl for batch in options.trl_batch]
     sides += [("align", tokens) for tokens in options.tokens]
     arguments = ["--lora", str(options.lora), "--rows", str(options.rows), "--data", options.data]
     arguments += ["--dtype", options.dtype, "--max-length", str(options.max_length)]
@@ -42,20 +44,18 @@ def main() -> None:
     kind = f"LoRA r={options.lora}" if options.lora else "full fine-tuning"
     print(f"\nSFT, {kind}, SmolLM2-135M, {options.dtype}, {options.rows} rows of {options.data}, max length")
     print(f"{options.max_length}, {STEP_ROWS} rows a step, seed 0, {machine}\n")
-    names = {
-        side: f"ours, {side[1]} tokens"
-        if side[0] == "align"
-        else f"TRL, batch {side[1]}{', sorted' if side[0] == 'trl-sorted' else ''}"
-        for side in sides
-    }
+    kinds = {"trl": "TRL, batch {}", "trl-sorted": "TRL, batch {}, sorted", "trl-flat": "TRL, batch {}, padding_free"}
+    names = {side: {**kinds, "align": "ours, {} tokens"}[side[0]].format(side[1]) for side in sides}
     ours = next(row for side, row in found.items() if side[0] == "align" and row)
     # Forward, gradients of activations and, where weights are trained, of weights: 2 operations each.
     passes = 4 if options.lora else 6
     backbone = passes * ours["backbone_parameters"] * ours["tokens_per_row"]
-    head = 6 * ours["output_parameters"] * ours["trained_tokens_per_row"]
+    head = passes * ours["output_parameters"] * ours["trained_tokens_per_row"]
     share = (backbone + head) / (peak * 1e9)
     print_comparison(found, names, figure="examples_per_second", unit="examples", share=share)
     print(f"\ntokens a row: {ours['tokens_per_row']:.0f}, of them {ours['trained_tokens_per_row']:.0f} trained")
+    losses = (f"{names[side]} {row['loss']:.3f}" for side, row in found.items() if row)
+    print(f"mean loss of all steps: {'; '.join(losses)}")
 
 
 def run_side(options: argparse.Namespace) -> dict[str, float]:
@@ -79,9 +79,10 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
             trainer = _trl_trainer(options, loaded, encoded, Path(folder))
         clock = StepClock()
         trainer.add_callback(clock)
-        trainer.train()
+        loss = trainer.train().training_loss
     timed = encoded[STEP_ROWS:]
     return {
+        "loss": loss,
         "examples_per_second": len(timed) / clock.seconds,
         "peak_memory_gb": peak_memory_gb(),
         "tokens_per_row": sum(len(example.input_ids) for example in timed) / len(timed),
@@ -108,6 +109,7 @@ def _trl_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], f
         num_train_epochs=1,
         max_length=None,
         completion_only_loss=True,
+        padding_free=options.side == "trl-flat",
         bf16=options.dtype == "bfloat16",
         use_cpu=True,
         gradient_checkpointing=False,
@@ -178,10 +180,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
-    parser.add_argument("--trl-batch", type=int, nargs="+", default=[2, 4, 8], help="per-device batches of TRL")
+    parser.add_argument("--trl-batch", type=int, nargs="+", default=[1, 2, 4, 8], help="per-device batches of TRL")
+    parser.add_argument("--trl", nargs="+", default=["trl", "trl-sorted", "trl-flat"], help="ways of running TRL")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096], help="our max_tokens_per_batch")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--side", choices=["trl", "trl-sorted", "align"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["trl", "trl-sorted", "trl-flat", "align"], help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 

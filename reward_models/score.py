@@ -14,7 +14,7 @@ from alignment.errors import DataError, ModelError
 from alignment.hardware import compute_dtype
 from alignment.logprobs import branch_scores
 from alignment.model_workers import map_in_workers, num_workers
-from alignment.models import LoadedModel, load_reward_model
+from alignment.models import LoadedModel, context_length, load_reward_model
 from alignment.prefix_batch import Branch, Tree, collate, even_groups, micro_batches
 
 MAX_TOKENS = 8192
@@ -50,7 +50,7 @@ class Scorer:
     @property
     def context_length(self) -> int:
         """Tokens of a prompt with one response at most."""
-        return self.model.config.max_position_embeddings
+        return context_length(self.model.config)
 
     def score(
         self,

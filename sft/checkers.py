@@ -24,12 +24,12 @@ LANGUAGE_CODES = {
     "Swedish": "sv",
 }
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-_BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
+_BULLET = re.compile(r"^[ \t]*[-*•][ \t]+\S", re.MULTILINE)
 
 
 def is_in_capitals(answer: str, _value: str = "") -> bool:
-    """Has letters, and none of them is lower case."""
-    return any(character.isalpha() for character in answer) and not any(character.islower() for character in answer)
+    """Has upper-case letters and none in lower case."""
+    return any(character.isupper() for character in answer) and not any(character.islower() for character in answer)
 
 
 def ends_with(answer: str, phrase: str) -> bool:
@@ -82,6 +82,9 @@ CHECKERS: Mapping[str, Checker] = {
     "language": is_in_language,
 }
 
+# Kinds that an answer may keep only because it was cut off.
+HELPED_BY_A_CUT = frozenset({"forbidden_word", "max_words", "bullet_points"})
+
 
 def value_problem(kind: str, value: str) -> str | None:
     """Why `value` is none for instructions of `kind`, or None where it is one."""
@@ -89,7 +92,7 @@ def value_problem(kind: str, value: str) -> str | None:
         return f"{value!r} is no language that can be told from others here. Use one of {', '.join(LANGUAGE_CODES)}."
     if kind in ("max_words", "bullet_points") and not (value.isdecimal() and int(value) > 0):
         return f"{value!r} is no number of {'words' if kind == 'max_words' else 'bullet points'}. Give 1 or more."
-    if kind in ("ending", "opening", "keyword", "forbidden_word") and not _words(value):
+    if kind in ("hobby", "figure", "ending", "opening", "keyword", "forbidden_word") and not _words(value):
         return f"{value!r} has no word in it."
     return None
 

@@ -23,7 +23,7 @@ from alignment.config import (
     StageConfig,
     TrainSection,
 )
-from sft.instructions import Kind, VerifiableKind
+from sft.instructions import Kind, Part, VerifiableKind
 
 
 class SFTOptim(OptimSection):
@@ -72,7 +72,10 @@ class SFTConfig(StageConfig):
 
 
 class GattPrompts(PromptSection):
-    """Dialogues whose user turns seed the Ghost Attention data."""
+    """Dialogues whose user turns seed the Ghost Attention data: rows with prompts, demonstrations or pairs."""
+
+    max_prompt_length: PositiveInt = 1024
+    """Tokens of a dialogue up to its last question, the instruction in every turn; a longer one is left out."""
 
     max_prompts: PositiveInt | None = 64
     """Dialogues to make."""
@@ -116,8 +119,9 @@ class GattInstructions(Section):
     """Files with instructions of your own, instead of the built-in ones: rows with `kind` and `value`, or with `full`
     and `short`."""
 
-    part: Literal["train", "held_out"] = "train"
-    """Built-in values for training, or those held out for measuring; they share none but capital letters."""
+    part: Part = "train"
+    """Built-in values for training, or those held out for measuring; they share none but capital letters. The wording
+    around a value is the same."""
 
     combine_rate: Fraction = 0.3
     """Share of instructions that join two kinds ("act as X and answer in Y")."""
@@ -139,7 +143,7 @@ class GattConfig(StageConfig):
 
 
 class GattEvalPrompts(PromptSection):
-    """Dialogues whose user turns are asked."""
+    """Dialogues whose user turns are asked: rows with prompts, demonstrations or pairs."""
 
     max_prompts: PositiveInt | None = 40
     """Dialogues to hold with each model."""
@@ -154,10 +158,12 @@ class GattEvalPrompts(PromptSection):
 class GattEvalInstructions(GattInstructions):
     """Instructions that a program can judge."""
 
-    kinds: Annotated[list[VerifiableKind], Field(min_length=1)] = list(get_args(VerifiableKind))
-    """Kinds that are drawn from."""
+    kinds: Annotated[list[VerifiableKind], Field(min_length=1)] = [
+        kind for kind in get_args(VerifiableKind) if kind != "capitals"
+    ]
+    """Kinds that are drawn from. `capitals` has one value only, which cannot be held out."""
 
-    part: Literal["train", "held_out"] = "held_out"
+    part: Part = "held_out"
     combine_rate: Fraction = 0.0
     """Share of instructions that join two kinds."""
 
@@ -194,7 +200,7 @@ class GattEvalConfig(StageConfig):
     report_turns: Annotated[list[PositiveInt], Field(min_length=1)] = [2, 4, 6, 10, 20]
     """Turns in the table. The curve has all. Paper: 2, 4, 6, 20."""
 
-    attention_dialogues: NonNegativeInt = 8
+    num_attention_dialogues: NonNegativeInt = 8
     """Dialogues of the first policy over which the attention picture is averaged (Llama 2 Fig. 9); 0 draws none."""
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
+from alignment.chat import drop_oldest_turns
 from alignment.data import load_prompts, write_rows
-from alignment.dialogue import Dialogue, Message, Messages, Prompt
+from alignment.dialogue import Dialogue, Message, Messages, Prompt, parse_messages
 from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.metrics import mean_interval, wilson_interval
@@ -20,7 +22,7 @@ from alignment.progress import ProgressBar
 from alignment.runs import open_run
 from alignment.sampling.prompts import choose_prompts
 from sft.config import DistilConfig
-from sft.conversation import RowLog, Speaker, chunks
+from sft.conversation import RowLog, Speaker
 
 PREPROMPTS = (
     "You are a responsible and safe assistant that never helps anyone to do harm.",
@@ -92,19 +94,23 @@ def run(config: DistilConfig, load_score: LoadScore, *, resume: bool = False) ->
     preprompts = [rng.choice(config.preprompts or PREPROMPTS) for _ in prompts]
     templates = TEMPLATES if config.templates is None else config.templates
 
-    log = RowLog(run_dir.path / "answers.jsonl", resume=resume)
+    log = RowLog(run_dir.path / "answers.jsonl", size=config.sampling.max_rows // 2, resume=resume)
     state.wait_for_everyone()
-    missing = range(len(log.rows), len(prompts))
-    if missing:
+    if missing := log.missing(len(prompts)):
         length = config.prompts.max_prompt_length
         options = {"device": state.device, "max_prompt_length": length, "seed": config.run.seed}
         speaker = Speaker.load(config.model, config.sampling, **options)
-        with ProgressBar("distil: answers", 2 * len(missing), shown=state.is_main_process) as bar:
-            for chunk in chunks(missing, max(1, config.sampling.max_rows // 2)):
-                given = [(prompts[i], f"{preprompts[i]} {template_of(prompts[i].category, templates)}") for i in chunk]
+        with ProgressBar("distil: answers", 2 * sum(map(len, missing)), shown=run_dir.writes) as bar:
+            for lot in missing:
+                given = [(prompts[i], f"{preprompts[i]} {template_of(prompts[i].category, templates)}") for i in lot]
                 log.append(_answers(speaker, given, bar), writes=run_dir.writes)
+        del speaker  # its memory, before the reward model's
 
-    answered = [(prompt, row) for prompt, row in zip(prompts, log.rows, strict=True) if row["plain"] is not None]
+    answered = [
+        (replace(prompt, messages=parse_messages(row["prompt"], "prompt", last_role="user")), row)
+        for prompt, row in zip(prompts, log.rows, strict=True)
+        if row["plain"] is not None
+    ]
     if not answered:
         raise DataError(f"prompts: none fits into prompts.max_prompt_length = {config.prompts.max_prompt_length}.")
     score = load_score(config, state.device)
@@ -113,11 +119,12 @@ def run(config: DistilConfig, load_score: LoadScore, *, resume: bool = False) ->
         {**prompt.to_json(), **row, "score_plain": plain, "score_distilled": distilled}
         for (prompt, row), (plain, distilled) in zip(answered, scores, strict=True)
     ]
+    if state.is_main_process:
+        write_rows(run_dir.path / "scored.jsonl", scored)
     kept = [(prompt, row) for (prompt, _), row in zip(answered, scored, strict=True) if is_kept(row)]
     if not kept:
         raise DataError("no distilled answer is scored above the plain one. Look at scored.jsonl in the run directory.")
     if state.is_main_process:
-        write_rows(run_dir.path / "scored.jsonl", scored)
         rows = (distilled_dialogue(prompt.messages, row["distilled"]).to_json() for prompt, row in kept)
         write_rows(run_dir.path / "distilled.jsonl", rows)
     result = summarize(scored)
@@ -142,20 +149,30 @@ def summarize(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _shortened(speaker: Speaker, prompt: Messages, preprompt: str) -> Messages:
+    """The prompt with as many of its turns as fit behind the preprompt; the whole where not even the last one does."""
+    shorter: Messages | None = prompt
+    while shorter is not None and not speaker.fits(with_preprompt(shorter, preprompt)):
+        shorter = drop_oldest_turns(shorter)
+    return shorter or prompt
+
+
 def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str]], bar: ProgressBar) -> list[dict[str, Any]]:
-    """Both answers of each prompt; null where the prompt with its preprompt is too long."""
+    """Both answers of each prompt, without its oldest turns where need be; null where nothing fits or it is refused."""
+    asked = [(_shortened(speaker, prompt.messages, text.strip()), text.strip()) for prompt, text in given]
     contexts = {}
-    for index, (prompt, preprompt) in enumerate(given):
-        contexts[2 * index] = prompt.messages
-        contexts[2 * index + 1] = with_preprompt(prompt.messages, preprompt.strip())
-    found = speaker.answer(contexts, turn=0, bar=bar)
+    for index, (messages, preprompt) in enumerate(asked):
+        contexts[2 * index] = messages
+        contexts[2 * index + 1] = with_preprompt(messages, preprompt)
+    found, _ = speaker.answer(contexts, turn=0, bar=bar)
     rows = []
-    for index, (_, preprompt) in enumerate(given):
+    for index, (messages, preprompt) in enumerate(asked):
         plain, distilled = found.get(2 * index), found.get(2 * index + 1)
         fits = plain is not None and distilled is not None
         rows.append(
             {
-                "preprompt": preprompt.strip(),
+                "prompt": [message.to_json() for message in messages],
+                "preprompt": preprompt,
                 "plain": plain[0].text if fits else None,
                 "distilled": distilled[0].text if fits else None,
                 "is_finished": distilled[0].is_finished if fits else False,

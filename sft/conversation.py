@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from alignment.chat import decode_response, encode_prompt
 from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
-from alignment.dialogue import Messages, Prompt
+from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt
+from alignment.errors import DataError
 from alignment.hardware import compute_dtype
-from alignment.models import LoadedModel, load_chat_model
+from alignment.models import LoadedModel, context_length, load_chat_model
 from alignment.progress import ProgressBar
 from alignment.sampling.prompts import choose_prompts, sample_ids
 from alignment.sampling.torch_engine import TorchSampler
 from sft.config import GattInstructions
 from sft.ghost_attention import Answer, seed_turns
 from sft.instructions import Instruction, PoolRow, built_in_pool, draw_instruction, own_pool
+
+NoAnswer = Literal["too_long", "refused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,11 @@ class Plan:
     def stated(self) -> str:
         """The instruction as training and measuring state it."""
         return self.instruction.short if self.is_shortened else self.instruction.full
+
+
+def load_seeds(section: PromptSection) -> Loaded[Prompt]:
+    """Prompts, demonstrations or pairs, all as prompts. Raises DataError with every bad row."""
+    return load_rows(section.prompts, _seed, on_error=section.on_error)
 
 
 def load_own(instructions: GattInstructions) -> Loaded[PoolRow]:
@@ -74,8 +82,7 @@ class Speaker:
 
     def __init__(self, loaded: LoadedModel, sampling: SamplingSection, *, max_prompt_length: int, seed: int) -> None:
         self.loaded, self.sampling, self.seed = loaded, sampling, seed
-        context_length = loaded.model.config.max_position_embeddings - sampling.max_new_tokens
-        self.max_prompt_length = min(max_prompt_length, context_length)
+        self.max_prompt_length = min(max_prompt_length, context_length(loaded.model.config) - sampling.max_new_tokens)
         self._sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
 
     @classmethod
@@ -88,28 +95,53 @@ class Speaker:
         loaded.model.to(device)
         return cls(loaded, sampling, max_prompt_length=max_prompt_length, seed=seed)
 
-    def answer(self, contexts: Mapping[int, Messages], *, turn: int, bar: ProgressBar) -> dict[int, list[Answer]]:
-        """Candidates for every context that is short enough, by its key."""
-        encoded = {key: encode_prompt(self.loaded.chat, messages) for key, messages in contexts.items()}
-        fitting = {key: ids for key, ids in encoded.items() if len(ids) <= self.max_prompt_length}
+    def answer(
+        self, contexts: Mapping[int, Messages], *, turn: int, bar: ProgressBar
+    ) -> tuple[dict[int, list[Answer]], dict[int, NoAnswer]]:
+        """Candidates for every context by its key, and why there are none: `too_long`, or `refused` by the chat format.
+
+        A model may write what its format refuses to read again, as the tags of Llama 2's.
+        """
+        fitting, missing = {}, {}
+        for key, messages in contexts.items():
+            ids, reason = self._encode(messages)
+            if reason is None:
+                fitting[key] = ids
+            else:
+                missing[key] = reason
         drawn = sample_ids(self._sampler, list(fitting.values()), self.sampling, seed=self.seed + turn, bar=bar)
-        return {
-            key: [
-                Answer(decode_response(self.loaded.chat, sample.token_ids), sample.finish_reason == "stop")
-                for sample in samples
-            ]
+        chat = self.loaded.chat
+        found = {
+            key: [Answer(decode_response(chat, one.token_ids), one.finish_reason == "stop") for one in samples]
             for key, samples in zip(fitting, drawn, strict=True)
         }
+        return found, missing
+
+    def fits(self, messages: Messages) -> bool:
+        """Whether a context can be answered."""
+        return self._encode(messages)[1] is None
+
+    def _encode(self, messages: Messages) -> tuple[list[int], NoAnswer | None]:
+        try:
+            ids = encode_prompt(self.loaded.chat, messages)
+        except DataError:
+            return [], "refused"
+        return ids, None if len(ids) <= self.max_prompt_length else "too_long"
 
 
 class RowLog:
-    """Rows on disk as they come, so that an interrupted run goes on after the last one."""
+    """Rows on disk as they come, `size` at a time, so that an interrupted run goes on after the last whole lot."""
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, size: int, resume: bool) -> None:
+        self.path, self.size = path, max(1, size)
         self.rows: list[dict[str, Any]] = []
         if resume and path.exists():
-            self.rows = list(_whole_rows(path))
+            self.rows = _whole_lots(path, self.size)
+
+    def missing(self, total: int) -> list[range]:
+        """The lots of rows that are not there yet, of `total`."""
+        starts = range(len(self.rows), total, self.size)
+        return [range(start, min(start + self.size, total)) for start in starts]
 
     def append(self, rows: Iterable[Mapping[str, Any]], *, writes: bool) -> None:
         """Adds rows; only the main process writes them."""
@@ -122,19 +154,29 @@ class RowLog:
                 os.fsync(file.fileno())
 
 
-def chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """`size` items at a time."""
-    for start in range(0, len(items), max(1, size)):
-        yield items[start : start + max(1, size)]
+def _seed(row: Mapping[str, Any]) -> Prompt:
+    """A row's prompt: a demonstration without its last answer, a pair without its responses."""
+    source = str(row.get("source") or "")
+    if "messages" in row:
+        return Prompt(messages=Dialogue.from_json(row).messages[:-1], source=source)
+    if "chosen" in row and row.get("prompt") is None:
+        return Prompt(messages=PreferencePair.from_json(row).prompt, source=source)
+    return Prompt.from_json(row)
 
 
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of the file, from which a half-written last line is cut off."""
-    end = 0
+def _whole_lots(path: Path, size: int) -> list[dict[str, Any]]:
+    """The rows of whole lots; the file is cut off behind them.
+
+    What else is asked in a lot decides the random streams of repeated prompts, so a lot is sampled whole or not at all.
+    """
+    rows: list[dict[str, Any]] = []
+    ends = [0]
     with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            end += len(line)
-            yield json.loads(line)
-    os.truncate(path, end)
+            rows.append(json.loads(line))
+            ends.append(ends[-1] + len(line))
+    count = len(rows) - len(rows) % size
+    os.truncate(path, ends[count])
+    return rows[:count]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from alignment.chat import ChatFormat, decode_response, fit_prompt
 from alignment.data import write_rows
 from alignment.dialogue import Dialogue
-from alignment.logprobs import response_logprobs
+from alignment.logprobs import response_logprobs, unwrap
+from alignment.models import context_length
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling import SamplingParams
@@ -49,8 +50,8 @@ def evaluate(
     sums: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
     by_source = defaultdict(list)
-    for index, source in enumerate(examples.sources):
-        by_source[source].append(index)
+    for index, dialogue in enumerate(examples.dialogues):
+        by_source[dialogue.source].append(index)
     with ProgressBar(title, len(examples.encoded), shown=PartialState().is_main_process) as bar:
         for source, indices in by_source.items():
             for part in dialogue_batches(examples.encoded, indices, max_tokens=max_tokens, row_tokens=row_tokens):
@@ -81,19 +82,22 @@ def sample_answers(
 ) -> None:
     """Greedy answers to the last turns of held-out dialogues, as `answers.jsonl`: prompt, reference, before, after.
 
-    What a resumed run finds from before its training is kept. The main process alone samples.
+    What a resumed run finds from before its training is kept. All processes sample, for a sharded model needs them
+    all; the main one writes.
     """
     path = run_dir.path / "answers.jsonl"
-    if not dialogues or not run_dir.writes or (part == "before" and path.exists()):
+    is_done = part == "before" and path.exists()
+    PartialState().wait_for_everyone()
+    if not dialogues or is_done:
         return
-    room = model.config.max_position_embeddings - settings.max_new_tokens
+    room = context_length(unwrap(model).config) - settings.max_new_tokens
     prompts = [fit_prompt(chat, dialogue.messages[:-1], room)[0] for dialogue in dialogues]
     fitting = [index for index, ids in enumerate(prompts) if ids is not None]
     params = SamplingParams(temperature=0.0, max_new_tokens=settings.max_new_tokens)
     sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id])
     device = next(model.parameters()).device
     with (
-        ProgressBar(f"sft: answers {part}", len(fitting)) as bar,
+        ProgressBar(f"sft: answers {part}", len(fitting), shown=run_dir.writes) as bar,
         torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
     ):
         drawn = sampler.sample([prompts[index] for index in fitting], params, on_progress=bar.advance)
@@ -109,4 +113,5 @@ def sample_answers(
             }
             for dialogue in dialogues
         ]
-    write_rows(path, ({**row, part: texts.get(index)} for index, row in enumerate(rows)))
+    if run_dir.writes:
+        write_rows(path, ({**row, part: texts.get(index)} for index, row in enumerate(rows)))

@@ -17,10 +17,10 @@ from alignment.training import MicroBatch
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded dialogues in order, the source of each, and what did not fit: `cut` lost old turns, `dropped` is out."""
+    """Encoded dialogues in order, as they are trained, and what did not fit: `cut` lost old turns, `dropped` is out."""
 
     encoded: list[EncodedDialogue]
-    sources: list[str]
+    dialogues: list[Dialogue]
     cut: int
     dropped: dict[str, int]
 
@@ -35,10 +35,11 @@ def make_examples(
 ) -> Examples:
     """Encodes dialogues. Over `max_length` tokens, the oldest exchanges go first; a response is never cut.
 
-    A dialogue trained on its last answer only (Ghost Attention) keeps its first turn, which holds the instruction:
-    it is dropped instead. Raises DataError with all dialogues that the chat format refuses, or drops and counts them.
+    A dialogue trained on its last answer only (Ghost Attention) keeps its first exchange, which holds the instruction,
+    and loses those after it. Raises DataError with all dialogues that the chat format refuses, or drops and counts
+    them.
     """
-    encoded, sources, refused = [], [], []
+    encoded, kept, refused = [], [], []
     cut = 0
     dropped: Counter[str] = Counter()
     for dialogue in dialogues:
@@ -48,9 +49,10 @@ def make_examples(
         except DataError as error:
             refused.append(f"{dialogue.where}: {error}")
             continue
-        may_cut = overlong == "truncate" and dialogue.train_on == "all"
+        keep_first = dialogue.train_on == "last"
         while shorter is not None and len(example.input_ids) > max_length:
-            messages = drop_oldest_turns(shorter.messages) if may_cut else None
+            may_cut = overlong == "truncate"
+            messages = drop_oldest_turns(shorter.messages, keep_first=keep_first) if may_cut else None
             shorter = replace(shorter, messages=messages) if messages else None
             if shorter is not None:
                 example = encode_dialogue(chat, shorter)
@@ -59,12 +61,12 @@ def make_examples(
             continue
         cut += shorter is not dialogue
         encoded.append(example)
-        sources.append(dialogue.source)
+        kept.append(shorter)
     if on_error == "stop":
         raise_together(refused)
     elif refused:
         dropped["refused_by_chat_format"] = len(refused)
-    return Examples(encoded, sources, cut, dict(dropped))
+    return Examples(encoded, kept, cut, dict(dropped))
 
 
 def dialogue_batches(

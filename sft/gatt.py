@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.data import load_prompts, write_rows
+from alignment.data import write_rows
 from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.metrics import wilson_interval
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
 from sft.config import GattConfig
-from sft.conversation import Plan, RowLog, Speaker, chunks, load_own, make_plans
+from sft.conversation import Plan, RowLog, Speaker, load_own, load_seeds, make_plans
 from sft.ghost_attention import choose_answer, context, every_turn, first_turn, training_dialogue
 
 
@@ -24,25 +24,24 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     same dialogues with the instruction in every turn: training on them is training without Ghost Attention.
     """
     state = process_state(config.run.device)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    data = load_seeds(config.prompts)
     own = load_own(config.instructions)
     turns = (config.prompts.min_turns, config.prompts.turns)
     plans = make_plans(data, config.prompts, own, config.instructions, turns=turns, seed=config.run.seed)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *own.sources])
 
-    log = RowLog(run_dir.path / "sampled.jsonl", resume=resume)
+    size = config.sampling.max_rows // config.sampling.num_candidates
+    log = RowLog(run_dir.path / "sampled.jsonl", size=size, resume=resume)
     state.wait_for_everyone()
-    missing = range(len(log.rows), len(plans))
-    if missing:
+    if missing := log.missing(len(plans)):
         length = config.prompts.max_prompt_length
         options = {"device": state.device, "max_prompt_length": length, "seed": config.run.seed}
         speaker = Speaker.load(config.model, config.sampling, **options)
-        size = config.sampling.max_rows // config.sampling.num_candidates
-        total = sum(len(plans[index].user_turns) for index in missing) * config.sampling.num_candidates
-        with ProgressBar("gatt: answers", total, shown=state.is_main_process) as bar:
-            for chunk in chunks(missing, size):
-                rows = sample_dialogues(speaker, [plans[index] for index in chunk], bar)
+        num_turns = sum(len(plans[index].user_turns) for lot in missing for index in lot)
+        with ProgressBar("gatt: answers", num_turns * config.sampling.num_candidates, shown=run_dir.writes) as bar:
+            for lot in missing:
+                rows = sample_dialogues(speaker, [plans[index] for index in lot], bar)
                 log.append(rows, writes=run_dir.writes)
 
     kept = [(plan, row) for plan, row in zip(plans, log.rows, strict=True) if not row["dropped"]]
@@ -54,9 +53,14 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
         )
     run_dir.note(dropped=dropped)
     if state.is_main_process:
-        for name, where in (("dialogues", first_turn), ("as_sampled", every_turn)):
-            rows = (training_dialogue(where(plan.stated, plan.user_turns), row["answers"]) for plan, row in kept)
-            write_rows(run_dir.path / f"{name}.jsonl", (dialogue.to_json() for dialogue in rows))
+        for name, where, source in (
+            ("dialogues", first_turn, "ghost_attention"),
+            ("as_sampled", every_turn, "instruction_in_every_turn"),
+        ):
+            dialogues = (
+                training_dialogue(where(plan.stated, plan.user_turns), row["answers"], source) for plan, row in kept
+            )
+            write_rows(run_dir.path / f"{name}.jsonl", (dialogue.to_json() for dialogue in dialogues))
     return run_dir.finish(
         {"stage": "gatt", "dialogues": len(kept), "dropped": dropped, "kept_by_kind": _kept_by_kind(plans, log.rows)}
     )
@@ -65,8 +69,8 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
 def sample_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:
     """The answers of every dialogue, the instruction joined to each user turn; a dialogue ends where none may stand.
 
-    `dropped` says why a dialogue ended early: `too_long`, `empty`, `cut_off` (its last answer) or
-    `instruction_not_kept`; null otherwise.
+    `dropped` says why a dialogue ended early: `too_long`, `refused` by the chat format, `empty`, `cut_off` (its last
+    answer) or `instruction_not_kept`; null otherwise.
     """
     asked = [every_turn(plan.instruction.full, plan.user_turns) for plan in plans]
     answers: list[list[str]] = [[] for _ in plans]
@@ -77,8 +81,8 @@ def sample_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) 
             for index, turns in enumerate(asked)
             if index not in dropped and turn < len(turns)
         }
-        candidates = speaker.answer(contexts, turn=turn, bar=bar)
-        dropped |= {index: "too_long" for index in contexts if index not in candidates}
+        candidates, missing = speaker.answer(contexts, turn=turn, bar=bar)
+        dropped |= missing
         for index, found in candidates.items():
             is_last = turn == len(asked[index]) - 1
             answer, reason = choose_answer(found, plans[index].instruction, is_last=is_last)

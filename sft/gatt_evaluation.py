@@ -11,15 +11,16 @@ from typing import Any
 
 from rich.table import Table
 
-from alignment.data import load_prompts
+from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run
 from sft.attention_mass import attention_picture
+from sft.checkers import CHECKERS
 from sft.config import GattEvalConfig
-from sft.conversation import Plan, RowLog, Speaker, chunks, load_own, make_plans
-from sft.ghost_attention import context, first_turn
+from sft.conversation import Plan, RowLog, Speaker, load_own, load_seeds, make_plans
+from sft.ghost_attention import Answer, context, first_turn
 
 Row = Mapping[str, Any]
 
@@ -27,10 +28,11 @@ Row = Mapping[str, Any]
 def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Holds the dialogues with every policy, judges them; writes dialogues, table, curve and attention picture."""
     state = process_state(config.run.device)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    data = load_seeds(config.prompts)
     own = load_own(config.instructions)
     turns = (config.prompts.turns, config.prompts.turns)
     plans = make_plans(data, config.prompts, own, config.instructions, turns=turns, seed=config.run.seed)
+    _check_verifiable(plans)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *own.sources])
 
@@ -38,18 +40,22 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     rows: dict[str, list[Row]] = {}
     attention: dict[str, list[list[float]]] = {}
     for name, section in config.policies.items():
-        log = RowLog(run_dir.path / f"dialogues-{name}.jsonl", resume=resume)
+        log = RowLog(run_dir.path / f"dialogues-{name}.jsonl", size=config.sampling.max_rows, resume=resume)
         state.wait_for_everyone()
-        speaker = Speaker.load(section, config.sampling, device=state.device, **options)
-        missing = range(len(log.rows), len(plans))
-        total = sum(len(plans[index].user_turns) for index in missing)
-        with ProgressBar(f"eval: {name} answers", total, shown=state.is_main_process) as bar:
-            for chunk in chunks(missing, config.sampling.max_rows):
-                log.append(hold_dialogues(speaker, [plans[index] for index in chunk], bar), writes=run_dir.writes)
+        missing = log.missing(len(plans))
+        if missing or config.num_attention_dialogues:
+            speaker = Speaker.load(section, config.sampling, device=state.device, **options)
+        num_turns = sum(len(plans[index].user_turns) for lot in missing for index in lot)
+        with ProgressBar(f"eval: {name} answers", num_turns, shown=run_dir.writes) as bar:
+            for lot in missing:
+                log.append(hold_dialogues(speaker, [plans[index] for index in lot], bar), writes=run_dir.writes)
         rows[name] = log.rows
-        if config.attention_dialogues:
-            first = next(iter(rows.values()))[: config.attention_dialogues]
-            attention[name] = attention_picture(speaker.loaded, first)
+        if not any(row["answers"] for row in log.rows):
+            raise DataError(f"policies.{name}: no dialogue fits. Raise prompts.max_prompt_length.")
+        if config.num_attention_dialogues:
+            answered = [row for row in next(iter(rows.values())) if row["answers"]]
+            attention[name] = attention_picture(speaker.loaded, answered[: config.num_attention_dialogues])
+        speaker = None  # its memory, before the next one's
     policies = adherence_table(rows, config.report_turns)
     if state.is_main_process:
         _draw(run_dir, policies, attention)
@@ -68,25 +74,26 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
 def hold_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:
     """Every dialogue with the instruction in its first turn only, and whether each answer kept it.
 
-    A dialogue ends where it no longer fits into the model.
+    A dialogue ends where it no longer fits into the model. `finished` says which answers ended by themselves.
     """
     asked = [first_turn(plan.stated, plan.user_turns) for plan in plans]
-    answers: list[list[str]] = [[] for _ in plans]
+    answers: list[list[Answer]] = [[] for _ in plans]
     for turn in range(max(map(len, asked))):
         contexts = {
-            index: context(turns, answers[index])
+            index: context(turns, [answer.text for answer in answers[index]])
             for index, turns in enumerate(asked)
             if turn < len(turns) and len(answers[index]) == turn
         }
-        for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar).items():
-            answers[index].append(answer.text)
+        for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar)[0].items():
+            answers[index].append(answer)
     return [
         {
             "instruction": plan.stated,
             "kinds": [constraint.kind for constraint in plan.instruction.constraints],
             "user_turns": turns,
-            "answers": found,
-            "kept": [plan.instruction.holds(answer) for answer in found],
+            "answers": [answer.text for answer in found],
+            "finished": [answer.is_finished for answer in found],
+            "kept": [plan.instruction.holds(answer.text, is_finished=answer.is_finished) for answer in found],
         }
         for plan, turns, found in zip(plans, asked, answers, strict=True)
     ]
@@ -95,7 +102,8 @@ def hold_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) ->
 def adherence_table(rows: Mapping[str, Sequence[Row]], report_turns: Sequence[int]) -> dict[str, Any]:
     """For every policy: share of answers that keep the instruction, by turn, by kind, and against the first policy.
 
-    `by_turn` has Wilson intervals, turn 1 first. `gain` is the paired difference from the first policy at the turns
+    `by_turn` has Wilson intervals, turn 1 first, and `cut_off_by_turn` the share of answers that were cut off at the
+    length limit. `gain` is the paired difference from the first policy at the turns
     to report, over the dialogues of which both have that turn, with a normal interval.
     """
     baseline = next(iter(rows.values()))
@@ -106,6 +114,7 @@ def adherence_table(rows: Mapping[str, Sequence[Row]], report_turns: Sequence[in
         kinds = sorted({kind for row in dialogues for kind in row["kinds"]})
         table[name] = {
             "by_turn": [_rate(dialogues, turn) for turn in range(1, num_turns + 1)],
+            "cut_off_by_turn": [1 - _rate(dialogues, turn, "finished")["value"] for turn in range(1, num_turns + 1)],
             "by_kind": {
                 kind: {str(turn): _rate([r for r in dialogues if kind in r["kinds"]], turn) for turn in reported}
                 for kind in kinds
@@ -115,24 +124,40 @@ def adherence_table(rows: Mapping[str, Sequence[Row]], report_turns: Sequence[in
     return table
 
 
+def reported(result: Row) -> tuple[list[int], dict[str, list[str]]]:
+    """The turns to report that were reached, and each policy's adherence at them in words."""
+    longest = max(len(row["by_turn"]) for row in result["policies"].values())
+    turns = [turn for turn in result["report_turns"] if turn <= longest]
+    return turns, {
+        name: [
+            show(row["by_turn"][turn - 1], ".0%", bounds=True) if turn <= len(row["by_turn"]) else "-" for turn in turns
+        ]
+        for name, row in result["policies"].items()
+    }
+
+
 def report_table(result: Row) -> Table:
     """Adherence at the turns to report, with 95 % intervals, for a terminal."""
-    turns = [turn for turn in result["report_turns"] if turn <= _num_turns(result)]
+    turns, cells = reported(result)
     title = f"{result['dialogues']} dialogues, instruction in the first turn only: share of answers that keep it"
     table = Table("policy", *(f"turn {turn}" for turn in turns), title=title)
-    for name, row in result["policies"].items():
-        entries = [row["by_turn"][turn - 1] if turn <= len(row["by_turn"]) else None for turn in turns]
-        table.add_row(name, *(show(entry, ".0%", bounds=True) if entry else "-" for entry in entries))
+    for name, row in cells.items():
+        table.add_row(name, *row)
     return table
 
 
-def _num_turns(result: Row) -> int:
-    return max(len(row["by_turn"]) for row in result["policies"].values())
+def _check_verifiable(plans: Sequence[Plan]) -> None:
+    """Raises DataError where no program can judge an instruction: every answer would count as keeping it."""
+    if unknown := next((plan for plan in plans if not plan.instruction.is_verifiable), None):
+        raise DataError(
+            f"instructions: no program can judge {unknown.instruction.full!r}. Give kinds that have a checker "
+            f"({', '.join(CHECKERS)}), rows of your own with `kind` and `value`."
+        )
 
 
-def _rate(dialogues: Sequence[Row], turn: int) -> dict[str, float | int | None]:
-    kept = [row["kept"][turn - 1] for row in dialogues if len(row["kept"]) >= turn]
-    return wilson_interval(sum(kept), len(kept)).to_json()
+def _rate(dialogues: Sequence[Row], turn: int, of: str = "kept") -> dict[str, float | int | None]:
+    flags = [row[of][turn - 1] for row in dialogues if len(row[of]) >= turn]
+    return wilson_interval(sum(flags), len(flags)).to_json()
 
 
 def _gain(ours: Sequence[Row], theirs: Sequence[Row], turn: int) -> dict[str, float | int | None]:
@@ -158,6 +183,7 @@ def _draw(run_dir: Run, policies: Mapping[str, Any], attention: Mapping[str, Seq
     _save(figure, run_dir.path / "adherence.png")
     if not attention:
         return
+    assert all(attention.values()), "every picture is of dialogues with answers"
     figure = Figure(figsize=(3.2 * len(attention) + 1, 4), layout="constrained")
     top = max(value for table in attention.values() for row in table for value in row)
     panels = figure.subplots(1, len(attention), sharey=True, squeeze=False)[0]

@@ -46,14 +46,14 @@ def context(user_turns: Sequence[str], answers: Sequence[str]) -> Messages:
     return (*messages, Message("user", user_turns[len(answers)]))
 
 
-def training_dialogue(user_turns: Sequence[str], answers: Sequence[str]) -> Dialogue:
+def training_dialogue(user_turns: Sequence[str], answers: Sequence[str], source: str = "ghost_attention") -> Dialogue:
     """The row to train on, loss on the last answer only; Ghost Attention gives it the turns of `first_turn`.
 
     Llama 2 Sec. 3.3 sets the loss to zero on all tokens of earlier turns, their answers included.
     """
     *earlier, last = answers
     messages = (*context(user_turns, earlier), Message("assistant", last))
-    return Dialogue(messages=messages, train_on="last", source="ghost_attention")
+    return Dialogue(messages=messages, train_on="last", source=source)
 
 
 def choose_answer(candidates: Sequence[Answer], instruction: Instruction, *, is_last: bool) -> tuple[str | None, str]:
@@ -68,7 +68,7 @@ def choose_answer(candidates: Sequence[Answer], instruction: Instruction, *, is_
             continue
         if not candidate.is_finished and is_last:
             reason = "cut_off" if reason == "empty" else reason
-        elif instruction.holds(candidate.text):
+        elif instruction.holds(candidate.text, is_finished=candidate.is_finished):
             return candidate.text, ""
         else:
             reason = "instruction_not_kept"

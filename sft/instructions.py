@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from alignment.dialogue import RowError
-from sft.checkers import CHECKERS, value_problem
+from sft.checkers import CHECKERS, HELPED_BY_A_CUT, value_problem
 
 Kind = Literal[
     "hobby", "language", "figure",
@@ -39,9 +39,14 @@ class Constraint:
         """Whether a program can judge it."""
         return self.kind in CHECKERS
 
-    def holds(self, answer: str) -> bool:
-        """Whether an answer keeps it; True where no program can tell, unless there is no answer."""
-        return CHECKERS[self.kind](answer, self.value) if self.is_verifiable else bool(answer.strip())
+    def holds(self, answer: str, *, is_finished: bool = True) -> bool:
+        """Whether an answer keeps it; True where no program can tell, unless there is no answer.
+
+        One that was cut off at the length limit cannot keep what a cut helps with, such as a limit of words.
+        """
+        if not self.is_verifiable:
+            return bool(answer.strip())
+        return (is_finished or self.kind not in HELPED_BY_A_CUT) and CHECKERS[self.kind](answer, self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +62,9 @@ class Instruction:
         """Whether a program can judge all of it."""
         return all(constraint.is_verifiable for constraint in self.constraints)
 
-    def holds(self, answer: str) -> bool:
+    def holds(self, answer: str, *, is_finished: bool = True) -> bool:
         """Whether an answer keeps all of it that a program can judge."""
-        return all(constraint.holds(answer) for constraint in self.constraints)
+        return all(constraint.holds(answer, is_finished=is_finished) for constraint in self.constraints)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     }
     seed = config.run.seed
     train = make_examples(chat, pick(train_data.rows, config.data.max_rows, seed), **limits)
-    valid_rows = pick(valid_data.rows, config.data.max_valid_rows, seed)
-    valid = make_examples(chat, valid_rows, **limits)
+    valid = make_examples(chat, pick(valid_data.rows, config.data.max_valid_rows, seed), **limits)
     if not train.encoded:
         raise DataError(f"data.train: no dialogue fits into {limits['max_length']} tokens (data.max_length).")
     run_dir = open_run(config, resume=resume, state=state)
@@ -57,14 +56,14 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     batching = {
         "max_tokens": config.train.max_tokens_per_batch,
-        "row_tokens": limits["max_length"] if config.train.packing else None,
+        "row_tokens": min(limits["max_length"], config.train.max_tokens_per_batch) if config.train.packing else None,
     }
     checkpoint = newest_checkpoint(run_dir) if resume else None
     before = run_dir.noted("before")
     if before is None:
         before = evaluate(model, valid, **batching, dtype=dtype, title="sft: held-out loss before")
         run_dir.note(before=before)
-    asked = pick(valid_rows, config.evaluation.num_answers, seed)
+    asked = pick(valid.dialogues, config.evaluation.num_answers, seed)
     sample_answers(model, chat, asked, config.evaluation, run_dir, dtype=dtype, part="before")
     arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)
     trainer = MaskedSFTTrainer(

@@ -38,6 +38,8 @@ BREAKS = [
     ("bullet_points", "1", "a - b\n-x"),
     ("language", "French", "Good morning, how can I help you today?"),
     ("language", "French", "???"),
+    ("capitals", "", "你好"),
+    ("bullet_points", "2", "- a\n-\nfoo"),
 ]
 
 
@@ -67,6 +69,7 @@ def test_no_answer_keeps_nothing(kind):
         ("capitals", "", None),
         ("max_words", "12", None),
         ("hobby", "chess", None),
+        ("figure", "", "no word in it"),
     ],
 )
 def test_a_value_that_no_answer_could_keep_is_named(kind, value, problem):

@@ -86,7 +86,7 @@ def adherence(tmp_path_factory) -> dict[str, list]:
         run("sft", folder / name, *TRAIN, f"model={base}", data, "optim.lr=2e-3", "train.epochs=6")
     ask = [
         *COMMON, f"prompts.prompts={folder}/heldout.jsonl", f"prompts.turns={NUM_TURNS}", "prompts.max_prompts=60",
-        "sampling.max_new_tokens=8", "attention_dialogues=2",
+        "sampling.max_new_tokens=8", "num_attention_dialogues=2",
     ]  # fmt: skip
     policies = {"base": base, "with": folder / "dialogues", "without": folder / "as_sampled"}
     named = [f"policies.{name}.{key}" for name, path in policies.items() for key in (f"path={path}", "dtype=float32")]
@@ -105,10 +105,11 @@ def capitals_without_instruction(model: Path, file: Path) -> list[float]:
         ModelSection(path=str(model), dtype="float32"), SamplingSection(max_new_tokens=8, temperature=0.0),
         device=torch.device("cpu"), max_prompt_length=400, seed=0,
     )  # fmt: skip
+    bar = ProgressBar("", 0, shown=False)
     answers: list[list[str]] = [[] for _ in asked]
     for turn in range(NUM_TURNS):
         contexts = {index: context(turns, answers[index]) for index, turns in enumerate(asked)}
-        for index, [answer] in speaker.answer(contexts, turn=turn, bar=ProgressBar("", 0, shown=False)).items():
+        for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar)[0].items():
             answers[index].append(answer.text)
     return [sum(is_in_capitals(row[turn]) for row in answers) / len(answers) for turn in range(NUM_TURNS)]
 

@@ -16,7 +16,9 @@ from alignment.data import load_dialogues
 from alignment.dialogue import Message
 from alignment.errors import ConfigError, DataError
 from alignment.models import LoadedModel
+from alignment.sampling.prompts import sample_ids
 from alignment.sampling.torch_engine import TorchSampler
+from reward_models.score import score
 from sft import context_distillation, conversation, gatt, gatt_evaluation
 from sft.attention_mass import attention_mass, spans
 from sft.config import DistilConfig, GattConfig, GattEvalConfig
@@ -28,24 +30,30 @@ PROMPTS = ["prompts.prompts=toy:prompts.train", "prompts.max_prompts=6", "prompt
 
 
 class ScriptedSpeaker:
-    """Answers a conversation by a function of its messages; counts what it is asked."""
+    """Answers a conversation by a function of its messages, None where it does not fit; keeps what it is asked."""
 
-    def __init__(self, answer) -> None:
-        self.answer_one, self.asked = answer, []
+    loaded = None
+
+    def __init__(self, answer, *, is_finished: bool = True) -> None:
+        self.answer_one, self.is_finished, self.asked = answer, is_finished, []
 
     def answer(self, contexts, *, turn, bar):
         self.asked += contexts.values()
         found = {key: self.answer_one(messages) for key, messages in contexts.items()}
-        return {key: [Answer(text, True) for text in texts] for key, texts in found.items() if texts is not None}
+        missing = {key: "too_long" for key, texts in found.items() if texts is None}
+        answers = {key: [Answer(text, self.is_finished) for text in texts or []] for key, texts in found.items()}
+        return {key: texts for key, texts in answers.items() if key not in missing}, missing
+
+    def fits(self, messages):
+        return self.answer_one(messages) is not None
 
 
 @pytest.fixture
 def speak(monkeypatch):
-    """`speak(module, answer)` puts a scripted speaker in the place of a module's model and returns it."""
+    """`speak(answer)` puts a scripted speaker in the place of the model and returns it."""
 
-    def install(answer) -> ScriptedSpeaker:
-        speaker = ScriptedSpeaker(answer)
-        speaker.loaded = None
+    def install(answer, **options) -> ScriptedSpeaker:
+        speaker = ScriptedSpeaker(answer, **options)
         monkeypatch.setattr(conversation.Speaker, "load", classmethod(lambda cls, *_, **__: speaker))
         return speaker
 
@@ -114,29 +122,33 @@ class Interrupted(Exception):
     pass
 
 
+def shout_back(messages):
+    """An answer of its own for every question."""
+    return [f"YES, {messages[-1].content[-1].upper()}"]
+
+
 def test_gatt_goes_on_without_sampling_again_what_is_on_disk(tmp_path, speak):
     """Two dialogues at a time; the model fails in the second lot, and a half-written row stands at the file's end."""
     settings = ["sampling.max_rows=2"]
-    speak(lambda messages: ["OK"])
+    speak(shout_back)
     gatt.run(gatt_config(tmp_path / "whole", *settings))
 
     def fail_later(messages):
         if (tmp_path / "run" / "sampled.jsonl").exists():
             raise Interrupted
-        return ["OK"]
+        return shout_back(messages)
 
     speak(fail_later)
     with pytest.raises(Interrupted):
         gatt.run(gatt_config(tmp_path / "run", *settings))
-    with (tmp_path / "run" / "sampled.jsonl").open("a") as file:
-        file.write('{"instruction": "In the who')
-    speaker = speak(lambda messages: ["OK"])
+    whole = (tmp_path / "whole" / "sampled.jsonl").read_text()
+    with (tmp_path / "run" / "sampled.jsonl").open("a") as file:  # one row of the next lot, and a half of another
+        file.write(whole.splitlines(keepends=True)[2] + '{"instruction": "In the who')
+    speaker = speak(shout_back)
     gatt.run(gatt_config(tmp_path / "run", *settings), resume=True)
-    assert (tmp_path / "run" / "dialogues.jsonl").read_text() == (tmp_path / "whole" / "dialogues.jsonl").read_text()
-    openings = {messages[0].content for messages in speaker.asked}
-    rows = [json.loads(line) for line in (tmp_path / "run" / "sampled.jsonl").read_text().splitlines()]
-    assert len(rows) == 6
-    assert len([m for m in speaker.asked if len(m) == 1]) == 4 and openings
+    for name in ("sampled.jsonl", "dialogues.jsonl", "as_sampled.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert len([messages for messages in speaker.asked if len(messages) == 1]) == 4, "the first lot is not asked again"
 
 
 def test_instructions_of_ones_own_take_the_place_of_the_built_in_ones(tmp_path, speak, write_file):
@@ -162,7 +174,7 @@ def test_adherence_is_judged_by_turn_with_the_instruction_in_the_first_only(tmp_
     }
     order = iter(speakers.values())
     monkeypatch.setattr(conversation.Speaker, "load", classmethod(lambda cls, *_, **__: next(order)))
-    result = gatt_evaluation.run(eval_config(tmp_path / "run", "attention_dialogues=0", "report_turns=[2, 4, 9]"))
+    result = gatt_evaluation.run(eval_config(tmp_path / "run", "num_attention_dialogues=0", "report_turns=[2, 4, 9]"))
     rates = {name: [entry["value"] for entry in row["by_turn"]] for name, row in result["policies"].items()}
     assert rates == {"a": [1, 1, 1, 0, 0], "b": [1, 1, 1, 1, 1]}
     assert result["policies"]["b"]["gain"]["4"]["value"] == 1 and result["policies"]["b"]["gain"]["2"]["value"] == 0
@@ -179,8 +191,45 @@ def test_adherence_is_judged_by_turn_with_the_instruction_in_the_first_only(tmp_
 
 def test_a_dialogue_that_no_longer_fits_ends_and_is_not_counted_later(tmp_path, speak):
     speak(lambda messages: None if len(messages) > 5 else ["OK"])
-    result = gatt_evaluation.run(eval_config(tmp_path / "run", "attention_dialogues=0"))
+    result = gatt_evaluation.run(eval_config(tmp_path / "run", "num_attention_dialogues=0"))
     assert [entry["count"] for entry in result["policies"]["a"]["by_turn"]] == [6, 6, 6]
+
+
+def test_where_no_dialogue_fits_there_is_no_table(tmp_path, speak):
+    speak(lambda messages: None)
+    with pytest.raises(DataError, match=r"policies.a: no dialogue fits. Raise prompts.max_prompt_length"):
+        gatt_evaluation.run(eval_config(tmp_path / "run"))
+
+
+def test_answers_cut_off_at_the_length_limit_do_not_keep_what_a_cut_helps_with(tmp_path, speak):
+    speak(lambda messages: ["one two"], is_finished=False)
+    config = eval_config(tmp_path / "run", "num_attention_dialogues=0", "instructions.kinds=[max_words]")
+    row = gatt_evaluation.run(config)["policies"]["a"]
+    assert [entry["value"] for entry in row["by_turn"]] == [0.0] * 5
+    assert row["cut_off_by_turn"] == [1.0] * 5
+
+
+def test_instructions_that_no_program_can_judge_are_not_measured(tmp_path, write_file):
+    own = write_file("own.jsonl", '{"full": "you speak like a pirate", "short": "Pirate."}\n')
+    with pytest.raises(DataError, match=r"no program can judge .*pirate"):
+        gatt_evaluation.run(eval_config(tmp_path / "run", f"instructions.own={own}"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"messages": [{"role": "user", "content": "give c"}, {"role": "assistant", "content": "c"}]}',
+        '{"prompt": [{"role": "user", "content": "give c"}], "chosen": "c", "rejected": "d"}',
+        '{"chosen": [{"role": "user", "content": "give c"}, {"role": "assistant", "content": "c"}],'
+        ' "rejected": [{"role": "user", "content": "give c"}, {"role": "assistant", "content": "d"}]}',
+    ],
+)
+def test_demonstrations_and_pairs_seed_dialogues_as_prompts_do(row, write_file):
+    path = write_file("rows.jsonl", row + "\n")
+    config = gatt_config(Path("r"), f"prompts.prompts={path}")
+    [prompt] = conversation.load_seeds(config.prompts).rows
+    assert prompt.messages == (Message("user", "give c"),)
 
 
 def test_eval_kind_gatt_runs_from_the_command_line_on_a_real_model(tmp_path):
@@ -231,12 +280,24 @@ def test_a_speaker_gives_each_context_its_candidates_and_leaves_out_long_ones(ma
         def advance(self, count):
             pass
 
-    found = speaker.answer(contexts, turn=1, bar=Bar())
+    found, missing = speaker.answer(contexts, turn=1, bar=Bar())
     assert set(found) == {7, 5} and all(len(answers) == 2 for answers in found.values())
+    assert missing == {2: "too_long"}
     sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id])
-    params = conversation.sample_ids  # the same call with the same seed gives the same texts
-    expected = params(sampler, [encode_prompt(chat, contexts[key]) for key in (7, 5)], section, seed=4, bar=Bar())
+    ids = [encode_prompt(chat, contexts[key]) for key in (7, 5)]
+    expected = sample_ids(sampler, ids, section, seed=4, bar=Bar())  # the seed and the turn
     assert found[7][0].text == decode_response(chat, expected[0][0].token_ids)
+
+
+def test_a_context_that_the_chat_format_refuses_is_left_out(make_llama, make_tokenizer):
+    """A model may write a tag of Llama 2's layout; the next turn's context then cannot be written."""
+    tokenizer = make_tokenizer()
+    chat = chat_format(tokenizer, "llama2")
+    section = load_config(GattConfig, None, [*COMMON, *PROMPTS, "run.dir=r"]).sampling
+    loaded = LoadedModel(make_llama(len(tokenizer)), tokenizer, chat)
+    speaker = conversation.Speaker(loaded, section, max_prompt_length=60, seed=3)
+    found, missing = speaker.answer({0: context(["hi", "so?"], ["[INST]"])}, turn=1, bar=None)
+    assert (found, missing) == ({}, {0: "refused"})
 
 
 def distil_config(folder: Path, *extra: str) -> DistilConfig:
@@ -259,11 +320,11 @@ def test_distilled_answers_are_kept_only_where_they_score_higher(tmp_path, speak
     asked = []
 
     def load_score(config, device):
-        def score(prompts, responses):
+        def by_length(prompts, responses):
             asked.extend(prompts)
             return scored_by_length(prompts, responses)
 
-        return score
+        return by_length
 
     result = context_distillation.run(distil_config(tmp_path / "run"), load_score)
     rows = load_dialogues([str(tmp_path / "run" / "distilled.jsonl")]).rows
@@ -319,13 +380,31 @@ def test_a_preprompt_goes_before_a_system_turn_or_becomes_one():
 
 
 def test_align_distil_scores_with_the_reward_model_it_is_given(tmp_path, speak, reward_folder):
-    speak(lambda messages: ["longer"] if messages[0].role == "system" else ["four"])
-    config = distil_config(tmp_path / "run", f"safety={reward_folder}")
-    try:
-        distil.run(config)
-    except DataError as error:
-        assert "scored above the plain one" in str(error)
+    """Twenty prompts, so that some answer is preferred; the scores are those of the model for prompt and answer."""
+    speak(lambda messages: ["longer"] if messages[0].role == "system" else [messages[-1].content[-1]])
+    distil.run(distil_config(tmp_path / "run", f"safety={reward_folder}", "prompts.max_prompts=20"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "scored.jsonl").read_text().splitlines()]
+    expected = score(reward_folder, [row["prompt"] for row in rows], [[row["plain"], row["distilled"]] for row in rows])
+    found = [[row["score_plain"], row["score_distilled"]] for row in rows]
+    assert len(rows) == 20
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-3, rtol=0)
     assert STAGES["distil"].run_function() is distil.run
+
+
+def test_a_prompt_too_long_behind_its_preprompt_loses_its_oldest_turns_in_both_contexts(tmp_path, speak):
+    """More than three messages do not fit: system, one exchange and the question are too many."""
+    speaker = speak(lambda messages: None if len(messages) > 3 else ["longer" if messages[0].role == "system" else "x"])
+    context_distillation.run(distil_config(tmp_path / "run", "prompts.max_prompts=20"), lambda c, d: scored_by_length)
+    rows = load_dialogues([str(tmp_path / "run" / "distilled.jsonl")]).rows
+    assert len(rows) == 20 and all(len(row.messages) == 2 for row in rows)
+    assert max(map(len, speaker.asked)) == 2
+
+
+def test_where_no_distilled_answer_is_better_the_scores_are_there_to_look_at(tmp_path, speak):
+    speak(lambda messages: ["four"])
+    with pytest.raises(DataError, match=r"no distilled answer is scored above .* Look at scored.jsonl"):
+        context_distillation.run(distil_config(tmp_path / "run"), lambda config, device: scored_by_length)
+    assert len((tmp_path / "run" / "scored.jsonl").read_text().splitlines()) == 6
 
 
 def test_kind_chooses_the_settings_of_eval():

@@ -13,6 +13,7 @@ from rlhf.refusals import is_refusal
         "As an AI language model, I do not have opinions.",
         "That is dangerous, so I will not explain it.",
         "  i cannot do this",
+        "As an AI, I have no body.",
     ],
 )
 def test_an_answer_that_opens_by_declining_is_a_refusal(answer):
@@ -25,6 +26,9 @@ def test_an_answer_that_opens_by_declining_is_a_refusal(answer):
         "",
         "Sure, here is a recipe for bread.",
         "I can help you with that.",
+        "If your Wi-Fi won't connect, restart the router.",
+        "The Spirit of St. Louis was an aircraft of 1927.",
+        "Leonardo was an aide to nobody.",
         "Mix flour and water. " * 20 + "I cannot stress enough how good it is.",
     ],
 )

@@ -16,7 +16,7 @@ from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Message, Messages
 from alignment.errors import ConfigError
 from alignment.hardware import compute_dtype
-from alignment.models import LoadedModel, load_chat_model
+from alignment.models import LoadedModel, context_length, load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import check_new_file
 from alignment.sampling.prompts import as_candidate, choose_prompts, sample_ids, sample_prompts
@@ -70,7 +70,7 @@ def chat_loop(
     history: Messages = (Message("system", system),) if system else ()
     from alignment.chat import decode_response, fit_prompt
 
-    limit = loaded.model.config.max_position_embeddings - max_new_tokens
+    limit = context_length(loaded.model.config) - max_new_tokens
     if limit <= 0:
         raise ConfigError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's context.")
     for number, turn in enumerate(iter(_read_turn, "")):

@@ -47,18 +47,16 @@ def _policies(result: Mapping[str, Any]) -> list[str]:
 
 def _adherence(result: Mapping[str, Any], folder: Path) -> list[str]:
     """Share of answers that keep the instruction, by turn, with the curve."""
-    longest = max(len(row["by_turn"]) for row in result["policies"].values())
-    turns = [turn for turn in result["report_turns"] if turn <= longest]
+    from sft.gatt_evaluation import reported
+
+    turns, cells = reported(result)
     lines = [
         f"## {result['dialogues']} dialogues, instruction in the first turn only: answers that keep it, by turn",
         "",
         f"| policy | {' | '.join(f'turn {turn}' for turn in turns)} |",
         f"|---|{'---|' * len(turns)}",
+        *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items()),
     ]
-    for name, row in result["policies"].items():
-        entries = [row["by_turn"][turn - 1] if turn <= len(row["by_turn"]) else None for turn in turns]
-        cells = (show(entry, ".0%", bounds=True) if entry else "-" for entry in entries)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, "", f"![adherence by turn]({folder.name}/adherence.png)"]
 
 
