@@ -94,9 +94,10 @@ def run(config: DistilConfig, load_score: LoadScore, *, resume: bool = False) ->
     preprompts = [rng.choice(config.preprompts or PREPROMPTS) for _ in prompts]
     templates = TEMPLATES if config.templates is None else config.templates
 
-    log = RowLog(run_dir.path / "answers.jsonl", size=config.sampling.max_rows // 2, resume=resume)
+    size = config.sampling.max_rows // 2
+    log = RowLog(run_dir.path / "answers.jsonl", total=len(prompts), size=size, resume=resume)
     state.wait_for_everyone()
-    if missing := log.missing(len(prompts)):
+    if missing := log.missing():
         length = config.prompts.max_prompt_length
         options = {"device": state.device, "max_prompt_length": length, "seed": config.run.seed}
         speaker = Speaker.load(config.model, config.sampling, **options)

@@ -130,18 +130,18 @@ class Speaker:
 
 
 class RowLog:
-    """Rows on disk as they come, `size` at a time, so that an interrupted run goes on after the last whole lot."""
+    """`total` rows on disk as they come, in lots of `size`: an interrupted run goes on after the last whole lot."""
 
-    def __init__(self, path: Path, *, size: int, resume: bool) -> None:
-        self.path, self.size = path, max(1, size)
+    def __init__(self, path: Path, *, total: int, size: int, resume: bool) -> None:
+        self.path, self.total, self.size = path, total, max(1, size)
         self.rows: list[dict[str, Any]] = []
         if resume and path.exists():
-            self.rows = _whole_lots(path, self.size)
+            self.rows = _whole_lots(path, self.total, self.size)
 
-    def missing(self, total: int) -> list[range]:
-        """The lots of rows that are not there yet, of `total`."""
-        starts = range(len(self.rows), total, self.size)
-        return [range(start, min(start + self.size, total)) for start in starts]
+    def missing(self) -> list[range]:
+        """The lots of rows that are not there yet."""
+        starts = range(len(self.rows), self.total, self.size)
+        return [range(start, min(start + self.size, self.total)) for start in starts]
 
     def append(self, rows: Iterable[Mapping[str, Any]], *, writes: bool) -> None:
         """Adds rows; only the main process writes them."""
@@ -164,8 +164,8 @@ def _seed(row: Mapping[str, Any]) -> Prompt:
     return Prompt.from_json(row)
 
 
-def _whole_lots(path: Path, size: int) -> list[dict[str, Any]]:
-    """The rows of whole lots; the file is cut off behind them.
+def _whole_lots(path: Path, total: int, size: int) -> list[dict[str, Any]]:
+    """The rows of whole lots, of which the last may be smaller; the file is cut off behind them.
 
     What else is asked in a lot decides the random streams of repeated prompts, so a lot is sampled whole or not at all.
     """
@@ -177,6 +177,6 @@ def _whole_lots(path: Path, size: int) -> list[dict[str, Any]]:
                 break
             rows.append(json.loads(line))
             ends.append(ends[-1] + len(line))
-    count = len(rows) - len(rows) % size
+    count = total if len(rows) == total else len(rows) - len(rows) % size
     os.truncate(path, ends[count])
     return rows[:count]

@@ -32,9 +32,9 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir.note_sources([*data.sources, *own.sources])
 
     size = config.sampling.max_rows // config.sampling.num_candidates
-    log = RowLog(run_dir.path / "sampled.jsonl", size=size, resume=resume)
+    log = RowLog(run_dir.path / "sampled.jsonl", total=len(plans), size=size, resume=resume)
     state.wait_for_everyone()
-    if missing := log.missing(len(plans)):
+    if missing := log.missing():
         length = config.prompts.max_prompt_length
         options = {"device": state.device, "max_prompt_length": length, "seed": config.run.seed}
         speaker = Speaker.load(config.model, config.sampling, **options)

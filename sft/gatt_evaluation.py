@@ -40,9 +40,10 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     rows: dict[str, list[Row]] = {}
     attention: dict[str, list[list[float]]] = {}
     for name, section in config.policies.items():
-        log = RowLog(run_dir.path / f"dialogues-{name}.jsonl", size=config.sampling.max_rows, resume=resume)
+        path, size = run_dir.path / f"dialogues-{name}.jsonl", config.sampling.max_rows
+        log = RowLog(path, total=len(plans), size=size, resume=resume)
         state.wait_for_everyone()
-        missing = log.missing(len(plans))
+        missing = log.missing()
         if missing or config.num_attention_dialogues:
             speaker = Speaker.load(section, config.sampling, device=state.device, **options)
         num_turns = sum(len(plans[index].user_turns) for lot in missing for index in lot)

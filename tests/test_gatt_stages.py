@@ -16,6 +16,7 @@ from alignment.data import load_dialogues
 from alignment.dialogue import Message
 from alignment.errors import ConfigError, DataError
 from alignment.models import LoadedModel
+from alignment.progress import ProgressBar
 from alignment.sampling.prompts import sample_ids
 from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import score
@@ -276,16 +277,13 @@ def test_a_speaker_gives_each_context_its_candidates_and_leaves_out_long_ones(ma
     speaker = conversation.Speaker(LoadedModel(model, tokenizer, chat), section, max_prompt_length=60, seed=3)
     contexts = {7: context(["hi"], []), 2: context(["x" * 100], []), 5: context(["hi"], [])}
 
-    class Bar:
-        def advance(self, count):
-            pass
-
-    found, missing = speaker.answer(contexts, turn=1, bar=Bar())
+    bar = ProgressBar("", 0, shown=False)
+    found, missing = speaker.answer(contexts, turn=1, bar=bar)
     assert set(found) == {7, 5} and all(len(answers) == 2 for answers in found.values())
     assert missing == {2: "too_long"}
     sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id])
     ids = [encode_prompt(chat, contexts[key]) for key in (7, 5)]
-    expected = sample_ids(sampler, ids, section, seed=4, bar=Bar())  # the seed and the turn
+    expected = sample_ids(sampler, ids, section, seed=4, bar=bar)  # the seed and the turn
     assert found[7][0].text == decode_response(chat, expected[0][0].token_ids)
 
 
@@ -296,7 +294,9 @@ def test_a_context_that_the_chat_format_refuses_is_left_out(make_llama, make_tok
     section = load_config(GattConfig, None, [*COMMON, *PROMPTS, "run.dir=r"]).sampling
     loaded = LoadedModel(make_llama(len(tokenizer)), tokenizer, chat)
     speaker = conversation.Speaker(loaded, section, max_prompt_length=60, seed=3)
-    found, missing = speaker.answer({0: context(["hi", "so?"], ["[INST]"])}, turn=1, bar=None)
+    found, missing = speaker.answer(
+        {0: context(["hi", "so?"], ["[INST]"])}, turn=1, bar=ProgressBar("", 0, shown=False)
+    )
     assert (found, missing) == ({}, {0: "refused"})
 
 

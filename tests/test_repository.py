@@ -68,9 +68,10 @@ def test_every_recipe_validates(path, monkeypatch, tmp_path):
         monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
         for name in ("sft_general", "sft_safety", "sft_oasst_multiturn", "sft_roleplay", "prompts_helpful",
                      "prompts_safety", "pref_helpful_hh", "pref_helpful_graded", "pref_helpful_ai_scored",
-                     "pref_safety_hh", "pref_safety_labelled", "eval_safety_tuned_llamas"):  # fmt: skip
+                     "pref_safety_hh", "pref_safety_labelled"):  # fmt: skip
             for split in ("train", "valid", "test"):
                 (tmp_path / f"{name}.{split}.jsonl.gz").touch()
+        (tmp_path / "eval_safety_tuned_llamas.jsonl").touch()
     text = path.read_text(encoding="utf-8")
     [stage] = set(re.findall(rf"align (\w+) {path.relative_to(ROOT)}", text))  # the header says how it is run
     if stage != "run":

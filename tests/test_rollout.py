@@ -117,11 +117,17 @@ def test_summary_counts_wins_and_violations():
         candidate("q", "bad", is_safety=True, helpfulness=0.0, safety=-1.0, reward=-1.0),
         candidate("r", "ok", is_safety=True, helpfulness=0.0, safety=1.0, reward=1.0),
     ]
-    theirs = [candidate("p", "x", reward=0.0), candidate("q", "x", reward=0.0), candidate("r", "x", reward=1.0)]
+    theirs = [
+        candidate("p", "x", safety=3.0, reward=0.0),
+        candidate("q", "x", safety=-2.0, reward=0.0),
+        candidate("r", "x", safety=1.0, reward=1.0),
+    ]
     row = summarize(ours, theirs)
     # A win, a loss and a tie: (1 + 0 + 0.5) / 3. Gains 1, -1, 0.
     assert row["win_rate"]["value"] == pytest.approx(0.5)
     assert row["reward_gain"]["value"] == pytest.approx(0.0)
+    # On the two safety prompts, one answer is safer than the baseline's and one as safe.
+    assert row["safety_win_rate"]["value"] == 0.75 and row["safety_win_rate"]["count"] == 2
     # One of the two safety prompts has P(safe) below one half.
     assert row["violation_rate"]["value"] == 0.5
     assert row["mean_words"] == pytest.approx(4 / 3)
