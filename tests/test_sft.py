@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from alignment.chat import CHATML, EncodedDialogue, chat_format, encode_dialogue
+from alignment.cli.summary import print_result
 from alignment.data import load_dialogues
 from alignment.dialogue import Dialogue, Message, PreferencePair
 from alignment.errors import DataError, ModelError
@@ -207,3 +208,21 @@ def test_answers_before_and_after_stand_beside_the_reference(make_llama, chat, t
     again = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["before"] for row in rows] == [row["after"] for row in again], "a resumed run keeps what was before"
     assert [row["after"] for row in rows] != [row["after"] for row in again]
+
+
+def test_the_result_shows_loss_and_perplexity_of_every_source(tmp_path, capsys):
+    before, after = ({"loss": loss, "perplexity": p, "tokens": 12} for loss, p in ((2.0, 7.389), (800.0, None)))
+    print_result(
+        {
+            "stage": "sft",
+            "valid_loss_before": 2.0,
+            "valid_loss_after": 800.0,
+            "valid_by_source": {"before": {"dolly": before}, "after": {"dolly": after}},
+            "time_seconds": 60,
+            "peak_memory_gb": 1.0,
+        },
+        tmp_path,
+    )
+    shown = capsys.readouterr().out
+    for part in ("held-out loss 2.000 -> 800.000", "dolly", "12", "2.000 -> 800.000", "7.39 -> -"):
+        assert part in shown

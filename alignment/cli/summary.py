@@ -51,6 +51,8 @@ def print_result(result: Result, path: Path) -> None:
         from reward_models.tables import report_tables
 
         console.print(report_tables(result["valid"], "Held-out pairs"))
+    if result["stage"] == "sft" and result["valid_by_source"]["after"]:
+        console.print(_losses(result["valid_by_source"]))
     if result["stage"] == "eval":
         console.print(_policies(result))
     console.print(f"{clock(result['time_seconds'])}, peak {result['peak_memory_gb']:.1f} GB. Everything is in {path}")
@@ -79,6 +81,16 @@ def _sft(result: Result) -> str:
     if before is None:
         return f"{result['train_dialogues']} dialogues, last training loss {result['train_loss_last']:.3f}"
     return f"held-out loss {before:.3f} -> {after:.3f}"
+
+
+def _losses(by_source: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Held-out loss and perplexity of every source, before and after."""
+    table = Table("source", "tokens", "loss", "perplexity", title="Held-out answers", title_justify="left")
+    for source, after in by_source["after"].items():
+        before = by_source["before"][source]
+        perplexity = " -> ".join("-" if p is None else f"{p:.2f}" for p in (before["perplexity"], after["perplexity"]))
+        table.add_row(source, str(after["tokens"]), f"{before['loss']:.3f} -> {after['loss']:.3f}", perplexity)
+    return table
 
 
 def _reward_model(result: Result) -> str:
