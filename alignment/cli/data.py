@@ -1,4 +1,4 @@
-"""`align data check | preview | convert`: look at data files before anything is trained on them."""
+"""`align data check | preview | convert | split | instruct`: data files, before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from alignment.converters import STRENGTHS, ConversionSummary, convert_file
-from alignment.data import load_rows, read_lines, split_by_prompt, write_rows
+from alignment.data import load_dialogues, load_rows, pick, read_lines, split_by_prompt, write_rows
 from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, guess_layout, parse_row
 from alignment.dialogue import Candidate, Dialogue, PreferencePair, RowError
 from alignment.errors import DataError, ModelError
 from alignment.layouts import CONVERTERS, RatingBins, Strength
+from alignment.runs import check_new_file
 from alignment.sources import find_data
 
 if TYPE_CHECKING:
@@ -117,6 +118,39 @@ def split(
         raise DataError(f"{out}: there is no folder {out.parent}. Make it first.")
     for path, part in zip(paths, split_by_prompt(rows, valid_fraction=valid_fraction, seed=seed), strict=True):
         typer.echo(f"{path}: {write_rows(path, (row.to_json() for row in part)):,} rows")
+
+
+@app.command()
+def instruct(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Demonstrations.")],
+    out: Annotated[Path, typer.Option(metavar="F.jsonl", help="Where the rows go.")],
+    kinds: Annotated[str, typer.Option(help="Kinds of instructions, with commas between them.")] = "",
+    rate: Annotated[float, typer.Option(min=0, max=1, help="Share of demonstrations that get an instruction.")] = 0.7,
+    max_words: Annotated[int | None, typer.Option(min=1, help="Leave out those with longer answers.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Use at most this many demonstrations.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+) -> None:
+    """Make demonstrations that obey: an instruction in every turn, answers changed by rule so that they keep it."""
+    from sft.instructions import built_in_pool
+    from sft.obedience import RULED_KINDS, obedient_dialogues
+
+    check_new_file(out)
+    names = [name.strip() for name in kinds.split(",") if name.strip()] or list(RULED_KINDS)
+    if unknown := [name for name in names if name not in RULED_KINDS]:
+        raise DataError(f"--kinds: no rule makes an answer keep {unknown[0]!r}. There are {', '.join(RULED_KINDS)}.")
+    rows = load_dialogues(files).rows
+    if max_words is not None:
+        rows = [row for row in rows if _longest_answer(row) <= max_words]
+    dialogues = pick(rows, max_rows, seed)
+    made = obedient_dialogues(dialogues, built_in_pool(names, "train"), rate=rate, seed=seed)
+    count = write_rows(out, (dialogue.to_json() for dialogue in made))
+    changed = sum(after is not before for before, after in zip(dialogues, made, strict=True))
+    typer.echo(f"{out}: {count:,} demonstrations, {changed:,} of them with an instruction.")
+
+
+def _longest_answer(dialogue: Dialogue) -> int:
+    """Words of its longest answer."""
+    return max(len(message.content.split()) for message in dialogue.messages if message.role == "assistant")
 
 
 def _print_file(console: Console, file: FileReport) -> None:
