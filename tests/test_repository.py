@@ -156,7 +156,10 @@ def test_documented_commands_are_commands_with_settings_that_exist(arguments):
         build_config(cls, overrides, "README", check_inputs=False)
         return
     options = [argument.split("=")[0] for argument in rest if argument.startswith("--")]
-    words = [name, *[word for word in rest[:1] if word in ("check", "preview", "convert", "split", "compare")]]
+    words = [
+        name,
+        *[word for word in rest[:1] if word in ("check", "preview", "convert", "split", "instruct", "compare")],
+    ]
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--help"])
     assert shown.exit_code == 0
     for option in options:
