@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from harness import StepClock, machine_line, print_comparison, run_in_turn
 
+sys.path.remove(str(Path(__file__).resolve().parent))  # where this file would hide the package of its name
 STEP_ROWS = 16
 MODEL = "smollm2-135m-instruct"
 

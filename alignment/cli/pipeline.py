@@ -128,7 +128,7 @@ def run_stages(plan: Pipeline) -> None:
                 console.print(f"{heading}: finished before, skipped  ({one_line(read_result(stage.path))})")
             continue
         if state.is_main_process:
-            console.print(f"[bold]{heading}[/bold]")
+            console.print(heading, style="bold")
         resume = read_manifest(stage.path) is not None and not stage.again
         config = stage.config
         if stage.again:
