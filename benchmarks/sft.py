@@ -9,7 +9,8 @@ computes the loss on completions only. Besides its defaults it is tried with the
 that its micro-batches hold as little padding as they can (`trl-sorted`), and without padding (`trl-flat`, its
 padding_free, which it documents for FlashAttention and which transformers' mask makes exact with SDPA as well). Both
 sides run with the same allocator settings, the same arithmetic type and AdamW; trained weights are float32, those that
-LoRA freezes are of the arithmetic type. The mean loss of each side is printed: it must be the same.
+LoRA freezes are of the arithmetic type. The mean loss of each side is printed: it must be nearly the same (the learning
+rates' schedules differ).
 """
 
 from __future__ import annotations

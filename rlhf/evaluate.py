@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from alignment import toy
 from alignment.data import load_prompts, write_rows
@@ -101,7 +101,16 @@ def toy_truth(candidates: Sequence[Candidate]) -> dict[str, Any]:
 def report_table(result: dict[str, Any]) -> Table:
     """The comparison for a terminal."""
     title = f"{result['prompts']} held-out prompts, raw scores (logits)"
-    table = Table("policy", "helpfulness", "safety", "gated reward", "wins", "unsafe", "false refusals", "words")
+    table = Table(
+        "policy",
+        Column("helpfulness", min_width=11),
+        "safety",
+        "gated reward",
+        "wins",
+        "unsafe",
+        "false refusals",
+        "words",
+    )
     table.title = title
     with_truth = any("truth" in row for row in result["policies"].values())
     if with_truth:
