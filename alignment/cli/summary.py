@@ -130,7 +130,7 @@ def _policies(result: Result) -> Table:
 
 def _console() -> Console:
     """At least wide enough for the tables where the output is no terminal. A bracket in a path is no markup."""
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 110)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 114)
 
 
 def clock(seconds: float) -> str:
