@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -96,6 +97,23 @@ def print_comparison(
     if theirs:
         best = max(row[figure] for row in theirs.values())
         print(f"against its best: {fast[figure] / best:.2f}x the {unit} a second")
+
+
+def parser(
+    description: str, *, data: str, unit: str, count: int, trl_batch: Sequence[int], sides: Sequence[str]
+) -> argparse.ArgumentParser:
+    """The options that both benchmarks have; `unit` is what `count` of them are timed."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--data", default=data)
+    found.add_argument(f"--{unit}", type=int, default=count, help=f"timed {unit}, a multiple of 16")
+    found.add_argument("--max-length", type=int, default=512)
+    found.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    found.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
+    found.add_argument("--trl-batch", type=int, nargs="+", default=list(trl_batch), help="per-device batches of TRL")
+    found.add_argument("--rounds", type=int, default=1)
+    found.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    found.add_argument("--size", type=int, help=argparse.SUPPRESS)
+    return found
 
 
 def machine_line(dtype: torch.dtype, *, rounds: int) -> tuple[str, float]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import StepClock, machine_line, print_comparison, run_in_turn
+from harness import StepClock, machine_line, parser, print_comparison, run_in_turn
 
 STEP_PAIRS = 16
 
@@ -157,19 +157,12 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="pref_helpful_hh.train")
-    parser.add_argument("--pairs", type=int, default=48, help="timed pairs, a multiple of 16")
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
-    parser.add_argument("--trl-batch", type=int, nargs="+", default=[2, 4, 8, 16], help="per-device batches of TRL")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="our max_tokens_per_batch")
-    parser.add_argument("--trl-attention", choices=["sdpa", "eager"], default="sdpa", help="sdpa is what users get")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--side", choices=["trl", "align"], help=argparse.SUPPRESS)
-    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    found = parser(
+        __doc__, data="pref_helpful_hh.train", unit="pairs", count=48, trl_batch=[2, 4, 8, 16], sides=["trl", "align"]
+    )
+    found.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="our max_tokens_per_batch")
+    found.add_argument("--trl-attention", choices=["sdpa", "eager"], default="sdpa", help="sdpa is what users get")
+    return found.parse_args()
 
 
 def _pairs(options: argparse.Namespace) -> list[Any]:

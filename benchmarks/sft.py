@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import StepClock, machine_line, print_comparison, run_in_turn
+from harness import StepClock, machine_line, parser, print_comparison, run_in_turn
 
 sys.path.remove(str(Path(__file__).resolve().parent))  # where this file would hide the package of its name
 STEP_ROWS = 16
@@ -176,19 +176,17 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="sft_general.train")
-    parser.add_argument("--rows", type=int, default=64, help="timed rows, a multiple of 16")
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
-    parser.add_argument("--trl-batch", type=int, nargs="+", default=[1, 2, 4, 8], help="per-device batches of TRL")
-    parser.add_argument("--trl", nargs="+", default=["trl", "trl-sorted", "trl-flat"], help="ways of running TRL")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096], help="our max_tokens_per_batch")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--side", choices=["trl", "trl-sorted", "trl-flat", "align"], help=argparse.SUPPRESS)
-    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    found = parser(
+        __doc__,
+        data="sft_general.train",
+        unit="rows",
+        count=64,
+        trl_batch=[1, 2, 4, 8],
+        sides=["trl", "trl-sorted", "trl-flat", "align"],
+    )
+    found.add_argument("--trl", nargs="+", default=["trl", "trl-sorted", "trl-flat"], help="ways of running TRL")
+    found.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096], help="our max_tokens_per_batch")
+    return found.parse_args()
 
 
 if __name__ == "__main__":
