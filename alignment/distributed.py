@@ -1,17 +1,20 @@
-"""Sums, means and whitening over the processes of a run; with one process, over its own values."""
+"""Sums, means, whitening and shares of work over the processes of a run; with one process, over its own values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignment.tensor_ops import masked_sum, whiten
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def mean_over_processes(values: Mapping[str, float | Tensor], accelerator: Accelerator) -> dict[str, float]:
@@ -31,6 +34,38 @@ def whiten_over_processes(
     var = accelerator.reduce(masked_sum((values - mean) ** 2, mask), reduction="sum") / count
     scaled = (values - mean) * torch.rsqrt(var + eps)
     return torch.where(mask, scaled, torch.zeros_like(values))
+
+
+def map_over_processes(
+    work: Callable[[Sequence[Item]], Sequence[Result]],
+    items: Sequence[Item],
+    *,
+    together: Callable[[Item], Hashable] | None = None,
+) -> list[Result]:
+    """`work(items)` with every process at a share of the items; all processes get all results, in the items' order.
+
+    Items for which `together` is the same go to the same process, in their order.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return list(work(items))
+    parts = shares(items, state.num_processes, together=together)
+    mine = [items[index] for index in parts[state.process_index]]
+    found = dict[int, Result]()
+    for part, results in zip(parts, gather_objects(list(work(mine))), strict=True):
+        found.update(zip(part, results, strict=True))
+    return [found[index] for index in range(len(items))]
+
+
+def shares(items: Sequence[Item], count: int, *, together: Callable[[Item], Hashable] | None = None) -> list[list[int]]:
+    """The indices of every share, in order; see `map_over_processes`."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(index if together is None else together(item), []).append(index)
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for rank, group in enumerate(groups.values()):
+        parts[rank % count] += group
+    return [sorted(part) for part in parts]
 
 
 def gather_objects(value: Any) -> list[Any]:

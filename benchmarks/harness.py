@@ -116,6 +116,19 @@ def parser(
     return found
 
 
+def rows_in_order(config: Any, num_rows: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Our schedule with the rows in their order, as the other side takes them, and our trainer's arguments."""
+    from alignment.runs import open_run
+    from alignment.training import StepSchedule, training_arguments
+
+    size = config.train.batch_size
+    schedule = StepSchedule(num_rows, config.train, seed=0)
+    schedule.steps = [list(range(start, start + size)) for start in range(0, num_rows, size)]
+    options = {"num_steps": len(schedule), "dtype": dtype, "device": torch.device("cpu")}
+    arguments = training_arguments(open_run(config), config, **options)
+    return schedule, {**arguments, "save_strategy": "no", "logging_steps": 1000}
+
+
 def machine_line(dtype: torch.dtype, *, rounds: int) -> tuple[str, float]:
     """Date, processor, threads and matrix throughput in words, and the throughput in 1e9 operations a second."""
     peak = matrix_gflops(dtype)

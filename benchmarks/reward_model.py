@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import StepClock, machine_line, parser, print_comparison, run_in_turn
+from harness import StepClock, machine_line, parser, print_comparison, rows_in_order, run_in_turn
 
 STEP_PAIRS = 16
 
@@ -128,8 +128,6 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
 
     from alignment.config import LoraSection
     from alignment.models import add_lora
-    from alignment.runs import open_run
-    from alignment.training import StepSchedule, training_arguments
     from reward_models.config import RewardModelConfig
     from reward_models.preferences import pair_batches
     from reward_models.trainer import RewardTrainer, pair_loss
@@ -143,12 +141,7 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
             "run": {"dir": str(folder / "run")},
         }
     )
-    device = torch.device("cpu")
-    schedule = StepSchedule(len(encoded), config.train, seed=0)
-    schedule.steps = [list(range(start, start + STEP_PAIRS)) for start in range(0, len(encoded), STEP_PAIRS)]
-    dtype = getattr(torch, options.dtype)
-    arguments = training_arguments(open_run(config), config, num_steps=len(schedule), dtype=dtype, device=device)
-    arguments |= {"save_strategy": "no", "logging_steps": 1000}
+    schedule, arguments = rows_in_order(config, len(encoded), getattr(torch, options.dtype))
     model = add_lora(loaded.model, LoraSection(r=options.lora, alpha=16), is_reward_model=True, seed=0)
     trainer = RewardTrainer(model=model, args=TrainingArguments(**arguments), processing_class=loaded.tokenizer)
     batcher = lambda rows: pair_batches(encoded, rows, max_tokens=options.size)  # noqa: E731

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import StepClock, machine_line, parser, print_comparison, run_in_turn
+from harness import StepClock, machine_line, parser, print_comparison, rows_in_order, run_in_turn
 
 sys.path.remove(str(Path(__file__).resolve().parent))  # where this file would hide the package of its name
 STEP_ROWS = 16
@@ -142,8 +142,6 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
 
     from alignment.config import LoraSection
     from alignment.models import add_lora
-    from alignment.runs import open_run
-    from alignment.training import StepSchedule, training_arguments
     from sft.config import SFTConfig
     from sft.evaluate import response_loss
     from sft.examples import dialogue_batches
@@ -157,11 +155,7 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
             "run": {"dir": str(folder / "run")},
         }
     )
-    schedule = StepSchedule(len(encoded), config.train, seed=0)
-    schedule.steps = [list(range(start, start + STEP_ROWS)) for start in range(0, len(encoded), STEP_ROWS)]
-    dtype, device = getattr(torch, options.dtype), torch.device("cpu")
-    arguments = training_arguments(open_run(config), config, num_steps=len(schedule), dtype=dtype, device=device)
-    arguments |= {"save_strategy": "no", "logging_steps": 1000}
+    schedule, arguments = rows_in_order(config, len(encoded), getattr(torch, options.dtype))
     trainer = MaskedSFTTrainer(
         model=add_lora(loaded.model, LoraSection(r=options.lora, alpha=16), is_reward_model=False, seed=0),
         args=trl.SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignment.dialogue import Candidate
+from alignment.distributed import map_over_processes
 from alignment.errors import ModelError
 from alignment.models import LoadedModel
 from alignment.prefix_batch import PrefixBatch, Tree, collate, micro_batches
@@ -59,21 +60,29 @@ class RewardModels:
                 )
 
     def score(self, candidates: Sequence[Candidate], *, title: str) -> list[Candidate]:
-        """The candidates with both scores and the gated reward; those of one prompt in a row share its prefill."""
+        """The candidates with both scores and the gated reward; those of one prompt in a row share its prefill.
+
+        Every process scores a share of the prompts; all get all candidates.
+        """
         groups: list[list[Candidate]] = []
         for candidate in candidates:
             if groups and groups[-1][0].prompt == candidate.prompt:
                 groups[-1].append(candidate)
             else:
                 groups.append([candidate])
-        prompts = [group[0].prompt.messages for group in groups]
-        texts = [[candidate.response for candidate in group] for group in groups]
-        with ProgressBar(title, 2 * len(groups), shown=PartialState().is_main_process) as bar:
-            by_model = [
-                [score for scores in scorer.score(prompts, texts, on_progress=bar.advance) for score in scores]
-                for scorer in (self.helpfulness, self.safety)
-            ]
-        helpfulness, safety = (torch.tensor(scores) for scores in by_model)
+        state = PartialState()
+
+        def work(mine: Sequence[Sequence[Candidate]]) -> list[tuple[list[float], ...]]:
+            prompts = [group[0].prompt.messages for group in mine]
+            texts = [[candidate.response for candidate in group] for group in mine]
+            done = lambda count: bar.advance(state.num_processes * count)  # noqa: E731
+            by_model = (scorer.score(prompts, texts, on_progress=done) for scorer in (self.helpfulness, self.safety))
+            return list(zip(*by_model, strict=True))
+
+        with ProgressBar(title, 2 * len(groups), shown=state.is_main_process) as bar:
+            scored = map_over_processes(work, groups)
+        by_model = [[score for scores in by_group for score in scores] for by_group in zip(*scored, strict=True)]
+        helpfulness, safety = map(torch.tensor, by_model)
         is_safety = torch.tensor([candidate.prompt.is_safety for candidate in candidates])
         rewards = self.gate(helpfulness, safety, is_safety).tolist()
         return [

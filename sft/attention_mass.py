@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from alignment.chat import ChatFormat, encode_prompt
@@ -48,18 +49,18 @@ def spans(
 
 def attention_mass(
     model: nn.Module, ids: Sequence[int], instruction: tuple[int, int], answers: Sequence[tuple[int, int]]
-) -> Tensor:
-    """(layers, answers) share of attention that the tokens of each answer give to the instruction's tokens.
+) -> Float[Tensor, "layers answers"]:
+    """The share of attention that the tokens of each answer give to the instruction's tokens.
 
     A token's attention sums to 1; the share is averaged over heads and over the answer's tokens. One layer's
     probabilities are held at a time.
     """
     inner = unwrap(model)
-    columns: list[Tensor] = []
+    rows: list[Float[Tensor, " answers"]] = []
 
     def measure(_module: nn.Module, _arguments: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-        mass = output[1][0, :, :, slice(*instruction)].float().sum(-1).mean(0)  # (L,)
-        columns.append(torch.stack([mass[start:stop].mean() for start, stop in answers]))
+        mass = output[1][0, :, :, slice(*instruction)].float().sum(-1).mean(0)  # (tokens,)
+        rows.append(torch.stack([mass[start:stop].mean() for start, stop in answers]))
         return output[0], None
 
     layers = inner.get_decoder().layers
@@ -72,7 +73,7 @@ def attention_mass(
         for handle in handles:
             handle.remove()
         inner.set_attn_implementation(before)
-    return torch.stack(columns).cpu()
+    return torch.stack(rows).cpu()
 
 
 def _texts(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from alignment.errors import DataError
 from alignment.hardware import compute_dtype
 from alignment.models import LoadedModel, context_length, load_chat_model
 from alignment.progress import ProgressBar
-from alignment.sampling.prompts import choose_prompts, sample_ids
+from alignment.sampling.prompts import choose_prompts, sample_shared
 from alignment.sampling.torch_engine import TorchSampler
 from sft.config import GattInstructions
 from sft.ghost_attention import Answer, seed_turns
@@ -109,7 +109,7 @@ class Speaker:
                 fitting[key] = ids
             else:
                 missing[key] = reason
-        drawn = sample_ids(self._sampler, list(fitting.values()), self.sampling, seed=self.seed + turn, bar=bar)
+        drawn = sample_shared(self._sampler, list(fitting.values()), self.sampling, seed=self.seed + turn, bar=bar)
         chat = self.loaded.chat
         found = {
             key: [Answer(decode_response(chat, one.token_ids), one.finish_reason == "stop") for one in samples]

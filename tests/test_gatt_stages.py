@@ -9,6 +9,7 @@ import torch
 from alignment.chat import CHATML, chat_format, decode_response, encode_prompt
 from alignment.cli import distil
 from alignment.cli.main import run_stage
+from alignment.cli.pipeline import load_pipeline
 from alignment.cli.stages import STAGES
 from alignment.cli.summary import one_line
 from alignment.config import load_config
@@ -20,6 +21,7 @@ from alignment.progress import ProgressBar
 from alignment.sampling.prompts import sample_ids
 from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import score
+from rlhf.config import EvalConfig
 from sft import context_distillation, conversation, gatt, gatt_evaluation
 from sft.attention_mass import attention_mass, spans
 from sft.config import DistilConfig, GattConfig, GattEvalConfig
@@ -411,3 +413,14 @@ def test_kind_chooses_the_settings_of_eval():
     assert STAGES["eval"].of_kind("gatt").config_class() is GattEvalConfig
     assert STAGES["eval"].of_kind(None) is STAGES["eval"] is STAGES["eval"].of_kind("policies")
     assert STAGES["rm"].of_kind("safety") is STAGES["rm"]
+
+
+def test_a_kind_of_evaluation_that_there_is_not_is_told_those_there_are(tmp_path, write_file):
+    problem = r"kind = 'gat': the eval stage has no such kind. Use one of policies, gatt"
+    with pytest.raises(ConfigError, match=f"command line: {problem}"):
+        run_stage("eval", ["kind=gat", "policies.a=toy"])
+    path = write_file("two.yaml", "stages: {eval: {kind: gat, policies: {a: toy}}}\n")
+    with pytest.raises(ConfigError, match=f"stages.eval: {problem}"):
+        load_pipeline(path, [])
+    for kind, config in (("policies", EvalConfig), ("gatt", GattEvalConfig), (None, EvalConfig)):
+        assert STAGES["eval"].of_kind(kind).config_class() is config

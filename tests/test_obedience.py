@@ -87,6 +87,11 @@ def test_the_command_writes_rows_to_train_on(tmp_path, write_file):
     for dialogue in load_dialogues([str(out)]).rows:
         assert dialogue.messages[0].content.startswith("In the whole conversation, you ")
         assert dialogue.messages[1].content != "One. Two."
+    thrice, elsewhere = tmp_path / "thrice.jsonl", [*arguments[:-1], str(tmp_path / "thrice.jsonl")]
+    done = CliRunner().invoke(app, [*elsewhere, "--kinds", "opening, ending", "--rate", "1", "--copies", "3"])
+    assert "15 demonstrations, 15 of them with an instruction" in done.stdout
+    rows = thrice.read_text().splitlines()
+    assert rows[:5] == out.read_text().splitlines() and rows[:5] != rows[5:10] != rows[10:]
     short = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "short.jsonl"), "--max-words", "1"])
     assert "0 demonstrations" in short.stdout
     again = CliRunner().invoke(app, arguments)

@@ -131,14 +131,14 @@ def reward_model(tmp_path_factory) -> Path:
     return folder
 
 
+def reward_settings(reward_model: Path) -> list[str]:
+    keys = (f"path={reward_model}", "dtype=float32")
+    return [f"rewards.{kind}.{key}" for kind in ("helpfulness", "safety") for key in keys]
+
+
 def ppo_settings(reward_model: Path) -> list[str]:
-    models = [
-        f"rewards.{kind}.{key}"
-        for kind in ("helpfulness", "safety")
-        for key in (f"path={reward_model}", "dtype=float32")
-    ]
     return [
-        *COMMON, *models, "model=toy", "prompts.prompts=toy:prompts.train", "optim.lr=1e-3",
+        *COMMON, *reward_settings(reward_model), "model=toy", "prompts.prompts=toy:prompts.train", "optim.lr=1e-3",
         "sampling.max_new_tokens=8", "sampling.num_candidates=2", "train.batch_size=8", "train.minibatch_size=4",
     ]  # fmt: skip
 
@@ -150,6 +150,58 @@ def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
     kill_after_first_checkpoint(command("ppo", settings, tmp_path / "killed"), tmp_path / "killed")
     run_here("ppo", settings, tmp_path / "killed", resume=True)
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory) -> Path:
+    """A toy model that has learned to end its answers."""
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    run_here("sft", [*STAGE_SETTINGS["sft"], "data.valid=[]"], folder, resume=False)
+    return folder
+
+
+def sampling_settings(stage: str, chat_model: Path, reward_model: Path) -> list[str]:
+    safety = [f"safety.path={reward_model}", "safety.dtype=float32"]
+    policies = [f"policies.a.path={chat_model}", "policies.a.dtype=float32"]
+    extra = {
+        "gatt": ["instructions.kinds=[hobby]", "prompts.turns=3"],
+        "distil": safety,
+        "reject": [*reward_settings(reward_model), "sampling.num_candidates=3"],
+        "eval": [*reward_settings(reward_model), *policies],
+    }[stage]
+    model = [] if stage == "eval" else [f"model.path={chat_model}", "model.dtype=float32"]
+    return [
+        *model, "run.device=cpu", "run.seed=3", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=24",
+        "prompts.max_prompt_length=400", "sampling.max_new_tokens=24", *extra,
+    ]  # fmt: skip
+
+
+SAMPLED = {
+    "gatt": ("sampled.jsonl", "dialogues.jsonl"),
+    "distil": ("answers.jsonl", "distilled.jsonl"),
+    "reject": ("sft.jsonl",),
+    "eval": (),
+}
+
+
+@pytest.mark.parametrize("stage", ["gatt", "distil"])
+def test_killed_sampling_resumes_with_the_same_rows(stage, chat_model, reward_model, tmp_path):
+    """Killed with two of twelve lots on disk, at any place in a lot."""
+    lot = f"sampling.max_rows={2 if stage == 'gatt' else 4}"
+    settings = [*sampling_settings(stage, chat_model, reward_model), lot]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    run_here(stage, settings, whole, resume=False)
+    rows = killed / SAMPLED[stage][0]
+    kill_when(
+        lambda: rows.exists() and rows.read_text().count("\n") >= 4,
+        command(stage, settings, killed),
+        killed,
+        delay=random.Random(stage).random() / 50,
+    )
+    assert 4 <= rows.read_text().count("\n") < 24
+    run_here(stage, settings, killed, resume=True)
+    for name in SAMPLED[stage]:
+        assert (killed / name).read_text() == (whole / name).read_text()
 
 
 def test_a_stage_made_from_an_older_run_is_not_passed_off_as_finished(tmp_path):
@@ -208,3 +260,25 @@ def test_two_processes_take_the_same_step_as_one(stage, reward_model, tmp_path):
             assert [row[f"ppo/{key}"] for row in second] == pytest.approx(
                 [row[f"ppo/{key}"] for row in first], abs=1e-5
             ), key
+
+
+@pytest.mark.parametrize("stage", SAMPLED)
+def test_two_processes_sample_and_score_the_same_as_one(stage, chat_model, reward_model, tmp_path):
+    """Each samples and scores a share of the prompts, of which some are equal."""
+    settings = sampling_settings(stage, chat_model, reward_model)
+    run_here(stage, settings, tmp_path / "one", resume=False)
+    run_in_two_processes(stage, settings, tmp_path / "two")
+    for name in SAMPLED[stage]:
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    one, two = (json.loads((tmp_path / count / "result.json").read_text()) for count in ("one", "two"))
+    measured = {"time_seconds", "peak_memory_gb"}
+    assert flat({k: v for k, v in two.items() if k not in measured}) == pytest.approx(
+        flat({k: v for k, v in one.items() if k not in measured}), abs=1e-5
+    )
+
+
+def flat(result: object, name: str = "") -> dict[str, object]:
+    """Nested figures by their path."""
+    if isinstance(result, dict):
+        return {key: value for part in result for key, value in flat(result[part], f"{name}.{part}").items()}
+    return {name: result}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -128,6 +128,7 @@ def instruct(
     rate: Annotated[float, typer.Option(min=0, max=1, help="Share of demonstrations that get an instruction.")] = 0.7,
     max_words: Annotated[int | None, typer.Option(min=1, help="Leave out those with longer answers.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use at most this many demonstrations.")] = None,
+    copies: Annotated[int, typer.Option(min=1, help="Of each demonstration, with another instruction each.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
 ) -> None:
     """Make demonstrations that obey: an instruction in every turn, answers changed by rule so that they keep it."""
@@ -141,10 +142,10 @@ def instruct(
     rows = load_dialogues(files).rows
     if max_words is not None:
         rows = [row for row in rows if _longest_answer(row) <= max_words]
-    dialogues = pick(rows, max_rows, seed)
-    made = obedient_dialogues(dialogues, built_in_pool(names, "train"), rate=rate, seed=seed)
-    count = write_rows(out, (dialogue.to_json() for dialogue in made))
-    changed = sum(after is not before for before, after in zip(dialogues, made, strict=True))
+    dialogues, pool = pick(rows, max_rows, seed), built_in_pool(names, "train")
+    made = [obedient_dialogues(dialogues, pool, rate=rate, seed=seed + copy) for copy in range(copies)]
+    count = write_rows(out, (dialogue.to_json() for dialogue in chain(*made)))
+    changed = sum(after is not before for before, after in zip(dialogues * copies, chain(*made), strict=True))
     typer.echo(f"{out}: {count:,} demonstrations, {changed:,} of them with an instruction.")
 
 

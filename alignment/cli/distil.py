@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from alignment.distributed import map_over_processes
 from alignment.progress import ProgressBar
 from reward_models.score import Scorer
 from sft import context_distillation
@@ -28,7 +29,13 @@ def _load_score(config: DistilConfig, device: torch.device) -> context_distillat
     )
 
     def score(prompts: Any, responses: Any) -> list[list[float]]:
-        with ProgressBar("distil: scores", len(prompts), shown=PartialState().is_main_process) as bar:
-            return scorer.score(prompts, responses, on_progress=bar.advance)
+        state = PartialState()
+
+        def work(mine: Any) -> list[list[float]]:
+            done = lambda count: bar.advance(state.num_processes * count)  # noqa: E731
+            return scorer.score([prompt for prompt, _ in mine], [texts for _, texts in mine], on_progress=done)
+
+        with ProgressBar("distil: scores", len(prompts), shown=state.is_main_process) as bar:
+            return map_over_processes(work, list(zip(prompts, responses, strict=True)))
 
     return score

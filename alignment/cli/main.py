@@ -51,7 +51,7 @@ class StageCommand(typer.core.TyperCommand):
         from alignment.config import describe
 
         console = Console(highlight=False, width=max(120, Console().width))
-        for kind in ("", *STAGES[self.name].kinds):
+        for kind in (None, *STAGES[self.name].kinds):
             title = f"Settings with kind={kind}" if kind else "Settings (KEY=VALUE, or YAML)"
             table = Table(title=title, title_justify="left", box=None, pad_edge=False)
             table.add_column("key", no_wrap=True)
@@ -87,12 +87,16 @@ def run_stage(
     name: str, arguments: list[str], *, dry_run: bool = False, show_config: bool = False, resume: bool = False
 ) -> None:
     """What `align sft ...` does; recipe scripts call it too."""
-    from alignment.config import load_config, parse_overrides, read_yaml, to_yaml
+    from alignment.config import build_config, merge, parse_overrides, read_yaml, to_yaml
 
     path, overrides = _split(arguments)
-    given = {**(read_yaml(path) if path else {}), **parse_overrides(overrides)}
-    stage = STAGES[name].of_kind(given.get("kind"))
-    config = load_config(stage.config_class(), path, overrides)
+    values = merge(read_yaml(path) if path else {}, parse_overrides(overrides))
+    where = str(path) if path else "command line"
+    try:
+        stage = STAGES[name].of_kind(values.get("kind"))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    config = build_config(stage.config_class(), values, where)
     if show_config:
         sys.stdout.write(to_yaml(config))
     if dry_run:

@@ -88,7 +88,11 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
             problems.append(f"{path}: stages.{name}.stage is {kind!r}. Use one of {', '.join(STAGES)}.")
             continue
         stage_values = {key: value for key, value in entry.items() if key != "stage"}
-        cls = STAGES[kind].of_kind({**stage_values, **given.get(name, {})}.get("kind")).config_class()
+        try:
+            cls = STAGES[kind].of_kind({**stage_values, **given.get(name, {})}.get("kind")).config_class()
+        except ConfigError as error:
+            problems.append(f"{path}: stages.{name}: {error}")
+            continue
         fitting = {key: value for key, value in defaults.items() if key in cls.model_fields}
         full = merge(merge(fitting, stage_values), given.get(name) or {})
         full = merge(full, {"run": {"dir": str(runs / name)}})

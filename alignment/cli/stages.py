@@ -10,14 +10,15 @@ from importlib import import_module
 from typing import Any
 
 from alignment.config import StageConfig
+from alignment.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Stage:
     """A stage's settings class and functions as `module:name`, so that nothing heavy is imported for help.
 
-    `checker`, where a stage has one, reads its data without training and says what it found. `kinds` are other settings
-    and runners that go by the stage's name, chosen by the setting `kind`.
+    `checker`, where a stage has one, reads its data without training and says what it found. `kinds` are further
+    settings and runners that go by the stage's name, chosen by the setting `kind`.
     """
 
     name: str
@@ -25,12 +26,19 @@ class Stage:
     runner: str
     summary: str
     checker: str | None = None
+    default_kind: str = ""
     kinds: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def of_kind(self, kind: object) -> Stage:
-        """The stage that `kind` in the settings asks for: this one, unless it has another by that name."""
-        if not isinstance(kind, str) or kind not in self.kinds:
+        """The stage that `kind` in the settings asks for: this one, unless it has another by that name.
+
+        Raises ConfigError where it has none. A stage without `kinds` may have a setting of that name, as `rm` has.
+        """
+        if not self.kinds or kind in (None, self.default_kind):
             return self
+        if not isinstance(kind, str) or kind not in self.kinds:
+            names = ", ".join((self.default_kind, *self.kinds))
+            raise ConfigError(f"kind = {kind!r}: the {self.name} stage has no such kind. Use one of {names}.")
         config, runner = self.kinds[kind]
         return replace(self, config=config, runner=runner, kinds={})
 
@@ -77,6 +85,7 @@ STAGES = {
             "rlhf.config:EvalConfig",
             "rlhf.evaluate:run",
             "Compare policies on held-out prompts, or (kind=gatt) how long they keep an instruction.",
+            default_kind="policies",
             kinds={"gatt": ("sft.config:GattEvalConfig", "sft.gatt_evaluation:run")},
         ),
     )

@@ -11,6 +11,7 @@ from alignment.chat import ChatFormat, decode_response, fit_prompt
 from alignment.config import PromptSection, SamplingSection
 from alignment.data import Loaded
 from alignment.dialogue import Candidate, Prompt
+from alignment.distributed import map_over_processes
 from alignment.errors import DataError
 from alignment.models import LoadedModel
 from alignment.progress import ProgressBar
@@ -57,15 +58,34 @@ def sample_prompts(
     sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
     total = len(fitting) * sampling.num_candidates
     with ProgressBar(title, total, shown=PartialState().is_main_process) as bar:
-        samples = sample_ids(sampler, [ids for _, ids in fitting], sampling, seed=seed, bar=bar)
+        samples = sample_shared(sampler, [ids for _, ids in fitting], sampling, seed=seed, bar=bar)
     return samples, [prompt for prompt, _ in fitting]
 
 
 def sample_ids(
     sampler: Sampler, prompts: Sequence[Sequence[int]], section: SamplingSection, *, seed: int, bar: ProgressBar
 ) -> list[list[Sample]]:
-    """Samples with a configuration section's settings."""
-    params = SamplingParams(
+    """Samples with a configuration section's settings, in this process."""
+    return sampler.sample(prompts, _params(section, seed), on_progress=bar.advance)
+
+
+def sample_shared(
+    sampler: Sampler, prompts: Sequence[Sequence[int]], section: SamplingSection, *, seed: int, bar: ProgressBar
+) -> list[list[Sample]]:
+    """As `sample_ids`, with every process at a share; prompts and results are the same in all.
+
+    Equal prompts stay together, since each goes on with the random streams of the one before.
+    """
+    scale = PartialState().num_processes
+
+    def work(mine: Sequence[Sequence[int]]) -> list[list[Sample]]:
+        return sampler.sample(mine, _params(section, seed), on_progress=lambda count: bar.advance(scale * count))
+
+    return map_over_processes(work, prompts, together=tuple)
+
+
+def _params(section: SamplingSection, seed: int) -> SamplingParams:
+    return SamplingParams(
         num_candidates=section.num_candidates,
         temperature=section.temperature,
         top_p=section.top_p,
@@ -73,7 +93,6 @@ def sample_ids(
         max_new_tokens=section.max_new_tokens,
         seed=seed,
     )
-    return sampler.sample(prompts, params, on_progress=bar.advance)
 
 
 def as_candidate(chat: ChatFormat, prompt: Prompt, sample: Sample, index: int, *, round_number: int = 0) -> Candidate:
