@@ -57,6 +57,12 @@ def map_over_processes(
     return [found[index] for index in range(len(items))]
 
 
+def for_all(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """Counts what this process has done of its share as if the others had done as much."""
+    num_processes = PartialState().num_processes
+    return lambda count: advance(num_processes * count)
+
+
 def shares(items: Sequence[Item], count: int, *, together: Callable[[Item], Hashable] | None = None) -> list[list[int]]:
     """The indices of every share, in order; see `map_over_processes`."""
     groups: dict[Hashable, list[int]] = {}

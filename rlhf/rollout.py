@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignment.dialogue import Candidate
-from alignment.distributed import map_over_processes
+from alignment.distributed import for_all, map_over_processes
 from alignment.errors import ModelError
 from alignment.models import LoadedModel
 from alignment.prefix_batch import PrefixBatch, Tree, collate, micro_batches
@@ -70,16 +70,17 @@ class RewardModels:
                 groups[-1].append(candidate)
             else:
                 groups.append([candidate])
-        state = PartialState()
 
         def work(mine: Sequence[Sequence[Candidate]]) -> list[tuple[list[float], ...]]:
             prompts = [group[0].prompt.messages for group in mine]
             texts = [[candidate.response for candidate in group] for group in mine]
-            done = lambda count: bar.advance(state.num_processes * count)  # noqa: E731
-            by_model = (scorer.score(prompts, texts, on_progress=done) for scorer in (self.helpfulness, self.safety))
+            by_model = (
+                scorer.score(prompts, texts, on_progress=for_all(bar.advance))
+                for scorer in (self.helpfulness, self.safety)
+            )
             return list(zip(*by_model, strict=True))
 
-        with ProgressBar(title, 2 * len(groups), shown=state.is_main_process) as bar:
+        with ProgressBar(title, 2 * len(groups), shown=PartialState().is_main_process) as bar:
             scored = map_over_processes(work, groups)
         by_model = [[score for scores in by_group for score in scores] for by_group in zip(*scored, strict=True)]
         helpfulness, safety = map(torch.tensor, by_model)

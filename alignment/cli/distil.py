@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from alignment.distributed import map_over_processes
+from alignment.distributed import for_all, map_over_processes
 from alignment.progress import ProgressBar
 from reward_models.score import Scorer
 from sft import context_distillation
@@ -29,13 +29,11 @@ def _load_score(config: DistilConfig, device: torch.device) -> context_distillat
     )
 
     def score(prompts: Any, responses: Any) -> list[list[float]]:
-        state = PartialState()
-
         def work(mine: Any) -> list[list[float]]:
-            done = lambda count: bar.advance(state.num_processes * count)  # noqa: E731
-            return scorer.score([prompt for prompt, _ in mine], [texts for _, texts in mine], on_progress=done)
+            asked, given = [prompt for prompt, _ in mine], [texts for _, texts in mine]
+            return scorer.score(asked, given, on_progress=for_all(bar.advance))
 
-        with ProgressBar("distil: scores", len(prompts), shown=state.is_main_process) as bar:
+        with ProgressBar("distil: scores", len(prompts), shown=PartialState().is_main_process) as bar:
             return map_over_processes(work, list(zip(prompts, responses, strict=True)))
 
     return score

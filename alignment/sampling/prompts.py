@@ -11,7 +11,7 @@ from alignment.chat import ChatFormat, decode_response, fit_prompt
 from alignment.config import PromptSection, SamplingSection
 from alignment.data import Loaded
 from alignment.dialogue import Candidate, Prompt
-from alignment.distributed import map_over_processes
+from alignment.distributed import for_all, map_over_processes
 from alignment.errors import DataError
 from alignment.models import LoadedModel
 from alignment.progress import ProgressBar
@@ -76,10 +76,9 @@ def sample_shared(
 
     Equal prompts stay together, since each goes on with the random streams of the one before.
     """
-    scale = PartialState().num_processes
 
     def work(mine: Sequence[Sequence[int]]) -> list[list[Sample]]:
-        return sampler.sample(mine, _params(section, seed), on_progress=lambda count: bar.advance(scale * count))
+        return sampler.sample(mine, _params(section, seed), on_progress=for_all(bar.advance))
 
     return map_over_processes(work, prompts, together=tuple)
 
