@@ -94,8 +94,8 @@ def run(config: DistilConfig, load_score: LoadScore, *, resume: bool = False) ->
     preprompts = [rng.choice(config.preprompts or PREPROMPTS) for _ in prompts]
     templates = TEMPLATES if config.templates is None else config.templates
 
-    size = config.sampling.max_rows // 2
-    log = RowLog(run_dir.path / "answers.jsonl", total=len(prompts), size=size, resume=resume)
+    sizes = {"max_rows": config.sampling.max_rows, "answers_a_row": 2}
+    log = RowLog(run_dir.path / "answers.jsonl", total=len(prompts), **sizes, resume=resume)
     state.wait_for_everyone()
     if missing := log.missing():
         length = config.prompts.max_prompt_length

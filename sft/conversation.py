@@ -28,6 +28,9 @@ from sft.instructions import Instruction, PoolRow, built_in_pool, draw_instructi
 
 NoAnswer = Literal["too_long", "refused"]
 
+# The sampler decodes prompts of like length side by side, so a lot has more than go side by side.
+GROUPS_IN_A_LOT = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -130,10 +133,14 @@ class Speaker:
 
 
 class RowLog:
-    """`total` rows on disk as they come, in lots of `size`: an interrupted run goes on after the last whole lot."""
+    """`total` rows on disk as they come, in lots: an interrupted run goes on after the last whole one.
 
-    def __init__(self, path: Path, *, total: int, size: int, resume: bool) -> None:
-        self.path, self.total, self.size = path, total, max(1, size)
+    A lot is what is sampled together: some groups of as many rows as are decoded side by side, `answers_a_row` each.
+    """
+
+    def __init__(self, path: Path, *, total: int, max_rows: int, answers_a_row: int = 1, resume: bool) -> None:
+        self.path, self.total = path, total
+        self.size = max(1, GROUPS_IN_A_LOT * max_rows // answers_a_row)
         self.rows: list[dict[str, Any]] = []
         if resume and path.exists():
             self.rows = _whole_lots(path, self.total, self.size)

@@ -31,8 +31,8 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *own.sources])
 
-    size = config.sampling.max_rows // config.sampling.num_candidates
-    log = RowLog(run_dir.path / "sampled.jsonl", total=len(plans), size=size, resume=resume)
+    sizes = {"max_rows": config.sampling.max_rows, "answers_a_row": config.sampling.num_candidates}
+    log = RowLog(run_dir.path / "sampled.jsonl", total=len(plans), **sizes, resume=resume)
     state.wait_for_everyone()
     if missing := log.missing():
         length = config.prompts.max_prompt_length

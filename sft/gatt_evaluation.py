@@ -40,8 +40,8 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     rows: dict[str, list[Row]] = {}
     attention: dict[str, list[list[float]]] = {}
     for name, section in config.policies.items():
-        path, size = run_dir.path / f"dialogues-{name}.jsonl", config.sampling.max_rows
-        log = RowLog(path, total=len(plans), size=size, resume=resume)
+        path, max_rows = run_dir.path / f"dialogues-{name}.jsonl", config.sampling.max_rows
+        log = RowLog(path, total=len(plans), max_rows=max_rows, resume=resume)
         state.wait_for_everyone()
         missing = log.missing()
         if missing or config.num_attention_dialogues:

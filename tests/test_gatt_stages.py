@@ -131,8 +131,8 @@ def shout_back(messages):
 
 
 def test_gatt_goes_on_without_sampling_again_what_is_on_disk(tmp_path, speak):
-    """Two dialogues at a time; the model fails in the second lot, and a half-written row stands at the file's end."""
-    settings = ["sampling.max_rows=2"]
+    """Four dialogues at a time; the model fails in the second lot, and a half-written row stands at the file's end."""
+    settings = ["sampling.max_rows=1", "prompts.max_prompts=12"]
     speak(shout_back)
     gatt.run(gatt_config(tmp_path / "whole", *settings))
 
@@ -146,12 +146,12 @@ def test_gatt_goes_on_without_sampling_again_what_is_on_disk(tmp_path, speak):
         gatt.run(gatt_config(tmp_path / "run", *settings))
     whole = (tmp_path / "whole" / "sampled.jsonl").read_text()
     with (tmp_path / "run" / "sampled.jsonl").open("a") as file:  # one row of the next lot, and a half of another
-        file.write(whole.splitlines(keepends=True)[2] + '{"instruction": "In the who')
+        file.write(whole.splitlines(keepends=True)[4] + '{"instruction": "In the who')
     speaker = speak(shout_back)
     gatt.run(gatt_config(tmp_path / "run", *settings), resume=True)
     for name in ("sampled.jsonl", "dialogues.jsonl", "as_sampled.jsonl"):
         assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
-    assert len([messages for messages in speaker.asked if len(messages) == 1]) == 4, "the first lot is not asked again"
+    assert len([messages for messages in speaker.asked if len(messages) == 1]) == 8, "the first lot is not asked again"
 
 
 def test_instructions_of_ones_own_take_the_place_of_the_built_in_ones(tmp_path, speak, write_file):
