@@ -74,6 +74,16 @@ def shares(items: Sequence[Item], count: int, *, together: Callable[[Item], Hash
     return [sorted(part) for part in parts]
 
 
+def leave_process_group() -> None:
+    """Ends this process's part in its group, if it has one; call when all work is done, and not after an error.
+
+    Left to the interpreter's exit, threads of gloo may abort the process, which fails the whole launch. After an error
+    the other processes may wait in a collective, which would hold this one up: there the launcher ends them.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The value of every process, in their order; needs a process group."""
     found: list[Any] = [None] * dist.get_world_size()

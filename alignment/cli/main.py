@@ -109,8 +109,10 @@ def run_stage(
     prepare_libraries()
     result = run(config, resume=resume)
     from alignment.cli.summary import print_result
+    from alignment.distributed import leave_process_group
 
     print_result(result, Path(config.run.dir))
+    leave_process_group()
 
 
 @app.command("run")
@@ -133,6 +135,9 @@ def run_pipeline(
         return
     prepare_libraries()
     run_stages(plan)
+    from alignment.distributed import leave_process_group
+
+    leave_process_group()
 
 
 @app.command()
