@@ -80,8 +80,7 @@ def leave_process_group() -> None:
     Left to the interpreter's exit, threads of gloo may abort the process, which fails the whole launch. After an error
     the other processes may wait in a collective, which would hold this one up: there the launcher ends them.
     """
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    PartialState().destroy_process_group()
 
 
 def gather_objects(value: Any) -> list[Any]:

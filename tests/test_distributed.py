@@ -1,5 +1,7 @@
 """Reductions over processes, with one process here; tests/test_resume.py runs two."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ from accelerate import Accelerator
 
 from alignment.cli.main import run_pipeline, run_stage
 from alignment.distributed import map_over_processes, mean_over_processes, shares, whiten_over_processes
+from alignment.errors import DataError
 from alignment.tensor_ops import whiten
 
 
@@ -57,17 +60,30 @@ WORK = (
 )
 
 
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("name", ["eval", "run"])
-def test_commands_leave_the_process_group_when_their_work_is_done(name, tmp_path):
-    """Threads of gloo that are still there when the interpreter ends abort the process now and then."""
-    path = tmp_path / "settings.yaml"
-    if name == "eval":
-        path.write_text(f"{{{WORK}}}")
-        run_stage("eval", [str(path), f"run.dir={tmp_path / 'run'}"])
-        assert (tmp_path / "run" / "result.json").exists()
+def evaluate_with(command: str, work: str, folder: Path) -> None:
+    path = folder / "settings.yaml"
+    if command == "eval":
+        path.write_text(f"{{{work}}}")
+        run_stage("eval", [str(path), f"run.dir={folder / 'runs' / 'last'}"])
     else:
-        path.write_text(f"{{stages: {{last: {{stage: eval, {WORK}}}}}}}")
-        run_pipeline(path, [f"runs={tmp_path / 'runs'}"])
-        assert (tmp_path / "runs" / "summary.json").exists()
+        path.write_text(f"{{stages: {{last: {{stage: eval, {work}}}}}}}")
+        run_pipeline(path, [f"runs={folder / 'runs'}"])
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("command", ["eval", "run"])
+def test_commands_leave_the_process_group_when_their_work_is_done(command, tmp_path):
+    """Threads of gloo that are still there when the interpreter ends abort the process now and then."""
+    evaluate_with(command, WORK, tmp_path)
+    assert (tmp_path / "runs" / "last" / "result.json").exists()
+    assert (tmp_path / "runs" / "summary.json").exists() == (command == "run")
     assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("command", ["eval", "run"])
+def test_after_an_error_the_process_group_stays_for_the_launcher_to_end(command, tmp_path):
+    """The other processes may be in a collective, and to leave would wait for them."""
+    with pytest.raises(DataError):
+        evaluate_with(command, WORK.replace("turns: 2", "turns: 2, max_prompt_length: 1"), tmp_path)
+    assert dist.is_initialized()

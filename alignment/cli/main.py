@@ -134,9 +134,9 @@ def run_pipeline(
         typer.echo(f"{pipeline}: {len(plan.stages)} stages are in order.", err=True)
         return
     prepare_libraries()
-    run_stages(plan)
     from alignment.distributed import leave_process_group
 
+    run_stages(plan)
     leave_process_group()
 
 
