@@ -1,26 +1,28 @@
 """Log-probabilities of response tokens without the full [batch, length, vocabulary] tensor.
 
 Only the hidden states that predict a counted token meet the output matrix, a few hundred at a time; the backward pass
-computes each chunk's logits again instead of keeping them.
+computes each chunk's logits again instead of keeping them, and turns them into their gradient in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from alignment.errors import ModelError
 from alignment.prefix_batch import PrefixBatch
 from alignment.tree_attention import TREE_ATTENTION, some_queries, tree_blocks
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 512
+# Rows of logits that a CPU turns into probabilities at once: a few megabytes in float32 stay in its cache.
+CPU_ROWS = 32
 
 
 class TokenStats(NamedTuple):
@@ -36,8 +38,9 @@ def response_logprobs(model: nn.Module, batch: PrefixBatch, *, temperature: floa
     return token_logprobs(hidden, weight, batch.target_ids, temperature=temperature)
 
 
+@torch.no_grad()
 def response_stats(model: nn.Module, batch: PrefixBatch, *, temperature: float = 1.0) -> TokenStats:
-    """Log-probabilities and entropies of the batch's counted tokens, under a causal language model."""
+    """Log-probabilities and entropies of the batch's counted tokens, without gradients."""
     hidden, weight = _predictors(model, batch)
     return token_stats(hidden, weight, batch.target_ids, temperature=temperature)
 
@@ -52,11 +55,13 @@ def token_logprobs(
 ) -> Float[Tensor, " M"]:
     """Log-softmax of `hidden @ weight.T / temperature` at the targets, `chunk_tokens` rows at a time.
 
-    Peak memory is a few (chunk_tokens, V) float32 tensors, in the backward pass too.
+    The product is of autocast's type where that is on, the softmax float32. Peak memory is a few (chunk_tokens, V)
+    float32 tensors, in the backward pass too.
     """
-    return _in_chunks(_chunk_logprobs, hidden, weight, target_ids, temperature, chunk_tokens)[0]
+    return _TokenLogprobs.apply(hidden, weight, target_ids, temperature, chunk_tokens)
 
 
+@torch.no_grad()
 def token_stats(
     hidden: Float[Tensor, "M H"],
     weight: Float[Tensor, "V H"],
@@ -65,8 +70,17 @@ def token_stats(
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TokenStats:
-    """`token_logprobs` with the entropy of each token's distribution, which costs another pass over the logits."""
-    return TokenStats(*_in_chunks(_chunk_stats, hidden, weight, target_ids, temperature, chunk_tokens))
+    """`token_logprobs` with the entropy of each token's distribution, both without gradients."""
+    hidden, weight = _as_computed(hidden, weight)
+    logprobs, entropy = (torch.empty(len(target_ids), device=hidden.device) for _ in range(2))
+    for chunk in _slices(len(hidden), chunk_tokens):
+        logits = hidden[chunk] @ weight.T
+        for rows, among in _rows_at_once(chunk, logits):
+            table = torch.log_softmax(_as_float32(logits[rows], temperature), dim=-1)
+            logprobs[among] = table.gather(-1, target_ids[among, None])[:, 0]
+            # -sum p log p. A token at -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
+            entropy[among] = -(table.exp() * table.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+    return TokenStats(logprobs, entropy)
 
 
 def branch_scores(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, " N"]:
@@ -197,38 +211,69 @@ def _predictors(model: nn.Module, batch: PrefixBatch) -> tuple[Tensor, Tensor]:
     return hidden, unwrap(model).get_output_embeddings().weight
 
 
-def _in_chunks(
-    compute: Callable[..., tuple[Tensor, ...]],
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    temperature: float,
-    chunk_tokens: int,
-) -> tuple[Tensor, ...]:
-    """`compute` on slices of the first axis, joined; with gradients, each slice is recomputed when they are needed."""
-    chunks = []
-    for start in range(0, max(1, len(target_ids)), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        arguments = (hidden[part], weight, target_ids[part], temperature)
-        if torch.is_grad_enabled():
-            chunks.append(checkpoint(compute, *arguments, use_reentrant=False))
-        else:
-            chunks.append(compute(*arguments))
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-softmax at the targets; keeps hidden states and weights, but no logits, for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, chunk_tokens: int
+    ) -> Tensor:
+        """(M,) log-probabilities in float32."""
+        ctx.hidden_type, ctx.temperature, ctx.chunk_tokens = hidden.dtype, temperature, chunk_tokens
+        hidden, computed = _as_computed(hidden, weight)
+        ctx.save_for_backward(hidden, weight, target_ids)
+        logprobs = torch.empty(len(target_ids), device=hidden.device)
+        for chunk in _slices(len(hidden), chunk_tokens):
+            logits = hidden[chunk] @ computed.T
+            for rows, among in _rows_at_once(chunk, logits):
+                table = torch.log_softmax(_as_float32(logits[rows], temperature), dim=-1)
+                logprobs[among] = table.gather(-1, target_ids[among, None])[:, 0]
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the hidden states and, where it is trained, of the weight.
+
+        A logit's gradient is (1 at the target, else 0, less its probability) * grad / temperature.
+        """
+        hidden, weight, target_ids = ctx.saved_tensors
+        computed = weight.to(hidden.dtype)
+        grad_output = grad_output.float() / ctx.temperature
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for chunk in _slices(len(hidden), ctx.chunk_tokens):
+            logits = hidden[chunk] @ computed.T
+            for rows, among in _rows_at_once(chunk, logits):
+                grad = grad_output[among, None]
+                grad_logits = torch.softmax(_as_float32(logits[rows], ctx.temperature), dim=-1).mul_(-grad)
+                logits[rows] = grad_logits.scatter_add_(-1, target_ids[among, None], grad)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = logits @ computed
+            if grad_weight is not None:
+                grad_weight += logits.T @ hidden[chunk]
+        return (grad_hidden if grad_hidden is None else grad_hidden.to(ctx.hidden_type)), grad_weight, None, None, None
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = nn.functional.linear(hidden, weight).float()
-    return logits if temperature == 1.0 else logits / temperature
+def _as_computed(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the type that a linear layer would compute in, here: autocast's where that is on."""
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return hidden.to(dtype), weight.to(dtype)
+    return hidden, weight
 
 
-def _chunk_logprobs(hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor]:
-    logits = _chunk_logits(hidden, weight, temperature)
-    return (logits.gather(-1, target_ids[:, None])[:, 0] - logits.logsumexp(-1),)
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _chunk_stats(hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logprobs = torch.log_softmax(_chunk_logits(hidden, weight, temperature), dim=-1)
-    # -sum p log p. A token at -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
-    entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
-    return logprobs.gather(-1, target_ids[:, None])[:, 0], entropy
+def _rows_at_once(chunk: slice, logits: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of a chunk's logits to normalise together, each slice with its place among all tokens."""
+    size = CPU_ROWS if logits.device.type == "cpu" else len(logits)
+    for rows in _slices(len(logits), size):
+        yield rows, slice(chunk.start + rows.start, chunk.start + rows.stop)
+
+
+def _as_float32(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
