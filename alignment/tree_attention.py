@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +55,16 @@ class Queries:
 
     places: Int[Tensor, " S"]
     blocks: Sequence[Block]
+
+
+class Attend(Protocol):
+    """Attention of a whole flat row in a layer by somebody who keeps keys and values: the sampling engine."""
+
+    def __call__(
+        self, layer: int, queries: Float[Tensor, "H N D"], keys: Float[Tensor, "G N D"], values: Float[Tensor, "G N D"]
+    ) -> Float[Tensor, "H N D"]:
+        """The output for queries that are scaled already."""
+        ...
 
 
 def some_queries(blocks: Sequence[Block], places: Int[Tensor, " S"]) -> Queries:
@@ -100,18 +110,19 @@ def tree_attention(
     dropout: float = 0.0,
     blocks: Sequence[Block] | None = None,
     last_queries: Queries | None = None,
+    attend: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B Q H D"], None]:
-    """An attention function of transformers; without `blocks` (sampling, other batches) it is SDPA's.
+    """An attention function of transformers; without `blocks` and `attend` it is SDPA's.
 
     Grouped queries are supported: H heads share the keys and values of G. In the last layer, with `last_queries`, only
-    these are computed and the output is 0 elsewhere.
+    these are computed and the output is 0 elsewhere. With `attend`, that alone computes the one row there is.
 
     Raises ModelError where the model's attention is of a kind that neither way computes.
     """
     if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
         raise ModelError(f"{module.config.model_type}: its attention has {unknown[0]}, which is not supported.")
-    if blocks is None:
+    if blocks is None and attend is None:
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if dropout:
@@ -121,10 +132,23 @@ def tree_attention(
     if last_queries is not None and module.layer_idx == module.config.num_hidden_layers - 1:
         queries, blocks = queries[:, last_queries.places], last_queries.blocks
     dtype = value.dtype  # under autocast, rotary embeddings leave queries and keys in float32
-    output = _BlockAttention.apply((queries * scale).to(dtype), key[0], value[0], blocks)
+    if attend is not None:
+        output = attend(module.layer_idx, (queries * scale).to(dtype), key[0].to(dtype), value[0])
+        return output.transpose(0, 1)[None], None
+    output = block_attention((queries * scale).to(dtype), key[0], value[0], blocks)
     if output.shape[1] < query.shape[2]:
         output = output.new_zeros(query.shape[1:]).index_copy(1, last_queries.places, output)
     return output.transpose(0, 1)[None], None
+
+
+def block_attention(
+    queries: Float[Tensor, "H N D"],
+    keys: Float[Tensor, "G N D"],
+    values: Float[Tensor, "G N D"],
+    blocks: Sequence[Block],
+) -> Float[Tensor, "H N D"]:
+    """Attention over the blocks of a flat row; queries are scaled already, H is a multiple of G."""
+    return _BlockAttention.apply(queries, keys, values, blocks)
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -23,6 +23,8 @@ SHAPE_CHECKED = (
     "alignment.tensor_ops",
     "alignment.prefix_batch",
     "alignment.logprobs",
+    "alignment.sampling.cohort",
+    "alignment.sampling.draw",
     "alignment.sampling.torch_engine",
     "reward_models.losses",
     "rlhf.gating",

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from alignment.errors import ModelError
 from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_model
 from alignment.prefix_batch import Branch, Tree, collate
-from alignment.sampling import Sample, SamplingParams
-from alignment.sampling.torch_engine import KeyValueCache, TorchSampler, draw
+from alignment.sampling import Sample, SamplingParams, torch_engine
+from alignment.sampling.draw import draw, inverse_cdf
+from alignment.sampling.torch_engine import TorchSampler
 
 VOCAB = 24
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14, 15, 16, 17, 18], [5, 6]]
@@ -180,6 +182,30 @@ def test_the_drawn_token_is_the_one_whose_share_of_the_interval_holds_the_number
     assert draw(logits, uniforms, SamplingParams())[0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
+@settings(max_examples=60)
+@given(vocabulary=st.integers(1, 1400), seed=st.integers(0, 1000), zeros=st.floats(0, 0.99))
+def test_block_sums_choose_the_entry_that_the_whole_running_sum_does(vocabulary, seed, zeros):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(6, vocabulary, generator=generator, dtype=torch.float64)
+    weights *= torch.rand(6, vocabulary, generator=generator) >= zeros
+    weights[:, seed % vocabulary] += 0.1  # no row is all zero
+    uniforms = torch.tensor([0.0, 1e-9, 0.3, 0.7, 0.999, 1 - 2**-53], dtype=torch.float64)
+    found = inverse_cdf(weights, uniforms)
+    assert (weights.gather(1, found[:, None]) > 0).all()
+    running = weights.cumsum(-1)
+    low = running.gather(1, found[:, None])[:, 0] - weights.gather(1, found[:, None])[:, 0]
+    wanted, slack = uniforms * running[:, -1], 1e-9 * vocabulary
+    assert ((low <= wanted + slack) & (wanted <= running.gather(1, found[:, None])[:, 0] + slack)).all()
+
+
+def test_entries_without_weight_are_never_drawn_in_float32():
+    weights = torch.zeros(4, 1000)
+    weights[:, [300, 511, 512]] = torch.tensor([1e-30, 1.0, 1e-7])
+    found = inverse_cdf(weights, torch.tensor([0.0, 0.5, 0.99999994, 1.0]))
+    assert found.tolist()[:2] == [300, 511]
+    assert set(found.tolist()) <= {300, 511, 512}
+
+
 # ------------------------------------------------------------------------------------------ what must not matter
 
 
@@ -300,8 +326,29 @@ def test_candidates_share_one_prefill_and_each_later_call_adds_one_token(make_ll
     model = make_llama(VOCAB)
     shapes = calls_of(model)
     TorchSampler(model, stop_ids=[]).sample(PROMPTS[:3], SamplingParams(num_candidates=5, max_new_tokens=6))
-    # Three prompts, the longest of four tokens, once; then 15 rows for each of the five tokens after the first.
-    assert shapes == [(3, 4)] + [(15, 1)] * 5
+    # Three prompts of 4, 1 and 2 tokens side by side, once; then 15 rows for each of the five tokens after the first.
+    assert shapes == [(1, 7)] + [(1, 15)] * 5
+
+
+def test_a_prompt_given_twice_is_run_once(make_llama):
+    model = make_llama(VOCAB)
+    shapes = calls_of(model)
+    TorchSampler(model, stop_ids=[]).sample([[5, 6], [9], [5, 6]], SamplingParams(num_candidates=2, max_new_tokens=2))
+    assert shapes == [(1, 3), (1, 6)]
+
+
+def test_prompts_that_begin_alike_share_their_beginning(make_llama):
+    model = make_llama(VOCAB, torch.float64)
+    beginning = [5, 6, 7, 8] * 10
+    prompts = [[*beginning, 9], [*beginning, 10, 11], [12, 13], beginning]
+    params = SamplingParams(num_candidates=2, max_new_tokens=4)
+    shapes = calls_of(model)
+    together = ids(TorchSampler(model, stop_ids=[]).sample(prompts, params))
+    # All but the last token of the shortest is common: 39, then 2, 3 and 1 of their own, and the 2 of the other.
+    assert shapes[0] == (1, 39 + 2 + 3 + 1 + 2)
+    assert together == [
+        of_prompt for prompt in prompts for of_prompt in ids(TorchSampler(model, stop_ids=[]).sample([prompt], params))
+    ]
 
 
 def test_finished_rows_leave_the_batch(make_llama):
@@ -309,12 +356,27 @@ def test_finished_rows_leave_the_batch(make_llama):
     shapes = calls_of(model)
     params = SamplingParams(num_candidates=40, max_new_tokens=30, temperature=1.5, seed=3)
     (samples,) = TorchSampler(model, stop_ids=[3, 4, 5]).sample([[9, 10]], params)
-    rows = [count for count, _ in shapes[1:]]
+    rows = [count for _, count in shapes[1:]]
     assert rows == sorted(rows, reverse=True)
     lengths = [len(sample.token_ids) for sample in samples]
     for step, count in enumerate(rows, start=1):  # this call computes token `step + 1` of every row still in
         wanted = sum(length > step for length in lengths)
         assert wanted <= count <= max(wanted / 0.85, wanted + 1)
+
+
+def test_new_prompts_take_the_rows_of_finished_samples(make_llama):
+    """With four rows, forty short and long answers need far fewer steps than in groups that wait for the longest."""
+    model = make_llama(VOCAB, torch.float64)
+    prompts = [[5 + number % 8, 6 + number // 8] for number in range(40)]
+    params = SamplingParams(max_new_tokens=40, temperature=1.5)
+    calls = calls_of(model)
+    found = TorchSampler(model, stop_ids=[3, 4], max_rows=4).sample(prompts, params)
+    num_calls = len(calls)
+    lengths = [len(sample.token_ids) for (sample,) in found]
+    in_groups = sum(max(lengths[start : start + 4]) for start in range(0, 40, 4))
+    assert max(lengths) > 3 * min(lengths)
+    assert num_calls - 40 < 0.7 * in_groups  # at most forty of the calls are prefills
+    assert ids(found) == ids(TorchSampler(model, stop_ids=[3, 4], max_rows=64).sample(prompts, params))
 
 
 def test_sampling_ends_with_the_last_sample(make_llama):
@@ -327,23 +389,40 @@ def test_sampling_ends_with_the_last_sample(make_llama):
     assert len(shapes) == longest  # prefill gives the first token
 
 
-def test_no_group_has_more_rows_than_allowed(make_llama):
+def test_no_call_has_more_rows_than_allowed(make_llama):
     model = make_llama(VOCAB)
     shapes = calls_of(model)
     done: list[int] = []
     found = TorchSampler(model, stop_ids=[], max_rows=4).sample(
         PROMPTS, SamplingParams(num_candidates=3, max_new_tokens=3), on_progress=done.append
     )
-    assert max(rows for rows, _ in shapes) == 4
-    assert done == [4, 4, 4, 3]  # 15 samples
+    # Three samples of a prompt leave one row free, too few for the next prompt's: one prompt after the other.
+    prompts = [7, 4, 2, 2, 1]
+    assert shapes == [shape for length in prompts for shape in ((1, length), (1, 3), (1, 3))]
+    assert done == [3] * 5
     assert [len(of_prompt) for of_prompt in found] == [3] * 5
 
 
-def test_prompts_of_similar_length_share_a_group(make_llama):
+def test_more_candidates_than_rows_are_drawn_in_lots(exact_llama):
+    params = SamplingParams(num_candidates=7, max_new_tokens=5)
+    found = ids(TorchSampler(exact_llama, stop_ids=[], max_rows=3).sample([[5, 6]], params))
+    assert found == ids(TorchSampler(exact_llama, stop_ids=[], max_rows=64).sample([[5, 6]], params))
+    assert len({tuple(sample) for sample in found[0]}) == 7
+
+
+def test_the_longest_prompts_come_first(make_llama):
     model = make_llama(VOCAB)
     shapes = calls_of(model)
     TorchSampler(model, stop_ids=[], max_rows=2).sample(PROMPTS, SamplingParams(max_new_tokens=1))
-    assert shapes == [(2, 7), (2, 2), (1, 1)]  # lengths 7 and 4; 2 and 2; 1
+    assert shapes == [(1, 7 + 4), (1, 2 + 2), (1, 1)]  # what does not fit into memory fails at once
+
+
+def test_long_prompts_are_run_a_few_at_a_time(make_llama, monkeypatch):
+    monkeypatch.setattr(torch_engine, "PREFILL_TOKENS", 8)
+    model = make_llama(VOCAB)
+    shapes = calls_of(model)
+    TorchSampler(model, stop_ids=[], max_rows=8).sample(PROMPTS, SamplingParams(max_new_tokens=1))
+    assert [tokens for _, tokens in shapes] == [7, 4 + 2 + 2, 1]  # at most eight tokens, or one prompt
 
 
 def test_no_prompts_give_no_samples(llama):
@@ -360,20 +439,30 @@ def test_the_model_is_sampled_in_evaluation_mode_and_left_as_it_was(make_llama, 
     assert model.training is training
 
 
-def test_the_cache_keeps_the_rows_selected_in_their_order():
-    cache = KeyValueCache(capacity=3)
-    keys = torch.arange(8.0).reshape(2, 1, 2, 2)  # two rows of two columns
-    cache.update(keys, keys + 100, 0)
-    cache.select(torch.tensor([1, 1, 0]))
-    new = torch.full((3, 1, 1, 2), -1.0)
-    found_keys, found_values = cache.update(new, new, 0)
-    assert found_keys[:, 0].tolist() == [
-        [[4, 5], [6, 7], [-1, -1]],
-        [[4, 5], [6, 7], [-1, -1]],
-        [[0, 1], [2, 3], [-1, -1]],
-    ]
-    assert torch.equal(found_values[:, :, :2], found_keys[:, :, :2] + 100)
-    assert cache.get_seq_length() == 3
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "align_tree"])
+def test_the_models_own_attention_is_back_afterwards(make_llama, attention):
+    model = make_llama(VOCAB)
+    model.set_attn_implementation(attention)
+    TorchSampler(model, stop_ids=[]).sample([[5]], SamplingParams(max_new_tokens=2))
+    assert model.config._attn_implementation == attention
+
+
+def test_a_window_shorter_than_prompt_and_response_is_refused(make_llama):
+    model = make_llama(VOCAB)
+    model.config.sliding_window = 9
+    sampler = TorchSampler(model, stop_ids=[])
+    sampler.sample([[5, 6, 7, 8]], SamplingParams(max_new_tokens=5))
+    with pytest.raises(ModelError, match="sees 9 tokens back, and prompt and response may have 10"):
+        sampler.sample([[5, 6, 7, 8]], SamplingParams(max_new_tokens=6))
+
+
+def test_sampling_makes_no_tensor_that_grows_with_the_vocabulary_for_prompt_tokens(make_llama):
+    """Logits are computed where a token is drawn, not for the tokens of prompts."""
+    model = make_llama(VOCAB)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0].shape[1]))
+    TorchSampler(model, stop_ids=[]).sample(PROMPTS, SamplingParams(num_candidates=3, max_new_tokens=2))
+    assert rows == [5, 15]
 
 
 def test_a_bfloat16_model_samples(make_llama: Callable[..., torch.nn.Module]):

@@ -1,34 +1,41 @@
-"""The built-in sampling engine: shared prefill, pre-allocated cache, finished rows leave the batch.
+"""The built-in sampling engine: prompts run once for all their samples, finished rows make room for the next prompts.
 
-Prompts are taken in groups of similar length. Each prompt of a group is run once; its keys and values are then
-repeated for its K samples. Prompts are padded on the left, so that all rows of a group write the same cache column in
-each step. Every sample draws from its own random stream (seed, prompt, index), so that what else is in the batch
-changes nothing but floating-point rounding.
+Prompts enter in cohorts, the longest first, whenever enough rows are free. A step of the model takes the newest token
+of every sample of every cohort; rows of finished samples leave. Every sample draws from its own random stream (seed,
+prompt, index), so that what else is in the batch changes nothing but floating-point rounding.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from alignment.errors import ModelError
+from alignment.logprobs import unwrap
+from alignment.sampling.cohort import Cohort, attend_and_keep, prompt_blocks, prompt_row
+from alignment.sampling.draw import draw, uniforms_of
 from alignment.sampling.protocol import Sample, SamplingParams
+from alignment.tree_attention import TREE_ATTENTION
 
-# Below this share of live rows the cache is compacted: copying it costs about as much as a few steps of dead rows.
+# Below this share of live rows a cohort's cache is copied without the others: it costs a few steps of dead rows.
 COMPACT_BELOW = 0.85
+# Prompts enter when this share of the rows is free: every cohort takes its own products in every layer.
+REFILL_SHARE = 0.25
+# Tokens of prompts run at once: memory beyond the cache.
+PREFILL_TOKENS = 8192
 
 
 class TorchSampler:
     """Samples from a causal language model of transformers."""
 
     def __init__(self, model: nn.Module, *, stop_ids: Sequence[int], max_rows: int = 64) -> None:
-        self.model, self.stop_ids, self.max_rows = model, tuple(stop_ids), max_rows
+        self.model, self.stop_ids, self.max_rows = model, frozenset(stop_ids), max_rows
 
     @torch.no_grad()
     def sample(
@@ -38,211 +45,200 @@ class TorchSampler:
         *,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Sample]]:
-        """See Sampler."""
-        was_training = self.model.training
-        self.model.eval()
-        results: list[list[Sample]] = [[] for _ in prompts]
-        streams = _stream_indices(prompts, params.num_candidates)
-        try:
-            for group in _groups(prompts, params.num_candidates, self.max_rows):
-                rows = [(index, k) for index, first, count in group for k in range(first, first + count)]
-                finished = self._sample_group(prompts, rows, streams, params)
-                for (index, _), sample in zip(rows, finished, strict=True):
-                    results[index].append(sample)
-                if on_progress:
-                    on_progress(len(rows))
-        finally:
-            self.model.train(was_training)
-        return results
+        """See Sampler.
 
-    def _sample_group(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: list[tuple[int, int]],
-        streams: list[int],
-        params: SamplingParams,
-    ) -> list[Sample]:
+        Raises ModelError where the model's attention sees fewer tokens back than prompt and response have.
+        """
+        results: list[list[_Row]] = [[] for _ in prompts]
+        queue = deque(_units(prompts, params, self.max_rows, results))
+        self._check_window(prompts, params)
+        running: list[_Running] = []
+        with _evaluation(self.model):
+            while queue or running:
+                finished = 0
+                if units := self._next_units(queue, sum(len(cohort.rows) for cohort in running)):
+                    started = self._start(units, params)
+                    finished += started.finish()
+                    running.append(started)
+                else:
+                    self._step(running, params)
+                    finished += sum(cohort.finish() for cohort in running)
+                running = [cohort for cohort in running if cohort.rows]
+                if on_progress and finished:
+                    on_progress(finished)
+        return [[row.sample for row in rows] for rows in results]
+
+    def _next_units(self, queue: deque[_Unit], taken: int) -> list[_Unit]:
+        """The prompts that enter now: none while too few rows are free for it to pay."""
+        free = self.max_rows - taken
+        if taken and free < self.max_rows * REFILL_SHARE:
+            return []
+        units: list[_Unit] = []
+        tokens = 0
+        while queue and len(queue[0].rows) <= free and (not units or tokens + len(queue[0].prompt) <= PREFILL_TOKENS):
+            units.append(queue.popleft())
+            free -= len(units[-1].rows)
+            tokens += len(units[-1].prompt)
+        return units
+
+    def _start(self, units: list[_Unit], params: SamplingParams) -> _Running:
+        """A cohort of new prompts, each run once, with the first token of every sample."""
         device = next(self.model.parameters()).device
-        order = list(dict.fromkeys(index for index, _ in rows))
-        tokens, real = _left_pad([prompts[index] for index in order], device)  # (prompts, P)
-        prompt_length = tokens.shape[1]
-        cache = KeyValueCache(capacity=prompt_length + params.max_new_tokens)
-        logits = self._forward(tokens, real, real.long().cumsum(1).sub(1).clamp_min(0), cache)
-        repeat = torch.tensor([order.index(index) for index, _ in rows], device=device)
-        cache.select(repeat)
-        logits, real = logits[repeat], real[repeat]
-        lengths = real.sum(1)
-        uniforms = torch.stack([_uniforms(params, prompts[index], streams[index] + k) for index, k in rows]).to(
-            device
-        )  # (rows, max_new_tokens)
-        live = list(range(len(rows)))
-        out = [_Growing() for _ in rows]
-        for step in range(params.max_new_tokens):
-            next_ids, logprobs = draw(logits, uniforms[:, step], params)
-            stopped = self._record(out, live, next_ids, logprobs)
-            if all(stopped) or step + 1 == params.max_new_tokens:
-                break
-            keep = torch.tensor([not done for done in stopped], device=device)
-            # Rows that are done go on harmlessly until enough have gathered to make a copy of the cache worth it.
-            if keep.float().mean() < COMPACT_BELOW:
-                picked = keep.nonzero()[:, 0]
-                cache.select(picked)
-                real, lengths, uniforms, next_ids = (x[picked] for x in (real, lengths, uniforms, next_ids))
-                live = [row for row, done in zip(live, stopped, strict=True) if not done]
-            real = torch.cat([real, real.new_ones(len(real), 1)], dim=1)
-            logits = self._forward(next_ids[:, None], real, (lengths + step)[:, None], cache)
-        return [growing.sample for growing in out]
+        row = prompt_row([unit.prompt for unit in units])
+        units = [units[index] for index in row.order]
+        rows = [sample for unit in units for sample in unit.rows]
+        lanes = [lane for lane, unit in enumerate(units) for _ in unit.rows]
+        cohort = Cohort([len(unit.prompt) for unit in units], lanes, device)
+        ends = row.batch.last_columns.to(device)
+        blocks = None
 
-    def _forward(self, tokens: Tensor, real: Tensor, positions: Tensor, cache: KeyValueCache) -> Float[Tensor, "R V"]:
-        """Logits after the last column, for new columns at the end of the cache."""
-        new = tokens.shape[1]
-        total = real.shape[1]
-        columns = torch.arange(total, device=tokens.device)
-        causal = columns[None, :] <= columns[total - new :, None]  # (new, total)
-        itself = columns[None, :] == columns[total - new :, None]
-        mask = (causal & real[:, None, :]) | itself  # (R, new, total); padding sees itself
+        def attend(_layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            nonlocal blocks
+            if blocks is None:
+                blocks = prompt_blocks(row, values.dtype, device)
+            return attend_and_keep(cohort, row, blocks, queries, keys, values)
+
+        tokens, positions = row.batch.input_ids.to(device), row.batch.position_ids.to(device)
+        logits = self._forward(tokens, positions, attend, logits_to_keep=ends)
+        uniforms = torch.stack([sample.uniforms for sample in rows]).to(device)
+        started = _Running(cohort, rows, uniforms, self.stop_ids, params.max_new_tokens)
+        started.record(*draw(logits[cohort.lanes], uniforms[:, 0], params))
+        return started
+
+    def _step(self, running: list[_Running], params: SamplingParams) -> None:
+        """One token more for every sample of every cohort."""
+        sizes = [len(each.cohort) for each in running]
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            queries, keys, values = (x.transpose(0, 1).contiguous().split(sizes) for x in (queries, keys, values))
+            parts = [
+                each.cohort.attend(layer, *inputs) for each, *inputs in zip(running, queries, keys, values, strict=True)
+            ]
+            return torch.cat(parts).transpose(0, 1)
+
+        tokens = torch.cat([each.newest for each in running])
+        positions = torch.cat([each.cohort.positions for each in running])
+        logits = self._forward(tokens[None], positions[None], attend, logits_to_keep=0)
+        for each in running:
+            each.cohort.columns += 1
+        uniforms = torch.cat([each.uniforms[:, each.cohort.columns] for each in running])
+        drawn = (x.split(sizes) for x in draw(logits, uniforms, params))
+        for each, ids, logprobs in zip(running, *drawn, strict=True):
+            each.record(ids, logprobs)
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor], *, logits_to_keep: Tensor | int
+    ) -> Float[Tensor, "R V"]:
+        """Logits of one flat row. A mask of four axes stops transformers' own."""
         output = self.model(
             input_ids=tokens,
-            attention_mask=mask[:, None],
             position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),
+            use_cache=False,
+            attend=attend,
+            logits_to_keep=logits_to_keep,
         )
-        return output.logits[:, -1]
+        return output.logits[0]
 
-    def _record(self, out: list[_Growing], live: list[int], ids: Tensor, logprobs: Tensor) -> list[bool]:
-        stopped = []
-        for row, token, logprob in zip(live, ids.tolist(), logprobs.tolist(), strict=True):
-            growing = out[row]
-            if not growing.done:
-                growing.token_ids.append(token)
-                growing.logprobs.append(logprob)
-                growing.done = token in self.stop_ids
-            stopped.append(growing.done)
-        return stopped
-
-
-class KeyValueCache:
-    """Keys and values in tensors of fixed capacity, written in place: transformers' cache interface, no copying."""
-
-    is_compileable = False
-
-    def __init__(self, *, capacity: int) -> None:
-        self.capacity = capacity
-        self._layers: list[tuple[Tensor, Tensor]] = []
-        self._used: list[int] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Appends (R, heads, new, dim) columns to a layer; returns all columns so far."""
-        if layer == len(self._layers):
-            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
-            self._layers.append((keys.new_empty(shape), values.new_empty(shape)))
-            self._used.append(0)
-        start = self._used[layer]
-        end = start + keys.shape[2]
-        self._used[layer] = end
-        stored_keys, stored_values = self._layers[layer]
-        stored_keys[:, :, start:end] = keys
-        stored_values[:, :, start:end] = values
-        return stored_keys[:, :, :end], stored_values[:, :, :end]
-
-    def select(self, rows: Int[Tensor, " R"]) -> None:
-        """Keeps these rows, in this order; a row may be repeated."""
-        for layer, (used, tensors) in enumerate(zip(self._used, self._layers, strict=True)):
-            self._layers[layer] = tuple(_select_rows(tensor, rows, used) for tensor in tensors)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns written so far."""
-        return self._used[layer_idx] if self._used else 0
-
-
-def draw(
-    logits: Float[Tensor, "R V"], uniforms: Float[Tensor, " R"], params: SamplingParams
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
-    """One token a row by inverse CDF of the tempered distribution, and its log-probability (see Sample)."""
-    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
-    if params.temperature == 0:
-        logprobs = logits.log_softmax(-1)
-        ids = logits.argmax(-1)
-    else:
-        logprobs = (logits / params.temperature).log_softmax(-1)
-        probs = _truncate(logprobs.exp(), params)
-        cumulative = probs.cumsum(-1)
-        total = cumulative[:, -1:]
-        # Rounding must not lift the threshold to the total: the first larger entry would be past the end.
-        threshold = torch.minimum(uniforms.to(total)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        ids = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
-
-
-def _truncate(probs: Float[Tensor, "R V"], params: SamplingParams) -> Float[Tensor, "R V"]:
-    """Zeroes what top-k and top-p (nucleus, Holtzman et al. 2020, arXiv:1904.09751) leave out; not renormalised."""
-    if params.top_k == 0 and params.top_p == 1:
-        return probs
-    ranked, order = probs.sort(-1, descending=True)
-    keep = torch.ones_like(ranked, dtype=torch.bool)
-    if params.top_k:
-        keep[:, params.top_k :] = False
-    if params.top_p < 1:
-        before = (ranked * keep).cumsum(-1) - ranked
-        keep &= before < params.top_p * (ranked * keep).sum(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter(-1, order, ranked * keep)
+    def _check_window(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        config = unwrap(self.model).config
+        window = getattr(config, "sliding_window", None)
+        longest = max(map(len, prompts), default=0) + params.max_new_tokens
+        if window and longest > window:
+            raise ModelError(
+                f"{config.model_type}: its attention sees {window} tokens back, and prompt and response may have "
+                f"{longest}. That is not supported: lower prompts.max_prompt_length or sampling.max_new_tokens."
+            )
 
 
 @dataclass
-class _Growing:
+class _Row:
+    """A sample that grows, with its random numbers, one a token."""
+
+    uniforms: Tensor
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    done: bool = False
+    stopped: bool = False
 
     @property
     def sample(self) -> Sample:
-        return Sample(self.token_ids, self.logprobs, "stop" if self.done else "length")
+        return Sample(self.token_ids, self.logprobs, "stop" if self.stopped else "length")
 
 
-def _groups(prompts: Sequence[Sequence[int]], num_candidates: int, max_rows: int) -> list[list[tuple[int, int, int]]]:
-    """(prompt, first sample, samples) in groups of at most `max_rows` samples, prompts of similar length together."""
-    groups: list[list[tuple[int, int, int]]] = [[]]
-    room = max_rows
-    for index in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)):
-        first = 0
-        while first < num_candidates:
-            if room == 0:
-                groups.append([])
-                room = max_rows
-            count = min(num_candidates - first, room)
-            groups[-1].append((index, first, count))
-            first, room = first + count, room - count
-    return [group for group in groups if group]
+@dataclass(frozen=True)
+class _Unit:
+    """Samples that share the keys and values of one prompt."""
+
+    prompt: tuple[int, ...]
+    rows: list[_Row]
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    real = torch.arange(longest, device=device)[None, :] >= longest - lengths[:, None]
-    return tokens, real
+class _Running:
+    """A cohort with its samples, its random numbers (R, T) and the newest token of each sample (R,)."""
+
+    def __init__(
+        self, cohort: Cohort, rows: list[_Row], uniforms: Tensor, stop_ids: frozenset[int], max_new_tokens: int
+    ) -> None:
+        self.cohort, self.rows, self.uniforms = cohort, rows, uniforms
+        self.stop_ids, self.max_new_tokens = stop_ids, max_new_tokens
+        self.newest = torch.empty(0)
+
+    def record(self, ids: Tensor, logprobs: Tensor) -> None:
+        """The newest token of every sample; finished ones go on harmlessly until they leave."""
+        self.newest = ids
+        for row, token, logprob in zip(self.rows, ids.tolist(), logprobs.tolist(), strict=True):
+            if not self._is_done(row):
+                row.token_ids.append(token)
+                row.logprobs.append(logprob)
+                row.stopped = token in self.stop_ids
+
+    def finish(self) -> int:
+        """Lets finished samples go where there are enough of them to make a copy of the cache worth it."""
+        alive = [place for place, row in enumerate(self.rows) if not self._is_done(row)]
+        leaving = len(self.rows) - len(alive)
+        if alive and len(alive) >= COMPACT_BELOW * len(self.rows):
+            return 0
+        self.rows = [self.rows[place] for place in alive]
+        if alive and leaving:
+            places = torch.tensor(alive, device=self.newest.device)
+            self.cohort.keep(places)
+            self.newest, self.uniforms = self.newest[places], self.uniforms[places]
+        return leaving
+
+    def _is_done(self, row: _Row) -> bool:
+        return row.stopped or len(row.token_ids) == self.max_new_tokens
 
 
-def _select_rows(tensor: Tensor, rows: Tensor, used: int) -> Tensor:
-    picked = tensor.new_empty((len(rows), *tensor.shape[1:]))
-    picked[:, :, :used] = tensor[:, :, :used].index_select(0, rows)
-    return picked
+def _units(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, max_rows: int, results: list[list[_Row]]
+) -> Iterator[_Unit]:
+    """The samples of each prompt in lots of at most `max_rows`, the longest prompts first; also put into `results`.
+
+    A prompt that occurs again goes on with the random streams where its last occurrence ended.
+    """
+    by_prompt: dict[tuple[int, ...], list[_Row]] = {}
+    for index, prompt in enumerate(map(tuple, prompts)):
+        rows = by_prompt.setdefault(prompt, [])
+        for _ in range(params.num_candidates):
+            row = _Row(uniforms_of(prompt, len(rows), params))
+            rows.append(row)
+            results[index].append(row)
+    for prompt in sorted(by_prompt, key=len, reverse=True):
+        rows = by_prompt[prompt]
+        yield from (_Unit(prompt, rows[start : start + max_rows]) for start in range(0, len(rows), max_rows))
 
 
-def _stream_indices(prompts: Sequence[Sequence[int]], num_candidates: int) -> list[int]:
-    """The first stream of each prompt: a prompt that occurs again goes on where its last occurrence ended."""
-    seen: Counter[tuple[int, ...]] = Counter()
-    first = []
-    for prompt in map(tuple, prompts):
-        first.append(seen[prompt] * num_candidates)
-        seen[prompt] += 1
-    return first
-
-
-def _uniforms(params: SamplingParams, prompt: Sequence[int], stream: int) -> Tensor:
-    """The sample's own random numbers in [0, 1), one a token."""
-    digest = hashlib.blake2b(np.asarray(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
-    seeds = np.random.SeedSequence([params.seed, int.from_bytes(digest, "little"), stream])
-    return torch.from_numpy(np.random.Generator(np.random.Philox(seeds)).random(params.max_new_tokens))
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and with our attention, and afterwards as it was."""
+    inner = unwrap(model)
+    attention, was_training = inner.config._attn_implementation, model.training
+    if attention != TREE_ATTENTION:
+        inner.set_attn_implementation(TREE_ATTENTION)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        if attention != TREE_ATTENTION:
+            inner.set_attn_implementation(attention)
