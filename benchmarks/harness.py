@@ -39,16 +39,23 @@ class StepClock(TrainerCallback):
 
 
 def run_in_turn(
-    script: str, sides: Sequence[Side], arguments: Sequence[str], *, rounds: int, figure: str
+    script: str,
+    sides: Sequence[Side],
+    arguments: Sequence[str],
+    *,
+    rounds: int,
+    figure: str,
+    pythons: Mapping[str, str] | None = None,
 ) -> dict[Side, dict[str, float] | None]:
     """The median figures of every side, each measurement a child process, the sides in turn in every round.
 
-    None for a side that the kernel killed for want of memory.
+    None for a side that the kernel killed for want of memory. `pythons` names the interpreter of sides that have their
+    own.
     """
     found: dict[Side, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            measured = _child(script, side, arguments)
+            measured = _child((pythons or {}).get(side[0], sys.executable), script, side, arguments)
             shown = f"{measured[figure]:.3f} {figure}" if measured else "killed: not enough memory"
             print(f"{side[0]:>12} {side[1]:>5}: {shown}", file=sys.stderr, flush=True)
             found[side] += [measured] if measured else []
@@ -151,8 +158,8 @@ def matrix_gflops(dtype: torch.dtype) -> float:
     return best
 
 
-def _child(script: str, side: Side, arguments: Sequence[str]) -> dict[str, float] | None:
-    command = [sys.executable, script, "--side", side[0], "--size", str(side[1]), *arguments]
+def _child(python: str, script: str, side: Side, arguments: Sequence[str]) -> dict[str, float] | None:
+    command = [python, script, "--side", side[0], "--size", str(side[1]), *arguments]
     done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:
         return None

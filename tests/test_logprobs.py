@@ -242,7 +242,7 @@ def test_a_models_forward_and_backward_never_hold_the_whole_logit_matrix(make_ll
         model = make_llama(SMOLLM2_VOCAB)
     rows = [[Tree(range(1, 200), [Branch(range(200, 900)), Branch(range(300, 700))])]]
     batch = collate(rows).to("meta")
-    assert batch.num_targets == 1100 > 4 * CHUNK_TOKENS
+    assert batch.num_targets == 1100 > 2 * CHUNK_TOKENS
     with AllocationWatch() as watch:
         response_logprobs(model, batch).sum().backward()
     assert watch.largest <= CHUNK_TOKENS * SMOLLM2_VOCAB < batch.num_targets * SMOLLM2_VOCAB
