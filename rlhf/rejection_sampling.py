@@ -2,58 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from alignment.data import load_prompts, load_rows, write_rows
 from alignment.dialogue import Candidate, Dialogue, Message, Messages
 from alignment.errors import DataError
-from alignment.hardware import compute_dtype, process_state
+from alignment.hardware import process_state
 from alignment.metrics import mean_interval
-from alignment.models import load_chat_model
-from alignment.runs import open_run
-from alignment.sampling.prompts import as_candidate, choose_prompts, sample_prompts
+from alignment.runs import open_run, write_json
+from alignment.sampling.prompts import choose_prompts
+from rlhf.candidates import remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig
+from rlhf.potential import plot_potential, potential_curve
 from rlhf.rollout import RewardModels
 
 
 def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Samples, scores, selects; writes `candidates.jsonl` (all) and `sft.jsonl` (the best, ready for `align sft`)."""
+    """Samples, scores, selects; returns the headline figures.
+
+    Writes `candidates.jsonl` (all), `sft.jsonl` (the best, ready for `align sft`), `potential.json` and `.png`.
+    """
     state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     earlier = load_rows(config.earlier_rounds, Candidate.from_json)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *earlier.sources])
 
-    sampled = run_dir.path / "sampled.jsonl"
-    if resume and sampled.exists():
-        candidates = [Candidate.from_json(json.loads(line)) for line in sampled.open(encoding="utf-8")]
-    else:
-        prompts = choose_prompts(data, config.prompts, config.run.seed)
-        dtype = compute_dtype(state.device, config.model.dtype)
-        loaded = load_chat_model(config.model.path, dtype=dtype, chat_template=config.model.chat_template)
-        loaded.model.to(state.device)
-        samples, fitting = sample_prompts(
-            loaded,
-            prompts,
-            config.prompts,
-            config.sampling,
-            seed=config.run.seed,
-            title=f"reject: {config.sampling.num_candidates} candidates a prompt",
-            run_dir=run_dir,
-        )
-        candidates = [
-            replace(as_candidate(loaded.chat, prompt, sample, index, round_number=config.round), seed=config.run.seed)
-            for prompt, drawn in zip(fitting, samples, strict=True)
-            for index, sample in enumerate(drawn)
-        ]
-        del loaded
-        if state.is_main_process:
-            write_rows(sampled, (candidate.to_json() for candidate in candidates))
-
+    prompts = choose_prompts(data, config.prompts, config.run.seed)
+    candidates = sample_candidates(config, prompts, run_dir, state)
     scored = RewardModels.load(config.rewards, state.device).score(candidates, title="reject: scores")
     selection = select_best([*earlier.rows, *scored], accumulate=config.accumulate, min_gain=config.min_gain)
     if not selection.best:
@@ -62,10 +41,12 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
         write_rows(run_dir.path / "candidates.jsonl", (candidate.to_json() for candidate in scored))
         rows = (as_dialogue(candidate).to_json() for candidate in selection.best)
         write_rows(run_dir.path / "sft.jsonl", rows)
-        sampled.unlink()
+        curve = potential_curve(_rewards_by_prompt(scored))
+        write_json(run_dir.path / "potential.json", {"temperature": config.sampling.temperature, **curve})
+        plot_potential({f"temperature {config.sampling.temperature:g}": curve}, run_dir.path / "potential.png")
     this_round = select_best(scored, accumulate="last", min_gain=0.0)
     run_dir.note(selection={"kept": len(selection.best), **selection.left_out})
-    return run_dir.finish(
+    result = run_dir.finish(
         {
             "stage": "reject",
             "prompts": len({candidate.prompt.messages for candidate in scored}),
@@ -76,6 +57,9 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
             "gain_over_median": mean_interval(this_round.gains).to_json(),
         }
     )
+    if state.is_main_process:
+        remove_candidates(run_dir.path)
+    return result
 
 
 @dataclass(frozen=True)
@@ -122,6 +106,13 @@ def select_best(
             best.append(winner)
             gains.append(gain)
     return Selection(best, gains, left_out)
+
+
+def _rewards_by_prompt(candidates: Sequence[Candidate]) -> list[list[float]]:
+    rewards: dict[Messages, list[float]] = {}
+    for candidate in candidates:
+        rewards.setdefault(candidate.prompt.messages, []).append(candidate.reward)
+    return list(rewards.values())
 
 
 def as_dialogue(candidate: Candidate) -> Dialogue:

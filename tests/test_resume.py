@@ -188,13 +188,13 @@ SAMPLED = {
 }
 
 
-@pytest.mark.parametrize("stage", ["gatt", "distil"])
+@pytest.mark.parametrize("stage", ["gatt", "distil", "reject"])
 def test_killed_sampling_resumes_with_the_same_rows(stage, chat_model, reward_model, tmp_path):
     """Killed with one lot of six or more on disk, at any place in the next."""
     settings = [*sampling_settings(stage, chat_model, reward_model), "sampling.max_rows=1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     run_here(stage, settings, whole, resume=False)
-    rows = killed / SAMPLED[stage][0]
+    rows = killed / ("sampled.0.jsonl" if stage == "reject" else SAMPLED[stage][0])
     kill_when(
         lambda: rows.exists() and rows.read_text().count("\n") >= 2,
         command(stage, settings, killed),
@@ -203,7 +203,7 @@ def test_killed_sampling_resumes_with_the_same_rows(stage, chat_model, reward_mo
     )
     assert 2 <= rows.read_text().count("\n") < 24
     run_here(stage, settings, killed, resume=True)
-    for name in SAMPLED[stage]:
+    for name in (*SAMPLED[stage], *(("candidates.jsonl", "potential.json") if stage == "reject" else ())):
         assert (killed / name).read_text() == (whole / name).read_text()
 
 

@@ -40,39 +40,36 @@ class PromptRow:
 
 
 class Layer:
-    """Keys and values of one decoder layer: (G, D) for every token, the keys less the mean of their prompt's.
+    """Keys and values of one decoder layer, (G, D) for every token, in tables of L prompts with W samples each.
 
-    What all keys share adds the same to all scores of a query, so softmax does not see it, and without it the scores
-    lose less to rounding (Zhang et al. 2024, arXiv:2410.02367, Sec. 4.2).
+    Keys are held less the mean of their prompt's. What all keys share adds the same to all scores of a query, so
+    softmax does not see it, and without it the scores lose less to rounding (Zhang et al. 2024, arXiv:2410.02367,
+    Sec. 4.2).
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
-        """Keys and values are (L, G, P, D), 0 beyond each prompt's length (L,)."""
+    def __init__(self, keys: Float[Tensor, "L G P D"], values: Float[Tensor, "L G P D"], lengths: Tensor) -> None:
+        """Keys and values are 0 beyond each prompt's length (L,)."""
         sums = keys.sum(2, keepdim=True, dtype=torch.promote_types(keys.dtype, torch.float32))
         self.key_mean = (sums / lengths[:, None, None, None]).to(keys.dtype)  # (L, G, 1, D)
         self.prompt_keys, self.prompt_values = keys - self.key_mean, values
-        self.own_keys = self.own_values = keys.new_empty(0)  # (R, G, columns, D)
+        self.own_keys = self.own_values = keys.new_empty(0)  # (L, G, W, C, D)
 
-    def append(self, keys: Float[Tensor, "R G D"], values: Float[Tensor, "R G D"], column: int, lanes: Tensor) -> None:
+    def append(self, keys: Float[Tensor, "L G W D"], values: Float[Tensor, "L G W D"], column: int) -> None:
         """The keys and values of every sample's newest token."""
         if column % MORE_COLUMNS == 0:
-            shape = (*keys.shape[:2], MORE_COLUMNS, keys.shape[2])
-            more = keys.new_zeros(shape)
+            more = keys.new_zeros(*keys.shape[:3], MORE_COLUMNS, keys.shape[3])
             self.own_keys, self.own_values = (
-                torch.cat([x, more], dim=2) if column else more.clone() for x in (self.own_keys, self.own_values)
+                torch.cat([x, more], dim=3) if column else more.clone() for x in (self.own_keys, self.own_values)
             )
-        self.own_keys[:, :, column] = keys - self.key_mean[lanes, :, 0]
-        self.own_values[:, :, column] = values
+        self.own_keys[:, :, :, column] = keys - self.key_mean
+        self.own_values[:, :, :, column] = values
 
-    def keep(self, rows: Tensor, lanes: Tensor, longest: int, columns: int) -> None:
-        """Leaves out all other samples and prompts, and columns beyond the longest prompt."""
-        if len(lanes) < len(self.key_mean):
-            self.key_mean = self.key_mean[lanes]
-            self.prompt_keys, self.prompt_values = (
-                x[:, :, :longest].index_select(0, lanes) for x in (self.prompt_keys, self.prompt_values)
-            )
-        if columns:
-            self.own_keys, self.own_values = self.own_keys[rows], self.own_values[rows]
+    def keep(self, lanes: Tensor, longest: int) -> None:
+        """Leaves out all other prompts, and columns beyond the longest of these."""
+        self.key_mean = self.key_mean[lanes]
+        self.prompt_keys, self.prompt_values = (
+            x[:, :, :longest].index_select(0, lanes) for x in (self.prompt_keys, self.prompt_values)
+        )
 
 
 class Cohort:
@@ -120,33 +117,43 @@ class Cohort:
     ) -> Float[Tensor, "R H D"]:
         """Attention of every sample's newest token in a layer, which joins the cache; queries are scaled already."""
         layer = self._layers[index]
-        layer.append(keys, values, self.columns, self.lanes)
         num_rows, num_heads, size = queries.shape
-        groups, columns, longest = keys.shape[1], layer.own_keys.shape[2], layer.prompt_keys.shape[2]
-        by_group = queries.view(num_rows * groups, -1, size)
-        own = by_group @ layer.own_keys.flatten(0, 1).transpose(1, 2)  # (R G, H/G, C)
-        together = self._by_prompt(queries.view(num_rows, groups, -1, size))  # (L G, W H/G, D)
-        scores = together @ layer.prompt_keys.flatten(0, 1).transpose(1, 2)  # (L G, W H/G, P)
-        scores = torch.cat([scores, self._by_prompt(own.view(num_rows, groups, -1, columns))], dim=-1)
+        groups = keys.shape[1]
+        layer.append(self._table(keys), self._table(values), self.columns)
+        table = self._table(queries.view(num_rows, groups, -1))  # (L, G, W, H/G D)
+        slots = table.shape[0] * groups * self._width
+        prompt_keys, prompt_values = layer.prompt_keys.flatten(0, 1), layer.prompt_values.flatten(0, 1)
+        own_keys, own_values = layer.own_keys.flatten(0, 2), layer.own_values.flatten(0, 2)  # (L G W, C, D)
+        together = table.reshape(len(prompt_keys), -1, size)  # (L G, W H/G, D)
+        scores = torch.bmm(together, prompt_keys.transpose(1, 2))  # (L G, W H/G, P)
+        own = torch.bmm(together.view(slots, -1, size), own_keys.transpose(1, 2))
+        scores = torch.cat([scores, own.view(*scores.shape[:2], -1)], dim=-1)  # (L G, W H/G, P + C)
+        longest = prompt_keys.shape[1]
         if self._shortest < longest:
             beyond = scores.unflatten(0, (-1, groups))[..., self._shortest : longest]
             beyond += self._bias.to(scores.dtype)[:, None, None]
         scores[..., longest + self.columns + 1 :] = float("-inf")
         weights = scores.softmax(-1)
-        found = weights[..., :longest] @ layer.prompt_values.flatten(0, 1)
-        own = self._by_sample(weights[..., longest:], groups).reshape(num_rows * groups, -1, columns)
-        own = own @ layer.own_values.flatten(0, 1)
-        attended = self._by_sample(found, groups) + own.view(num_rows, groups, -1, size)
-        return attended.reshape(num_rows, num_heads, size)
+        attended = torch.bmm(weights[..., :longest], prompt_values).view(slots, -1, size)
+        attended = attended + torch.bmm(weights[..., longest:].reshape(slots, -1, own_keys.shape[1]), own_values)
+        return self._rows(attended.view(*table.shape[:3], -1)).reshape(num_rows, num_heads, size)
 
     def keep(self, rows: Int[Tensor, " S"]) -> None:
         """Leaves out all other samples, and prompts that have none left."""
-        self.lanes = self.lanes[rows]
-        prompts, self.lanes = self.lanes.unique(return_inverse=True)
+        own = [
+            tuple(self._rows(x.flatten(3))[rows] for x in (layer.own_keys, layer.own_values)) if self.columns else None
+            for layer in self._layers
+        ]
+        prompts, self.lanes = self.lanes[rows].unique(return_inverse=True)
+        num_before = len(self.lengths)
         self.lengths = self.lengths[prompts]
-        for layer in self._layers:
-            layer.keep(rows, prompts, int(self.lengths.max()), self.columns)
         self._arrange()
+        for layer, kept in zip(self._layers, own, strict=True):
+            if len(prompts) < num_before:
+                layer.keep(prompts, int(self.lengths.max()))
+            if kept is not None:
+                size = layer.key_mean.shape[-1]
+                layer.own_keys, layer.own_values = (self._table(x).unflatten(3, (-1, size)).contiguous() for x in kept)
 
     def _arrange(self) -> None:
         """Where every sample stands in a table of prompts with their samples, and which columns end a prompt."""
@@ -161,18 +168,17 @@ class Cohort:
         beyond = columns >= self.lengths[:, None]
         self._bias = torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf"))
 
-    def _by_prompt(self, table: Float[Tensor, "R G h X"]) -> Float[Tensor, "LG Wh X"]:
-        """Rows of samples as one matrix for every prompt and group of heads; 0 where a prompt has fewer samples."""
+    def _table(self, rows: Float[Tensor, "R G X"]) -> Float[Tensor, "L G W X"]:
+        """What the samples have, by prompt; 0 where a prompt has fewer samples than others."""
         if not self._is_full:
-            everywhere = table.new_zeros(len(self.lengths) * self._width, *table.shape[1:])
-            table = everywhere.index_copy(0, self._places, table)
-        table = table.unflatten(0, (len(self.lengths), self._width)).transpose(1, 2)  # (L, G, W, h, X)
-        return table.reshape(table.shape[0] * table.shape[1], -1, table.shape[-1])
+            everywhere = rows.new_zeros(len(self.lengths) * self._width, *rows.shape[1:])
+            rows = everywhere.index_copy(0, self._places, rows)
+        return rows.unflatten(0, (-1, self._width)).transpose(1, 2)
 
-    def _by_sample(self, table: Float[Tensor, "LG Wh X"], groups: int) -> Float[Tensor, "R G h X"]:
+    def _rows(self, table: Float[Tensor, "L G W X"]) -> Float[Tensor, "R G X"]:
         """The way back."""
-        table = table.unflatten(1, (self._width, -1)).unflatten(0, (-1, groups)).transpose(1, 2).flatten(0, 1)
-        return table if self._is_full else table[self._places]
+        rows = table.transpose(1, 2).flatten(0, 1)
+        return rows if self._is_full else rows[self._places]
 
 
 def prompt_row(prompts: Sequence[Sequence[int]]) -> PromptRow:

@@ -48,13 +48,7 @@ def sample_prompts(
 
     Raises DataError where no prompt fits.
     """
-    encoded = [fit_prompt(loaded.chat, prompt.messages, section.max_prompt_length) for prompt in prompts]
-    fitting = [(prompt, ids) for prompt, (ids, _) in zip(prompts, encoded, strict=True) if ids is not None]
-    if not fitting:
-        raise DataError(f"prompts: none fits into prompts.max_prompt_length = {section.max_prompt_length} tokens.")
-    if run_dir is not None:
-        cut = sum(was_cut for _, was_cut in encoded)
-        run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})
+    fitting = fit_prompts(loaded.chat, prompts, section, run_dir)
     sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
     total = len(fitting) * sampling.num_candidates
     with ProgressBar(title, total, shown=PartialState().is_main_process) as bar:
@@ -62,11 +56,28 @@ def sample_prompts(
     return samples, [prompt for prompt, _ in fitting]
 
 
+def fit_prompts(
+    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, run_dir: Run | None = None
+) -> list[tuple[Prompt, list[int]]]:
+    """The prompts that fit with their token ids; the others are counted in the manifest.
+
+    Raises DataError where no prompt fits.
+    """
+    encoded = [fit_prompt(chat, prompt.messages, section.max_prompt_length) for prompt in prompts]
+    fitting = [(prompt, ids) for prompt, (ids, _) in zip(prompts, encoded, strict=True) if ids is not None]
+    if not fitting:
+        raise DataError(f"prompts: none fits into prompts.max_prompt_length = {section.max_prompt_length} tokens.")
+    if run_dir is not None:
+        cut = sum(was_cut for _, was_cut in encoded)
+        run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})
+    return fitting
+
+
 def sample_ids(
     sampler: Sampler, prompts: Sequence[Sequence[int]], section: SamplingSection, *, seed: int, bar: ProgressBar
 ) -> list[list[Sample]]:
     """Samples with a configuration section's settings, in this process."""
-    return sampler.sample(prompts, _params(section, seed), on_progress=bar.advance)
+    return sampler.sample(prompts, sampling_params(section, seed), on_progress=bar.advance)
 
 
 def sample_shared(
@@ -78,12 +89,13 @@ def sample_shared(
     """
 
     def work(mine: Sequence[Sequence[int]]) -> list[list[Sample]]:
-        return sampler.sample(mine, _params(section, seed), on_progress=for_all(bar.advance))
+        return sampler.sample(mine, sampling_params(section, seed), on_progress=for_all(bar.advance))
 
     return map_over_processes(work, prompts, together=tuple)
 
 
-def _params(section: SamplingSection, seed: int) -> SamplingParams:
+def sampling_params(section: SamplingSection, seed: int) -> SamplingParams:
+    """A configuration section's settings, as engines take them."""
     return SamplingParams(
         num_candidates=section.num_candidates,
         temperature=section.temperature,

@@ -45,6 +45,14 @@ class Sampler(Protocol):
         params: SamplingParams,
         *,
         on_progress: Callable[[int], None] | None = None,
+        on_prompt: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
-        """K samples for each prompt (token ids); `on_progress` hears of finished samples, a count each time."""
+        """K samples for each prompt (token ids).
+
+        Args:
+            prompts: not empty, each of at least one token.
+            params: how many samples, and how they are drawn.
+            on_progress: hears of finished samples, a count each time.
+            on_prompt: gets each prompt's index and samples as soon as it has them all.
+        """
         ...

@@ -44,6 +44,7 @@ class TorchSampler:
         params: SamplingParams,
         *,
         on_progress: Callable[[int], None] | None = None,
+        on_prompt: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         """See Sampler.
 
@@ -53,19 +54,21 @@ class TorchSampler:
         queue = deque(_units(prompts, params, self.max_rows, results))
         self._check_window(prompts, params)
         running: list[_Running] = []
+        missing = [params.num_candidates for _ in prompts]
         with _evaluation(self.model):
             while queue or running:
-                finished = 0
                 if units := self._next_units(queue, sum(len(cohort.rows) for cohort in running)):
-                    started = self._start(units, params)
-                    finished += started.finish()
-                    running.append(started)
+                    running.append(self._start(units, params))
                 else:
                     self._step(running, params)
-                    finished += sum(cohort.finish() for cohort in running)
+                left = [row for cohort in running for row in cohort.finish()]
                 running = [cohort for cohort in running if cohort.rows]
-                if on_progress and finished:
-                    on_progress(finished)
+                if on_progress and left:
+                    on_progress(len(left))
+                for row in left:
+                    missing[row.index] -= 1
+                    if on_prompt and not missing[row.index]:
+                        on_prompt(row.index, [each.sample for each in results[row.index]])
         return [[row.sample for row in rows] for rows in results]
 
     def _next_units(self, queue: deque[_Unit], taken: int) -> list[_Unit]:
@@ -153,8 +156,9 @@ class TorchSampler:
 
 @dataclass
 class _Row:
-    """A sample that grows, with its random numbers, one a token."""
+    """A sample of the prompt at `index` that grows, with its random numbers, one a token."""
 
+    index: int
     uniforms: Tensor
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -192,12 +196,12 @@ class _Running:
                 row.logprobs.append(logprob)
                 row.stopped = token in self.stop_ids
 
-    def finish(self) -> int:
-        """Lets finished samples go where there are enough of them to make a copy of the cache worth it."""
+    def finish(self) -> list[_Row]:
+        """Lets finished samples go, and returns them, where they are enough to make a copy of the cache worth it."""
         alive = [place for place, row in enumerate(self.rows) if not self._is_done(row)]
-        leaving = len(self.rows) - len(alive)
         if alive and len(alive) >= COMPACT_BELOW * len(self.rows):
-            return 0
+            return []
+        leaving = [row for row in self.rows if self._is_done(row)]
         self.rows = [self.rows[place] for place in alive]
         if alive and leaving:
             places = torch.tensor(alive, device=self.newest.device)
@@ -220,7 +224,7 @@ def _units(
     for index, prompt in enumerate(map(tuple, prompts)):
         rows = by_prompt.setdefault(prompt, [])
         for _ in range(params.num_candidates):
-            row = _Row(uniforms_of(prompt, len(rows), params))
+            row = _Row(index, uniforms_of(prompt, len(rows), params))
             rows.append(row)
             results[index].append(row)
     for prompt in sorted(by_prompt, key=len, reverse=True):

@@ -1,0 +1,96 @@
+"""Candidates on disk: whole lines count, files of several processes together, and what is left out is counted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from alignment.dialogue import Candidate, Message, Prompt
+from alignment.hardware import process_state
+from alignment.runs import open_run
+from rlhf.candidates import read_candidates, remove_candidates, sample_candidates
+from rlhf.config import RejectionSamplingConfig
+
+
+def prompt(text: str) -> Prompt:
+    return Prompt(messages=(Message("user", text),))
+
+
+def line(text: str, *responses: str) -> str:
+    rows = [Candidate(prompt=prompt(text), response=response, index=0).to_json() for response in responses]
+    return json.dumps(rows) + "\n"
+
+
+def settings(folder, **sampling) -> RejectionSamplingConfig:
+    model = {"path": "toy", "dtype": "float32"}
+    return RejectionSamplingConfig.model_validate(
+        {
+            "model": model,
+            "rewards": {"helpfulness": model, "safety": model},
+            "prompts": {"prompts": "toy:prompts.train", "max_prompt_length": 60},
+            "sampling": {"num_candidates": 2, "max_new_tokens": 6, **sampling},
+            "run": {"dir": str(folder), "device": "cpu", "seed": 5},
+        },
+    )
+
+
+def drawn(folder, prompts: list[Prompt], *, resume: bool = False) -> list[Candidate]:
+    config, state = settings(folder), process_state("cpu")
+    run_dir = open_run(config, resume=resume, state=state)
+    return sample_candidates(config, prompts, run_dir, state)
+
+
+def test_a_half_written_line_is_not_there(tmp_path):
+    (tmp_path / "sampled.0.jsonl").write_text(line("a", "1", "2") + line("b", "3")[:-9])
+    (tmp_path / "sampled.1.jsonl").write_text(line("c", "4"))
+    found = read_candidates(tmp_path)
+    assert {messages[0].content: [c.response for c in rows] for messages, rows in found.items()} == {
+        "a": ["1", "2"],
+        "c": ["4"],
+    }
+    remove_candidates(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_whose_candidates_are_on_disk_is_not_sampled_again(tmp_path):
+    prompts = [prompt(f"question {number}") for number in range(5)]
+    whole = drawn(tmp_path / "whole", prompts)
+    drawn(tmp_path / "killed", prompts)
+    part = tmp_path / "killed" / "sampled.0.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    marked = lines[0].replace('"finish_reason": "length"', '"finish_reason": "stop"')
+    assert marked != lines[0]
+    part.write_text(marked + lines[1] + lines[2][:20])
+    again = drawn(tmp_path / "killed", prompts, resume=True)
+    kept = {candidate.prompt for candidate in whole} & {Candidate.from_json(row).prompt for row in json.loads(marked)}
+    assert len(kept) == 1
+    for one, two in zip(whole, again, strict=True):
+        assert one.response == two.response
+        assert (one.finish_reason != two.finish_reason) == (one.prompt in kept and one.finish_reason == "length")
+    assert part.read_text().startswith(marked + lines[1])
+    assert len(part.read_text().splitlines()) == 5
+
+
+def test_equal_prompts_count_once_and_those_too_long_not_at_all(tmp_path):
+    prompts = [prompt("b"), prompt("a"), prompt("x" * 200), prompt("b")]
+    found = drawn(tmp_path / "run", prompts)
+    assert [(c.prompt.messages[0].content, c.index, c.round, c.seed) for c in found] == [
+        ("b", 0, 1, 5), ("b", 1, 1, 5), ("a", 0, 1, 5), ("a", 1, 1, 5),
+    ]  # fmt: skip
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["duplicate_prompts"] == 1
+    assert manifest["prompts"] == {"used": 3, "history_cut": 0, "too_long": 1}
+
+
+def test_one_candidate_a_prompt_is_allowed(tmp_path):
+    config, state = settings(tmp_path / "run", num_candidates=1), process_state("cpu")
+    found = sample_candidates(config, [prompt("a")], open_run(config, resume=False, state=state), state)
+    assert [candidate.index for candidate in found] == [0]
+
+
+def test_a_run_with_all_candidates_on_disk_loads_no_model(tmp_path, monkeypatch):
+    prompts = [prompt("a"), prompt("b")]
+    first = drawn(tmp_path / "run", prompts)
+    monkeypatch.setattr("rlhf.candidates.load_chat_model", lambda *_a, **_k: pytest.fail("the model was loaded"))
+    assert drawn(tmp_path / "run", prompts, resume=True) == first
