@@ -187,8 +187,8 @@ class SamplingSection(Section):
     max_new_tokens: PositiveInt = 256
     """Tokens in a response at most, its end-of-turn token included."""
 
-    max_rows: PositiveInt = 64
-    """Responses decoded side by side: the memory knob."""
+    max_rows: PositiveInt = 128
+    """Responses decoded side by side: the memory knob. More are faster, as long as there are prompts to fill them."""
 
 
 class RunSection(Section):

@@ -69,8 +69,12 @@ class RejectionSamplingConfig(StageConfig):
     earlier_rounds: DataSources = []
     """`candidates.jsonl` of earlier rounds."""
 
-    accumulate: Literal["all", "last"] = "all"
-    """`all`: the best candidate of all rounds for each prompt; `last`: of this round only. Paper: all, after V3."""
+    rescore_earlier: bool = True
+    """Score the candidates of earlier rounds again: rewards of other reward models are on another scale."""
+
+    accumulate: Literal["best", "all", "last"] = "best"
+    """What is trained on, for each prompt: its `best` candidate of all rounds, `all` rounds' bests, or the best of the
+    `last` round only. Paper: up to V3 the last round's, and skills were lost; afterwards the top samples of all."""
 
     min_gain: NonNegativeFloat = 0.0
     """Keep a prompt only where its best reward beats its median by this much (a difference of logits)."""

@@ -33,8 +33,12 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
 
     prompts = choose_prompts(data, config.prompts, config.run.seed)
     candidates = sample_candidates(config, prompts, run_dir, state)
-    scored = RewardModels.load(config.rewards, state.device).score(candidates, title="reject: scores")
-    selection = select_best([*earlier.rows, *scored], accumulate=config.accumulate, min_gain=config.min_gain)
+    models = RewardModels.load(config.rewards, state.device)
+    scored = models.score(candidates, title="reject: scores")
+    before = earlier.rows if config.accumulate != "last" else []
+    if before and config.rescore_earlier:
+        before = models.score(before, title="reject: scores of earlier rounds")
+    selection = select_best([*before, *scored], accumulate=config.accumulate, min_gain=config.min_gain)
     if not selection.best:
         raise DataError(f"no candidate beats its prompt's median by min_gain = {config.min_gain}. Lower it.")
     if state.is_main_process:
@@ -64,7 +68,7 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
 
 @dataclass(frozen=True)
 class Selection:
-    """The best candidate of each prompt, its distance from the prompt's median, and what was left out, by reason."""
+    """The chosen candidates, their distance from the median of those chosen from, and what was left out, by reason."""
 
     best: list[Candidate]
     gains: list[float]
@@ -72,7 +76,7 @@ class Selection:
 
 
 def select_best(
-    candidates: Sequence[Candidate], *, accumulate: Literal["all", "last"], min_gain: float = 0.0
+    candidates: Sequence[Candidate], *, accumulate: Literal["best", "all", "last"], min_gain: float = 0.0
 ) -> Selection:
     """The highest gated reward for each prompt, prompts in order of first appearance; the earliest wins a tie.
 
@@ -80,31 +84,35 @@ def select_best(
     of all iterations. Empty responses and those cut off at the length limit are chosen only where nothing else is.
 
     Args:
-        candidates: scored, of any number of rounds.
-        accumulate: `all` rounds, or the `last` round for every prompt it has.
-        min_gain: prompts whose best is not this much above the median of their candidates are left out.
+        candidates: scored by the same reward models, of any number of rounds.
+        accumulate: for each prompt its `best` of all rounds; the bests of `all` rounds, a response once; or that of
+            the `last` round, for the prompts it has.
+        min_gain: leaves out a best that is not this much above the median of the candidates it was chosen from.
     """
-    by_prompt: dict[Messages, list[Candidate]] = {}
-    for candidate in candidates:
-        by_prompt.setdefault(candidate.prompt.messages, []).append(candidate)
     newest = max((candidate.round for candidate in candidates), default=0)
+    by_prompt: dict[Messages, dict[int, list[Candidate]]] = {}
+    for candidate in candidates:
+        if candidate.round == newest or accumulate != "last":
+            pool = 0 if accumulate == "best" else candidate.round
+            by_prompt.setdefault(candidate.prompt.messages, {}).setdefault(pool, []).append(candidate)
     best, gains = [], []
-    left_out = {"other_rounds": 0, "below_min_gain": 0, "empty": 0}
-    for group in by_prompt.values():
-        if accumulate == "last":
-            group = [candidate for candidate in group if candidate.round == newest]
-            if not group:
-                left_out["other_rounds"] += 1
-                continue
-        winner = max(group, key=lambda c: (bool(c.response), c.finish_reason == "stop", c.reward))
-        gain = winner.reward - statistics.median(candidate.reward for candidate in group)
-        if not winner.response:
-            left_out["empty"] += 1
-        elif min_gain and gain < min_gain:
-            left_out["below_min_gain"] += 1
-        else:
-            best.append(winner)
-            gains.append(gain)
+    left_out = {"below_min_gain": 0, "empty": 0, "repeated": 0}
+    left_out["other_rounds"] = len({candidate.prompt.messages for candidate in candidates}) - len(by_prompt)
+    for pools in by_prompt.values():
+        chosen: set[str] = set()
+        for pool in pools.values():
+            winner = max(pool, key=lambda c: (bool(c.response), c.finish_reason == "stop", c.reward))
+            gain = winner.reward - statistics.median(candidate.reward for candidate in pool)
+            if not winner.response:
+                left_out["empty"] += 1
+            elif winner.response in chosen:
+                left_out["repeated"] += 1
+            elif min_gain and gain < min_gain:
+                left_out["below_min_gain"] += 1
+            else:
+                chosen.add(winner.response)
+                best.append(winner)
+                gains.append(gain)
     return Selection(best, gains, left_out)
 
 

@@ -1,6 +1,13 @@
 """Selection of candidates: a pure function over candidates.jsonl."""
 
+import json
+from dataclasses import replace
+
+import pytest
+
 from alignment.dialogue import Candidate, Message, Prompt
+from rlhf import rejection_sampling
+from rlhf.config import RejectionSamplingConfig
 from rlhf.rejection_sampling import as_dialogue, select_best
 
 
@@ -17,7 +24,7 @@ def candidate(prompt: str, reward: float, *, round_number: int = 1, text: str | 
 
 def test_the_highest_reward_of_each_prompt_wins_in_order_of_prompts():
     chosen = select_best(
-        [candidate("b", 1), candidate("a", 0), candidate("b", 3), candidate("a", -1)], accumulate="all"
+        [candidate("b", 1), candidate("a", 0), candidate("b", 3), candidate("a", -1)], accumulate="best"
     )
     assert [c.reward for c in chosen.best] == [3, 0]
     # Gains over the medians: 3 - median(1, 3) = 1; 0 - median(0, -1) = 0.5.
@@ -26,33 +33,89 @@ def test_the_highest_reward_of_each_prompt_wins_in_order_of_prompts():
 
 def test_accumulation_keeps_the_best_of_all_rounds():
     rows = [candidate("a", 5, round_number=1), candidate("a", 2, round_number=2), candidate("old", 1, round_number=1)]
-    assert [c.reward for c in select_best(rows, accumulate="all").best] == [5, 1]
+    assert [c.reward for c in select_best(rows, accumulate="best").best] == [5, 1]
     last = select_best(rows, accumulate="last")
     assert [c.reward for c in last.best] == [2]
     assert last.left_out["other_rounds"] == 1
 
 
+def test_all_keeps_every_rounds_best_and_a_response_once():
+    rows = [
+        candidate("a", 5, round_number=1), candidate("a", 4, round_number=1), candidate("a", 6, round_number=2),
+        candidate("b", 3, round_number=1, text="same"), candidate("b", 3, round_number=2, text="same"),
+    ]  # fmt: skip
+    chosen = select_best(rows, accumulate="all")
+    assert [(c.reward, c.round) for c in chosen.best] == [(5, 1), (6, 2), (3, 1)]
+    assert chosen.left_out["repeated"] == 1
+    # 5 - median(5, 4); a best alone is its own median.
+    assert chosen.gains == [0.5, 0.0, 0.0]
+
+
+def test_where_all_are_unsafe_the_least_unsafe_is_chosen_and_its_reward_says_so():
+    # The gate rewards unsafe responses by their safety score, so the best of them is the safest.
+    rows = [candidate("a", -3.0), candidate("a", -1.5), candidate("a", -2.0)]
+    assert [c.reward for c in select_best(rows, accumulate="best").best] == [-1.5]
+
+
+@pytest.mark.parametrize(("rescore", "expected"), [(True, "new"), (False, "old")])
+def test_candidates_of_earlier_rounds_are_scored_by_the_newest_reward_models(tmp_path, monkeypatch, rescore, expected):
+    """The old answer was given a high reward by another model; the newest gives it a low one."""
+    old = replace(candidate("alpha", 50.0, text="old answer", finish="length"), helpfulness=50.0, safety=1.0)
+    earlier, prompts = tmp_path / "earlier.jsonl", tmp_path / "prompts.jsonl"
+    earlier.write_text(json.dumps(old.to_json()) + "\n")
+    prompts.write_text(json.dumps(old.prompt.to_json()) + "\n")
+
+    class Models:
+        def score(self, candidates, *, title):
+            rewards = (-10.0 if each.round == 1 else float(each.index) for each in candidates)
+            return [replace(each, reward=reward) for each, reward in zip(candidates, rewards, strict=True)]
+
+    monkeypatch.setattr(rejection_sampling.RewardModels, "load", lambda *_: Models())
+    config = RejectionSamplingConfig.model_validate(
+        {
+            "model": {"path": "toy", "dtype": "float32"},
+            "rewards": {"helpfulness": "toy", "safety": "toy"},
+            "prompts": {"prompts": str(prompts)},
+            "sampling": {"num_candidates": 3, "max_new_tokens": 6},
+            "round": 2,
+            "earlier_rounds": [str(earlier)],
+            "rescore_earlier": rescore,
+            "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
+        }
+    )
+    result = rejection_sampling.run(config)
+    [row] = map(json.loads, (tmp_path / "run" / "sft.jsonl").open())
+    assert (row["messages"][-1]["content"] == "old answer") == (expected == "old")
+    assert result["kept"] == 1 and result["candidates"] == 3
+    curve = json.loads((tmp_path / "run" / "potential.json").read_text())
+    assert [entry["value"] for entry in curve["best"]] == pytest.approx([1.0, 5 / 3, 2.0])
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.*")) == [
+        "candidates.jsonl", "config.yaml", "manifest.json", "potential.json", "potential.png", "result.json",
+        "sft.jsonl",
+    ]  # fmt: skip
+
+
 def test_a_finished_answer_beats_a_better_scored_one_that_was_cut_off():
     rows = [candidate("a", 9, finish="length"), candidate("a", 1)]
-    assert select_best(rows, accumulate="all").best[0].reward == 1
-    assert select_best(rows[:1], accumulate="all").best[0].reward == 9
+    assert select_best(rows, accumulate="best").best[0].reward == 1
+    assert select_best(rows[:1], accumulate="best").best[0].reward == 9
 
 
 def test_empty_answers_are_never_gold():
-    chosen = select_best([candidate("a", 9, text="")], accumulate="all")
+    chosen = select_best([candidate("a", 9, text="")], accumulate="best")
     assert chosen.best == [] and chosen.left_out["empty"] == 1
 
 
 def test_min_gain_leaves_out_prompts_whose_candidates_are_alike():
     rows = [candidate("a", 1.0), candidate("a", 1.1), candidate("b", 0.0), candidate("b", 4.0)]
-    chosen = select_best(rows, accumulate="all", min_gain=1.0)
+    chosen = select_best(rows, accumulate="best", min_gain=1.0)
     assert [c.prompt.messages[0].content for c in chosen.best] == ["b"]
     assert chosen.left_out["below_min_gain"] == 1
 
 
 def test_the_earliest_wins_a_tie():
     first, second = candidate("a", 1, text="first"), candidate("a", 1, text="second")
-    assert select_best([first, second], accumulate="all").best == [first]
+    assert select_best([first, second], accumulate="best").best == [first]
 
 
 def test_a_chosen_candidate_becomes_a_dialogue_trained_on_its_answer_only():

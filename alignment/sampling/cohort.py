@@ -140,20 +140,19 @@ class Cohort:
 
     def keep(self, rows: Int[Tensor, " S"]) -> None:
         """Leaves out all other samples, and prompts that have none left."""
-        own = [
-            tuple(self._rows(x.flatten(3))[rows] for x in (layer.own_keys, layer.own_values)) if self.columns else None
-            for layer in self._layers
-        ]
-        prompts, self.lanes = self.lanes[rows].unique(return_inverse=True)
-        num_before = len(self.lengths)
+        lanes, places = self.lanes[rows], self._places[rows] % self._width
+        prompts, self.lanes = lanes.unique(return_inverse=True)
+        fewer = len(prompts) < len(self.lengths)
         self.lengths = self.lengths[prompts]
         self._arrange()
-        for layer, kept in zip(self._layers, own, strict=True):
-            if len(prompts) < num_before:
+        for layer in self._layers:
+            if fewer:
                 layer.keep(prompts, int(self.lengths.max()))
-            if kept is not None:
-                size = layer.key_mean.shape[-1]
-                layer.own_keys, layer.own_values = (self._table(x).unflatten(3, (-1, size)).contiguous() for x in kept)
+            if self.columns:
+                layer.own_keys, layer.own_values = (
+                    self._table(x[lanes, :, places].flatten(2)).unflatten(3, x.shape[3:]).contiguous()
+                    for x in (layer.own_keys, layer.own_values)
+                )
 
     def _arrange(self) -> None:
         """Where every sample stands in a table of prompts with their samples, and which columns end a prompt."""

@@ -34,7 +34,7 @@ PREFILL_TOKENS = 8192
 class TorchSampler:
     """Samples from a causal language model of transformers."""
 
-    def __init__(self, model: nn.Module, *, stop_ids: Sequence[int], max_rows: int = 64) -> None:
+    def __init__(self, model: nn.Module, *, stop_ids: Sequence[int], max_rows: int = 128) -> None:
         self.model, self.stop_ids, self.max_rows = model, frozenset(stop_ids), max_rows
 
     @torch.no_grad()
