@@ -456,6 +456,14 @@ def test_a_window_shorter_than_prompt_and_response_is_refused(make_llama):
         sampler.sample([[5, 6, 7, 8]], SamplingParams(max_new_tokens=6))
 
 
+def test_a_layer_with_an_attention_of_its_own_is_refused(make_llama):
+    """It would see all prompts of the flat row."""
+    model = make_llama(VOCAB)
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(ModelError, match="1 of its 2 layers call the attention that is set"):
+        TorchSampler(model, stop_ids=[]).sample([[5]], SamplingParams(max_new_tokens=2))
+
+
 def test_sampling_makes_no_tensor_that_grows_with_the_vocabulary_for_prompt_tokens(make_llama):
     """Logits are computed where a token is drawn, not for the tokens of prompts."""
     model = make_llama(VOCAB)

@@ -92,6 +92,11 @@ class Cohort:
         return len(self.lanes)
 
     @property
+    def num_layers(self) -> int:
+        """Layers that have started."""
+        return len(self._layers)
+
+    @property
     def positions(self) -> Int[Tensor, " R"]:
         """The place of every sample's next token in its text."""
         return self.lengths[self.lanes] + self.columns

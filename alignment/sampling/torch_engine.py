@@ -48,7 +48,8 @@ class TorchSampler:
     ) -> list[list[Sample]]:
         """See Sampler.
 
-        Raises ModelError where the model's attention sees fewer tokens back than prompt and response have.
+        Raises ModelError where the model's attention sees fewer tokens back than prompt and response have, or is not
+        transformers' own.
         """
         results: list[list[_Row]] = [[] for _ in prompts]
         queue = deque(_units(prompts, params, self.max_rows, results))
@@ -103,6 +104,12 @@ class TorchSampler:
 
         tokens, positions = row.batch.input_ids.to(device), row.batch.position_ids.to(device)
         logits = self._forward(tokens, positions, attend, logits_to_keep=ends)
+        config = unwrap(self.model).config
+        if cohort.num_layers != config.num_hidden_layers:
+            raise ModelError(
+                f"{config.model_type}: {cohort.num_layers} of its {config.num_hidden_layers} layers call the attention "
+                "that is set for it. Such a model cannot be sampled here."
+            )
         uniforms = torch.stack([sample.uniforms for sample in rows]).to(device)
         started = _Running(cohort, rows, uniforms, self.stop_ids, params.max_new_tokens)
         started.record(*draw(logits[cohort.lanes], uniforms[:, 0], params))
