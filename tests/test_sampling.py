@@ -16,6 +16,7 @@ from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_model
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import Sample, SamplingParams, torch_engine
+from alignment.sampling.cohort import prompt_row
 from alignment.sampling.draw import draw, inverse_cdf
 from alignment.sampling.torch_engine import TorchSampler
 
@@ -349,6 +350,18 @@ def test_prompts_that_begin_alike_share_their_beginning(make_llama):
     assert together == [
         of_prompt for prompt in prompts for of_prompt in ids(TorchSampler(model, stop_ids=[]).sample([prompt], params))
     ]
+
+
+@pytest.mark.parametrize(("shared", "num_trees"), [(15, 2), (18, 2), (25, 1)])
+def test_a_third_prompt_joins_where_the_others_lose_less_than_half_of_what_they_share(shared, num_trees):
+    beginning = list(range(100, 140))
+    third = [*beginning[:shared], 7, 8]
+    prompts = [[*beginning, 1], [*beginning, 2, 3], third]
+    row = prompt_row(prompts)
+    assert int(row.batch.tree_ids.max()) + 1 == num_trees
+    ids = row.batch.input_ids[0].tolist()
+    for index, spans in zip(row.order, row.spans, strict=True):
+        assert [token for first, last in spans for token in ids[first:last]] == prompts[index]
 
 
 def test_finished_rows_leave_the_batch(make_llama):
