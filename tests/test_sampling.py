@@ -352,16 +352,41 @@ def test_prompts_that_begin_alike_share_their_beginning(make_llama):
     ]
 
 
-@pytest.mark.parametrize(("shared", "num_trees"), [(15, 2), (18, 2), (25, 1)])
-def test_a_third_prompt_joins_where_the_others_lose_less_than_half_of_what_they_share(shared, num_trees):
+@pytest.mark.parametrize(
+    ("shared", "ending", "num_trees"), [(15, 7, 2), (18, 7, 2), (18, 900, 2), (25, 7, 1), (25, 900, 1)]
+)
+def test_prompts_share_what_leaves_the_fewest_tokens(shared, ending, num_trees):
+    """Two share 40 tokens; with a third, all three would share fewer: 2 x 25 saves more than 40, 2 x 18 does not."""
     beginning = list(range(100, 140))
-    third = [*beginning[:shared], 7, 8]
-    prompts = [[*beginning, 1], [*beginning, 2, 3], third]
+    prompts = [[*beginning, 1], [*beginning, 2, 3], [*beginning[:shared], ending, 8]]
     row = prompt_row(prompts)
     assert int(row.batch.tree_ids.max()) + 1 == num_trees
-    ids = row.batch.input_ids[0].tolist()
+    found = row.batch.input_ids[0].tolist()
+    assert len(found) == sum(map(len, prompts)) - (40 if num_trees == 2 else 2 * shared)
     for index, spans in zip(row.order, row.spans, strict=True):
-        assert [token for first, last in spans for token in ids[first:last]] == prompts[index]
+        assert [token for first, last in spans for token in found[first:last]] == prompts[index]
+
+
+@settings(max_examples=60)
+@given(
+    prompts=st.lists(
+        st.lists(st.integers(0, 1), min_size=1, max_size=60).map(tuple), min_size=1, max_size=9, unique=True
+    )
+)
+def test_every_prompt_is_whole_whatever_it_shares(prompts):
+    prompts = [[3] * 12 + list(prompt) for prompt in prompts]
+    row = prompt_row(prompts)
+    found = row.batch.input_ids[0].tolist()
+    assert sorted(row.order) == list(range(len(prompts)))
+    for place, (index, spans) in enumerate(zip(row.order, row.spans, strict=True)):
+        assert [token for first, last in spans for token in found[first:last]] == prompts[index]
+        assert row.batch.last_columns[place] == spans[-1][1] - 1
+    assert len(found) <= sum(map(len, prompts))
+
+
+def test_many_prompts_with_one_beginning_do_not_recurse_deeply():
+    prompts = [[5] * 20 + [number, 1] for number in range(3000)]
+    assert len(prompt_row(prompts).batch.input_ids[0]) == 20 + 2 * 3000
 
 
 def test_finished_rows_leave_the_batch(make_llama):

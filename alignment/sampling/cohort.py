@@ -218,26 +218,31 @@ def attend_and_keep(
 
 
 def _families(prompts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
-    """Prompts in groups with the number of tokens that all of a group begin with; at least one token stays apart."""
-    families: list[tuple[list[int], int]] = []
+    """Prompts in groups with the number of tokens that all of a group begin with; at least one token stays apart.
+
+    Of all ways to cut the sorted prompts where they have least in common, one that leaves the fewest tokens to run.
+    """
     order = sorted(range(len(prompts)), key=lambda index: (list(prompts[index]), index))
-    for before, index in pairwise([None, *order]):
-        if before is not None:
-            members, shared = families[-1]
-            common = min(
-                _common(prompts[before], prompts[index]), len(prompts[index]) - 1, len(prompts[members[0]]) - 1
-            )
-            common = common if len(members) == 1 else min(common, shared)
-            # A third prompt that begins alike for less long joins only where that does not cost the others their trunk.
-            if common >= MIN_SHARED_TOKENS and (len(members) == 1 or 2 * common >= shared):
-                families[-1] = ([*members, index], common)
-                continue
-        families.append(([index], 0))
-    return families
+    common = [_common(prompts[one], prompts[other]) for one, other in pairwise(order)]
+
+    def best(first: int, last: int) -> tuple[int, list[tuple[list[int], int]]]:
+        """Tokens saved and groups of `order[first:last]`."""
+        if last - first == 1:
+            return 0, [([order[first]], 0)]
+        middle = (first + last) / 2  # of equal places the one in the middle, which keeps the recursion flat
+        cut = min(range(first, last - 1), key=lambda place: (common[place], abs(place + 1 - middle)))
+        shared = common[cut]
+        parts = best(first, cut + 1), best(cut + 1, last)
+        apart = sum(saved for saved, _ in parts)
+        together = (last - first - 1) * shared
+        if shared >= MIN_SHARED_TOKENS and together >= apart:
+            return together, [(order[first:last], shared)]
+        return apart, [family for _, families in parts for family in families]
+
+    return best(0, len(order))[1]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return place
-    return min(len(one), len(other))
+    """Tokens that both begin with, less than either has."""
+    length = min(len(one), len(other)) - 1
+    return next((place for place in range(length) if one[place] != other[place]), length)
