@@ -82,6 +82,20 @@ def test_greedy_sampling_equals_generate(smollm2):
         assert sample.token_ids == expected
 
 
+@needs_data
+def test_greedy_sampling_of_fifty_real_prompts_equals_generate(smollm2):
+    """Prompts of several turns, many side by side, in float32; `generate` gets one at a time."""
+    rows = load_prompts(["prompts_helpful.test"]).rows
+    encoded = [ids for row in rows if 50 <= len(ids := encode_prompt(smollm2.chat, row.messages)) <= 350][:50]
+    assert len(encoded) == 50
+    sampler = TorchSampler(smollm2.model, stop_ids=[smollm2.chat.end_of_turn_id], max_rows=32)
+    samples = sampler.sample(encoded, SamplingParams(temperature=0, max_new_tokens=12))
+    for prompt, [sample] in zip(encoded, samples, strict=True):
+        ids = torch.tensor([prompt])
+        settings = {"do_sample": False, "max_new_tokens": 12, "attention_mask": torch.ones_like(ids)}
+        assert sample.token_ids == smollm2.model.generate(ids, **settings)[0, len(prompt) :].tolist()
+
+
 def test_sampled_logprobs_equal_teacher_forcing(smollm2):
     prompt = encode_prompt(smollm2.chat, (Message("user", "Tell me about the sea."),))
     sampler = TorchSampler(smollm2.model, stop_ids=[smollm2.chat.end_of_turn_id])
