@@ -73,13 +73,10 @@ def token_stats(
     """`token_logprobs` with the entropy of each token's distribution, both without gradients."""
     hidden, weight = _as_computed(hidden, weight)
     logprobs, entropy = (torch.empty(len(target_ids), device=hidden.device) for _ in range(2))
-    for chunk in _slices(len(hidden), chunk_tokens):
-        logits = hidden[chunk] @ weight.T
-        for rows, among in _rows_at_once(chunk, logits):
-            table = torch.log_softmax(_as_float32(logits[rows], temperature), dim=-1)
-            logprobs[among] = table.gather(-1, target_ids[among, None])[:, 0]
-            # -sum p log p. A token at -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
-            entropy[among] = -(table.exp() * table.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+    for among, table in _log_softmax(hidden, weight, temperature, chunk_tokens):
+        logprobs[among] = table.gather(-1, target_ids[among, None])[:, 0]
+        # -sum p log p. A token at -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
+        entropy[among] = -(table.exp() * table.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
     return TokenStats(logprobs, entropy)
 
 
@@ -223,11 +220,8 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, computed = _as_computed(hidden, weight)
         ctx.save_for_backward(hidden, weight, target_ids)
         logprobs = torch.empty(len(target_ids), device=hidden.device)
-        for chunk in _slices(len(hidden), chunk_tokens):
-            logits = hidden[chunk] @ computed.T
-            for rows, among in _rows_at_once(chunk, logits):
-                table = torch.log_softmax(_as_float32(logits[rows], temperature), dim=-1)
-                logprobs[among] = table.gather(-1, target_ids[among, None])[:, 0]
+        for among, table in _log_softmax(hidden, computed, temperature, chunk_tokens):
+            logprobs[among] = table.gather(-1, target_ids[among, None])[:, 0]
         return logprobs
 
     @staticmethod
@@ -262,6 +256,16 @@ def _as_computed(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device)
         return hidden.to(dtype), weight.to(dtype)
     return hidden, weight
+
+
+def _log_softmax(
+    hidden: Tensor, weight: Tensor, temperature: float, chunk_tokens: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some tokens after the others, with their (tokens, V) log-probabilities in float32."""
+    for chunk in _slices(len(hidden), chunk_tokens):
+        logits = hidden[chunk] @ weight.T
+        for rows, among in _rows_at_once(chunk, logits):
+            yield among, torch.log_softmax(_as_float32(logits[rows], temperature), dim=-1)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

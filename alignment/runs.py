@@ -52,6 +52,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure as a PNG, atomically."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    temporary.replace(path)
+
+
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Lets `fill` write a folder's files into a temporary sibling and renames it; an old folder is replaced."""
     temporary = path.with_name(f"{path.name}.tmp")

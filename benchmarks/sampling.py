@@ -96,7 +96,6 @@ def _inputs(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sample_with_align(options: argparse.Namespace) -> dict[str, float]:
-    from alignment.hardware import peak_memory_gb
     from alignment.models import load_chat_model
     from alignment.sampling import SamplingParams
     from alignment.sampling.torch_engine import TorchSampler
@@ -124,7 +123,7 @@ def _sample_with_align(options: argparse.Namespace) -> dict[str, float]:
     lengths = [len(sample.token_ids) for sample in found]
     logprob = sum(sum(sample.logprobs) for sample in found)
     return {
-        **_figures(lengths, logprob, seconds, peak_memory_gb()),
+        **_figures(lengths, logprob, seconds, _peak_memory_gb()),
         "prefill_seconds": sum(prefill),
         "operations": 2 * computed,
     }

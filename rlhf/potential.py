@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignment.metrics import mean_interval
+from alignment.runs import save_figure
 
 
 def best_of(rewards: Float[Tensor, "P K"], size: int) -> Float[Tensor, " P"]:
@@ -69,9 +70,7 @@ def plot_potential(curves: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     axes.set_ylabel("gated reward")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    save_figure(figure, path)
 
 
 def _order_statistic(rewards: Tensor, size: int, rank: int) -> Tensor:

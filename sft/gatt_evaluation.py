@@ -6,7 +6,6 @@ Every model holds the same dialogues, each with its own answers as history; a pr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -15,7 +14,7 @@ from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.progress import ProgressBar
-from alignment.runs import Run, open_run
+from alignment.runs import Run, open_run, save_figure
 from sft.attention_mass import attention_picture
 from sft.checkers import CHECKERS
 from sft.config import GattEvalConfig
@@ -181,7 +180,7 @@ def _draw(run_dir: Run, policies: Mapping[str, Any], attention: Mapping[str, Seq
         bounds = ([entry[side] for entry in row["by_turn"]] for side in ("low", "high"))
         axes.fill_between(turns, *bounds, alpha=0.2)
     axes.legend()
-    _save(figure, run_dir.path / "adherence.png")
+    save_figure(figure, run_dir.path / "adherence.png")
     if not attention:
         return
     assert all(attention.values()), "every picture is of dialogues with answers"
@@ -194,10 +193,4 @@ def _draw(run_dir: Run, policies: Mapping[str, Any], attention: Mapping[str, Seq
         axes.set(title=name, xlabel="turn of the answer")
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(panels), label="attention on the instruction")
-    _save(figure, run_dir.path / "attention.png")
-
-
-def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    save_figure(figure, run_dir.path / "attention.png")

@@ -42,13 +42,12 @@ def sample_prompts(
     *,
     seed: int,
     title: str,
-    run_dir: Run | None = None,
 ) -> tuple[list[list[Sample]], list[Prompt]]:
-    """K samples for each prompt that fits, and those prompts; the others are counted in the manifest.
+    """K samples for each prompt that fits, and those prompts.
 
     Raises DataError where no prompt fits.
     """
-    fitting = fit_prompts(loaded.chat, prompts, section, run_dir)
+    fitting = fit_prompts(loaded.chat, prompts, section)
     sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
     total = len(fitting) * sampling.num_candidates
     with ProgressBar(title, total, shown=PartialState().is_main_process) as bar:
