@@ -191,6 +191,19 @@ class SamplingSection(Section):
     """Responses decoded side by side: the memory knob. More are faster, as long as there are prompts to fill them."""
 
 
+class EngineSamplingSection(SamplingSection):
+    """How responses are drawn, and by which engine."""
+
+    engine: Literal["torch", "vllm"] = "torch"
+    """`torch`, the built-in engine; `vllm`, in this process (pip install "align-rlhf[vllm]"), for large models."""
+
+    vllm: dict[str, Any] = {}
+    """Arguments for vLLM's `LLM`, e.g. {tensor_parallel_size: 4, gpu_memory_utilization: 0.8}."""
+
+    fall_back: bool = False
+    """Sample with `torch` where vLLM cannot be imported or started; otherwise that is an error."""
+
+
 class RunSection(Section):
     """Where results go, and the seed."""
 

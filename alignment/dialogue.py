@@ -184,9 +184,12 @@ _CANDIDATE_FIELDS: dict[str, type] = {
     "helpfulness": float,
     "safety": float,
     "reward": float,
+    "guard": float,
+    "kl": float,
     "finish_reason": str,
     "round": int,
     "seed": int,
+    "temperature": float,
 }
 
 
@@ -194,7 +197,9 @@ _CANDIDATE_FIELDS: dict[str, type] = {
 class Candidate:
     """One of K sampled responses to a prompt, with everything measured on it (Llama 2 Sec. 3.2.3).
 
-    `helpfulness` and `safety` are raw reward-model scores (logits), `reward` the gated score the choice is made by.
+    `helpfulness` and `safety` are raw reward-model scores (logits), `reward` the gated score the choice is made by,
+    `guard` the raw score of a reward model that trained nothing, `kl` the log-probability under the model that sampled
+    less that under another (nats).
     """
 
     FIELDS: ClassVar[frozenset[str]] = Prompt.FIELDS | {"response", *_CANDIDATE_FIELDS}
@@ -205,9 +210,12 @@ class Candidate:
     helpfulness: float | None = None
     safety: float | None = None
     reward: float | None = None
+    guard: float | None = None
+    kl: float | None = None
     finish_reason: str = "stop"
     round: int = 0
     seed: int = 0
+    temperature: float | None = None
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Candidate:
@@ -225,6 +233,15 @@ class Candidate:
             if (value := getattr(self, name)) is not None:
                 row[name] = value
         return row
+
+
+def as_response(row: Mapping[str, Any]) -> Candidate:
+    """A row with `prompt` and `response`, or a dialogue whose last turn is the response. Raises RowError."""
+    if "messages" in row and "response" not in row:
+        parse_messages(row["messages"], "messages", last_role="assistant")
+        *prompt, last = row["messages"]
+        row = {**row, "prompt": prompt, "response": [last]}
+    return Candidate.from_json(row)
 
 
 def safety_bin(pair: PreferencePair) -> str:

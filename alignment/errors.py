@@ -23,3 +23,7 @@ class RunError(AlignError):
 
 class TrainingError(AlignError):
     """Training went where no number can be used."""
+
+
+class SamplerError(AlignError):
+    """A sampling engine cannot be started, or broke down."""

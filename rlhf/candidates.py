@@ -4,88 +4,76 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 
+from alignment.chat import ChatFormat
+from alignment.config import PromptSection
 from alignment.dialogue import Candidate, Messages, Prompt
 from alignment.distributed import for_all, shares
-from alignment.models import load_chat_model, load_chat_of
+from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import Run
+from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import as_candidate, fit_prompts, sampling_params
-from alignment.sampling.protocol import Sample
-from alignment.sampling.torch_engine import TorchSampler
+from alignment.sampling.protocol import Sample, Sampler
 from rlhf.config import RejectionSamplingConfig
 
+# A prompt with its token ids.
+Asked = tuple[Prompt, list[int]]
 
-def sample_candidates(
-    config: RejectionSamplingConfig, prompts: Sequence[Prompt], run_dir: Run, state: PartialState
-) -> list[Candidate]:
-    """K candidates of each prompt that fits, in the order of the prompts; those of a resumed run are not drawn again.
 
-    Prompts that are the same to the model count once. Every process takes a share of the prompts and writes a file of
-    its own; a run may go on with another number of processes.
+def distinct_prompts(chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, run_dir: Run) -> list[Asked]:
+    """The prompts that fit, those that are the same to the model once; what is left out is counted in the manifest.
 
     Raises DataError where no prompt fits.
     """
-    model, sampling = config.model, config.sampling
-    chat, _ = load_chat_of(model.path, model.chat_template)
-    fitting = fit_prompts(chat, prompts, config.prompts, run_dir)
+    fitting = fit_prompts(chat, prompts, section, run_dir)
     distinct: dict[tuple[int, ...], Prompt] = {}
     for prompt, ids in fitting:
         distinct.setdefault(tuple(ids), prompt)
     run_dir.note(duplicate_prompts=len(fitting) - len(distinct))
+    return [(prompt, list(ids)) for ids, prompt in distinct.items()]
+
+
+def sample_candidates(
+    config: RejectionSamplingConfig, wanted: Mapping[float, Sequence[Asked]], run_dir: Run, state: PartialState
+) -> dict[float, list[Candidate]]:
+    """K candidates of the prompts wanted at each temperature, in their order; what is on disk is not drawn again.
+
+    Every process takes a share of the prompts and writes a file of its own; a run may go on with another number of
+    processes. The prompts of a temperature are distinct.
+    """
     found = read_candidates(run_dir.path)
-    missing = [(ids, prompt) for ids, prompt in distinct.items() if prompt.messages not in found]
+    missing = {
+        temperature: [asked for asked in prompts if (asked[0].messages, temperature) not in found]
+        for temperature, prompts in wanted.items()
+    }
     state.wait_for_everyone()  # all have read before anybody writes
-    if missing:
-        mine = [missing[index] for index in shares(missing, state.num_processes)[state.process_index]]
-        loaded = load_chat_model(
-            model.path, dtype=run_dir.dtype(state.device, model.dtype), chat_template=model.chat_template
-        )
-        loaded.model.to(state.device)
-        sampler = TorchSampler(loaded.model, stop_ids=[chat.end_of_turn_id], max_rows=sampling.max_rows)
-        title = f"reject: {sampling.num_candidates} candidates a prompt"
-        path = _part(run_dir.path, state.process_index)
-        _cut_to_whole_lines(path)
-        with (
-            ProgressBar(title, len(missing) * sampling.num_candidates, shown=state.is_main_process) as bar,
-            path.open("a", encoding="utf-8") as file,
-        ):
-
-            def keep(index: int, samples: list[Sample]) -> None:
-                prompt = mine[index][1]
-                drawn = (
-                    as_candidate(chat, prompt, sample, place, round_number=config.round)
-                    for place, sample in enumerate(samples)
-                )
-                rows = [replace(candidate, seed=config.run.seed).to_json() for candidate in drawn]
-                file.write(json.dumps(rows, ensure_ascii=False) + "\n")
-                file.flush()
-
-            sampler.sample(
-                [ids for ids, _ in mine],
-                sampling_params(sampling, config.run.seed),
-                on_progress=for_all(bar.advance),
-                on_prompt=keep,
-            )
+    if any(missing.values()):
+        device, length = state.device, config.prompts.max_prompt_length
+        with open_sampler(config.model, config.sampling, device, max_prompt_length=length) as sampler:
+            _sample(sampler, config, missing, run_dir, state)
         state.wait_for_everyone()
         found = read_candidates(run_dir.path)
-    return [candidate for prompt in distinct.values() for candidate in found[prompt.messages]]
+    return {
+        temperature: [candidate for prompt, _ in prompts for candidate in found[prompt.messages, temperature]]
+        for temperature, prompts in wanted.items()
+    }
 
 
-def read_candidates(folder: Path) -> dict[Messages, list[Candidate]]:
-    """Every prompt's candidates in the files of all processes; a line that was being written counts as not there."""
+def read_candidates(folder: Path) -> dict[tuple[Messages, float | None], list[Candidate]]:
+    """Candidates by prompt and temperature, of all processes' files; a line that was being written is not there."""
     found = {}
     for path in sorted(folder.glob("sampled.*.jsonl")):
         with path.open(encoding="utf-8") as file:
             for line in file:
                 if line.endswith("\n"):
                     candidates = [Candidate.from_json(row) for row in json.loads(line)]
-                    found[candidates[0].prompt.messages] = candidates
+                    found[candidates[0].prompt.messages, candidates[0].temperature] = candidates
     return found
 
 
@@ -95,8 +83,37 @@ def remove_candidates(folder: Path) -> None:
         path.unlink()
 
 
-def _part(folder: Path, rank: int) -> Path:
-    return folder / f"sampled.{rank}.jsonl"
+def _sample(
+    sampler: Sampler,
+    config: RejectionSamplingConfig,
+    missing: Mapping[float, Sequence[Asked]],
+    run_dir: Run,
+    state: PartialState,
+) -> None:
+    """Adds this process's share of what is missing to its file, prompt by prompt."""
+    sampling, seed = config.sampling, config.run.seed
+    chat, _ = load_chat_of(config.model.path, config.model.chat_template)
+    path = run_dir.path / f"sampled.{state.process_index}.jsonl"
+    _cut_to_whole_lines(path)
+    title = f"reject: {sampling.num_candidates} candidates a prompt"
+    total = sum(map(len, missing.values())) * sampling.num_candidates
+    with ProgressBar(title, total, shown=state.is_main_process) as bar, path.open("a", encoding="utf-8") as file:
+        for temperature, prompts in missing.items():
+            mine = [prompts[index] for index in shares(prompts, state.num_processes)[state.process_index]]
+
+            def keep(index: int, samples: list[Sample], mine=mine, temperature=temperature) -> None:
+                prompt, _ = mine[index]
+                drawn = (
+                    as_candidate(chat, prompt, sample, place, round_number=config.round)
+                    for place, sample in enumerate(samples)
+                )
+                rows = [replace(each, seed=seed, temperature=temperature).to_json() for each in drawn]
+                file.write(json.dumps(rows, ensure_ascii=False) + "\n")
+                file.flush()
+
+            params = replace(sampling_params(sampling, seed), temperature=temperature)
+            ids = [ids for _, ids in mine]
+            sampler.sample(ids, params, on_progress=for_all(bar.advance), on_prompt=keep)
 
 
 def _cut_to_whole_lines(path: Path) -> None:

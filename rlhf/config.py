@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from alignment.config import (
     DataSources,
+    EngineSamplingSection,
     Fraction,
     LoraSection,
     ModelSection,
@@ -42,14 +43,27 @@ class RewardSection(Section):
     """Tokens scored at a time: a memory knob."""
 
 
-class RejectSampling(SamplingSection):
+class RejectSampling(EngineSamplingSection):
     """How candidates are drawn."""
 
     num_candidates: PositiveInt = 16
     """K, responses to each prompt. The paper does not give its number; its Fig. 7 shows 1 to 100."""
 
     temperature: NonNegativeFloat = 1.0
-    """Paper: tuned at each iteration, 1.2 to 1.3 for its RLHF model (Fig. 8)."""
+    """Paper: tuned at each iteration, 1.2 to 1.3 for its RLHF model (Fig. 8). Not used where there is a grid."""
+
+    temperature_grid: list[NonNegativeFloat] = []
+    """Tune it: sample some prompts at each of these, and all at the one whose best of K is rewarded most."""
+
+    temperature_prompts: PositiveInt = 32
+    """Prompts that the temperatures are tried on, chosen by the seed. Their candidates all take part."""
+
+    @field_validator("temperature_grid")
+    @classmethod
+    def _are_different(cls, values: list[float]) -> list[float]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"sampling.temperature_grid: {values} has a temperature twice. Remove one.")
+        return values
 
 
 class RejectionSamplingConfig(StageConfig):
@@ -77,7 +91,12 @@ class RejectionSamplingConfig(StageConfig):
     `last` round only. Paper: up to V3 the last round's, and skills were lost; afterwards the top samples of all."""
 
     min_gain: NonNegativeFloat = 0.0
-    """Keep a prompt only where its best reward beats its median by this much (a difference of logits)."""
+    """Keep a prompt only where its best reward beats its median, or its `baseline`, by this much (a difference of
+    logits)."""
+
+    baseline: DataSources = []
+    """One response to each prompt to measure gains from instead of the median: the SFT model's (a file of
+    `align sample`), or demonstrations. Prompts without one are measured from their median."""
 
 
 class PPOSampling(SamplingSection):
@@ -181,7 +200,7 @@ class PPOConfig(StageConfig):
         return self
 
 
-class EvalSampling(SamplingSection):
+class EvalSampling(EngineSamplingSection):
     """How the answers are drawn."""
 
     num_candidates: Literal[1] = 1
@@ -202,6 +221,13 @@ class EvalConfig(StageConfig):
     policies: Annotated[dict[str, ModelSection], Field(min_length=1)]
     """Chat models by name; the first is the baseline of the comparisons."""
     rewards: RewardSection
+
+    guard: ModelSection | None = None
+    """A reward model on whose scores nothing was trained, best of other pairs: where it disagrees with the gated
+    reward, the policies have learned the reward models' mistakes (Llama 2 Sec. 3.4.1)."""
+
+    measure_kl: bool = True
+    """Report how far every policy is from the first, in nats an answer; two forward passes a policy."""
     prompts: PromptSection
     sampling: EvalSampling = EvalSampling()
 

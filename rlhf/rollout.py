@@ -64,6 +64,8 @@ class RewardModels:
 
         Every process scores a share of the prompts; all get all candidates.
         """
+        if not candidates:
+            return []
         groups: list[list[Candidate]] = []
         for candidate in candidates:
             if groups and groups[-1][0].prompt == candidate.prompt:

@@ -8,8 +8,9 @@ import pytest
 
 from alignment.dialogue import Candidate, Message, Prompt
 from alignment.hardware import process_state
+from alignment.models import load_chat_of
 from alignment.runs import open_run
-from rlhf.candidates import read_candidates, remove_candidates, sample_candidates
+from rlhf.candidates import distinct_prompts, read_candidates, remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig
 
 
@@ -35,17 +36,20 @@ def settings(folder, **sampling) -> RejectionSamplingConfig:
     )
 
 
-def drawn(folder, prompts: list[Prompt], *, resume: bool = False) -> list[Candidate]:
-    config, state = settings(folder), process_state("cpu")
+def drawn(
+    folder, prompts: list[Prompt], *, resume: bool = False, temperature: float = 1.0, **sampling
+) -> list[Candidate]:
+    config, state = settings(folder, **sampling), process_state("cpu")
     run_dir = open_run(config, resume=resume, state=state)
-    return sample_candidates(config, prompts, run_dir, state)
+    asked = distinct_prompts(load_chat_of("toy")[0], prompts, config.prompts, run_dir)
+    return sample_candidates(config, {temperature: asked}, run_dir, state)[temperature]
 
 
 def test_a_half_written_line_is_not_there(tmp_path):
     (tmp_path / "sampled.0.jsonl").write_text(line("a", "1", "2") + line("b", "3")[:-9])
     (tmp_path / "sampled.1.jsonl").write_text(line("c", "4"))
     found = read_candidates(tmp_path)
-    assert {messages[0].content: [c.response for c in rows] for messages, rows in found.items()} == {
+    assert {messages[0].content: [c.response for c in rows] for (messages, _), rows in found.items()} == {
         "a": ["1", "2"],
         "c": ["4"],
     }
@@ -84,13 +88,21 @@ def test_equal_prompts_count_once_and_those_too_long_not_at_all(tmp_path):
 
 
 def test_one_candidate_a_prompt_is_allowed(tmp_path):
-    config, state = settings(tmp_path / "run", num_candidates=1), process_state("cpu")
-    found = sample_candidates(config, [prompt("a")], open_run(config, resume=False, state=state), state)
+    found = drawn(tmp_path / "run", [prompt("a")], num_candidates=1)
     assert [candidate.index for candidate in found] == [0]
+
+
+def test_candidates_of_every_temperature_are_apart_and_drawn_with_the_same_random_numbers(tmp_path):
+    cold = drawn(tmp_path / "run", [prompt("a"), prompt("b")], temperature=0.5)
+    warm = drawn(tmp_path / "run", [prompt("a"), prompt("b")], temperature=1.0, resume=True)
+    assert {c.temperature for c in cold} == {0.5} and {c.temperature for c in warm} == {1.0}
+    assert [c.response for c in cold] != [c.response for c in warm]
+    assert len(read_candidates(tmp_path / "run")) == 4
+    assert warm == drawn(tmp_path / "alone", [prompt("a"), prompt("b")], temperature=1.0)
 
 
 def test_a_run_with_all_candidates_on_disk_loads_no_model(tmp_path, monkeypatch):
     prompts = [prompt("a"), prompt("b")]
     first = drawn(tmp_path / "run", prompts)
-    monkeypatch.setattr("rlhf.candidates.load_chat_model", lambda *_a, **_k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rlhf.candidates.open_sampler", lambda *_a, **_k: pytest.fail("the model was loaded"))
     assert drawn(tmp_path / "run", prompts, resume=True) == first

@@ -8,7 +8,7 @@ import pytest
 from alignment.dialogue import Candidate, Message, Prompt
 from rlhf import rejection_sampling
 from rlhf.config import RejectionSamplingConfig
-from rlhf.rejection_sampling import as_dialogue, select_best
+from rlhf.selection import as_dialogue, select_best
 
 
 def candidate(prompt: str, reward: float, *, round_number: int = 1, text: str | None = None, finish: str = "stop"):

@@ -11,15 +11,16 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from alignment.config import PromptSection, SamplingSection, build_section
+from alignment.config import EngineSamplingSection, ModelSection, PromptSection, SamplingSection, build_section
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Message, Messages
 from alignment.errors import ConfigError
 from alignment.hardware import compute_dtype
-from alignment.models import LoadedModel, context_length, load_chat_model
+from alignment.models import LoadedModel, context_length, load_chat_model, load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import check_new_file
-from alignment.sampling.prompts import as_candidate, choose_prompts, sample_ids, sample_prompts
+from alignment.sampling.engines import open_sampler
+from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_ids, sample_prompts
 from alignment.sampling.torch_engine import TorchSampler
 from reward_models.calibration import sigmoid
 from reward_models.score import Scorer
@@ -32,15 +33,16 @@ def sample_file(
     if out is not None:
         check_new_file(out)
     prompts = build_section(PromptSection, {"prompts": [source], "max_prompts": max_prompts})
-    sampling = build_section(SamplingSection, settings)
+    sampling = build_section(EngineSamplingSection, settings)
     data = load_prompts([source])
-    loaded = _load(model)
-    samples, fitting = sample_prompts(
-        loaded, choose_prompts(data, prompts, seed), prompts, sampling, seed=seed, title="sample"
-    )
+    chat, _ = load_chat_of(model)
+    fitting = fit_prompts(chat, choose_prompts(data, prompts, seed), prompts)
+    longest = max(len(ids) for _, ids in fitting)
+    with open_sampler(ModelSection(path=model), sampling, PartialState().device, max_prompt_length=longest) as sampler:
+        samples = sample_prompts(sampler, fitting, sampling, seed=seed, title="sample")
     rows = [
-        as_candidate(loaded.chat, prompt, sample, index).to_json()
-        for prompt, drawn in zip(fitting, samples, strict=True)
+        as_candidate(chat, prompt, sample, index).to_json()
+        for (prompt, _), drawn in zip(fitting, samples, strict=True)
         for index, sample in enumerate(drawn)
     ]
     if out is not None:

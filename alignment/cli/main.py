@@ -185,6 +185,7 @@ def sample(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens in a response at most.")] = 256,
     max_prompts: Annotated[int | None, typer.Option(help="Use at most this many prompts.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
+    engine: Annotated[str, typer.Option(help="torch or vllm.")] = "torch",
     out: Annotated[Path | None, typer.Option(help="Write rows here; the terminal otherwise.")] = None,
 ) -> None:
     """Sample K responses to each prompt of a file."""
@@ -197,6 +198,7 @@ def sample(
         "top_p": top_p,
         "top_k": top_k,
         "max_new_tokens": max_new_tokens,
+        "engine": engine,
     }
     sample_file(model, prompts, settings, max_prompts=max_prompts, seed=seed, out=out)
 

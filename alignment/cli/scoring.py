@@ -16,7 +16,7 @@ from alignment.chat import ChatFormat
 from alignment.cli.partial_file import PartialFile, Row
 from alignment.config import build_section
 from alignment.data import file_sha256, load_pairs, load_rows, raise_together, read_lines, stream_rows
-from alignment.dialogue import Candidate, Messages, PreferencePair, RowError, optional_number, parse_messages
+from alignment.dialogue import Candidate, Messages, PreferencePair, RowError, as_response, optional_number
 from alignment.errors import AlignError, DataError
 from alignment.models import load_chat_of, model_folder
 from alignment.progress import ProgressBar
@@ -74,7 +74,7 @@ def score_files(
         else:
             Console(highlight=False).print(report_tables(report, f"{model} on {len(pairs)} pairs"))
     else:
-        prompts = groupby(stream_rows(files, _as_response), key=lambda candidate: candidate.prompt.messages)
+        prompts = groupby(stream_rows(files, as_response), key=lambda candidate: candidate.prompt.messages)
         groups = (list(group) for _, group in prompts)
         mean = _print_responses(
             partial.resumed(_scored_responses(scorer, islice(groups, partial.num_prompts, None), partial, count)),
@@ -134,7 +134,7 @@ class _Context:
 
     def checked_response(self, row: Mapping[str, Any]) -> None:
         """For a first pass that finds every bad row and keeps none of the good ones."""
-        candidate = _as_response(row)
+        candidate = as_response(row)
         self.check(candidate.prompt.messages, [candidate.response])
 
     def report_cut(self) -> None:
@@ -265,12 +265,3 @@ def _data_hashes(files: Sequence[str]) -> list[str]:
 def _has_pairs(name: str) -> bool:
     """By the first row that can be read."""
     return "chosen" in next((line.row for line in read_lines(find_data(name)) if line.row is not None), {})
-
-
-def _as_response(row: Mapping[str, Any]) -> Candidate:
-    """A row with `prompt` and `response`, or a dialogue whose last turn is the response."""
-    if "messages" in row and "response" not in row:
-        parse_messages(row["messages"], "messages", last_role="assistant")
-        *prompt, last = row["messages"]
-        row = {**row, "prompt": prompt, "response": [last]}
-    return Candidate.from_json({"index": 0, **row})

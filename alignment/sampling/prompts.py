@@ -13,11 +13,9 @@ from alignment.data import Loaded
 from alignment.dialogue import Candidate, Prompt
 from alignment.distributed import for_all, map_over_processes
 from alignment.errors import DataError
-from alignment.models import LoadedModel
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
-from alignment.sampling.torch_engine import TorchSampler
 
 
 def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> list[Prompt]:
@@ -35,24 +33,12 @@ def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> l
 
 
 def sample_prompts(
-    loaded: LoadedModel,
-    prompts: Sequence[Prompt],
-    section: PromptSection,
-    sampling: SamplingSection,
-    *,
-    seed: int,
-    title: str,
-) -> tuple[list[list[Sample]], list[Prompt]]:
-    """K samples for each prompt that fits, and those prompts.
-
-    Raises DataError where no prompt fits.
-    """
-    fitting = fit_prompts(loaded.chat, prompts, section)
-    sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
+    sampler: Sampler, fitting: Sequence[tuple[Prompt, list[int]]], sampling: SamplingSection, *, seed: int, title: str
+) -> list[list[Sample]]:
+    """K samples for each of `fit_prompts`, with progress and every process at a share."""
     total = len(fitting) * sampling.num_candidates
     with ProgressBar(title, total, shown=PartialState().is_main_process) as bar:
-        samples = sample_shared(sampler, [ids for _, ids in fitting], sampling, seed=seed, bar=bar)
-    return samples, [prompt for prompt, _ in fitting]
+        return sample_shared(sampler, [ids for _, ids in fitting], sampling, seed=seed, bar=bar)
 
 
 def fit_prompts(

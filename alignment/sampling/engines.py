@@ -1,0 +1,68 @@
+"""A sampling engine on a model, both by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import PartialState
+
+from alignment.config import EngineSamplingSection, ModelSection
+from alignment.errors import ConfigError, SamplerError
+from alignment.hardware import compute_dtype
+from alignment.models import load_chat_model, load_chat_of, model_folder
+from alignment.progress import console
+from alignment.sampling.protocol import Sampler
+from alignment.sampling.torch_engine import TorchSampler
+
+
+@contextmanager
+def open_sampler(
+    model: ModelSection, sampling: EngineSamplingSection, device: torch.device, *, max_prompt_length: int
+) -> Iterator[Sampler]:
+    """The engine that `sampling` names, with the model's weights in memory until the end of the block.
+
+    Args:
+        model: a chat model; responses end with its format's end of turn.
+        sampling: its settings of engines and sizes; what is drawn is given to `Sampler.sample`.
+        device: of the torch engine. vLLM takes all GPUs it is told to.
+        max_prompt_length: tokens of the longest prompt: vLLM allocates by it.
+
+    Raises:
+        ConfigError: vLLM is asked for in several processes.
+        ModelError: the model cannot be loaded.
+        SamplerError: vLLM cannot be imported or started, and `sampling.fall_back` is off.
+    """
+    dtype = compute_dtype(device, model.dtype)
+    if sampling.engine == "vllm":
+        if PartialState().num_processes > 1:
+            raise ConfigError(
+                "sampling.engine=vllm runs in one process and spreads the model itself. Start the stage without "
+                "accelerate launch, and set sampling.vllm.tensor_parallel_size to the number of GPUs."
+            )
+        from alignment.sampling.vllm_engine import VllmSampler
+
+        chat, _ = load_chat_of(model.path, model.chat_template)
+        try:
+            sampler = VllmSampler(
+                model_folder(model.path),
+                stop_ids=[chat.end_of_turn_id],
+                dtype=dtype,
+                max_rows=sampling.max_rows,
+                max_length=max_prompt_length + sampling.max_new_tokens,
+                **sampling.vllm,
+            )
+        except SamplerError as error:
+            if not sampling.fall_back:
+                raise
+            console.print(f"{error} Sampling with the torch engine instead (sampling.fall_back).")
+        else:
+            try:
+                yield sampler
+            finally:
+                sampler.close()
+            return
+    loaded = load_chat_model(model.path, dtype=dtype, chat_template=model.chat_template)
+    loaded.model.to(device)
+    yield TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
