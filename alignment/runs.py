@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from alignment.config import StageConfig, to_yaml
 from alignment.data import SourceReport, file_sha256
 from alignment.errors import RunError
@@ -220,6 +222,15 @@ def settings(config: StageConfig) -> dict[str, Any]:
     return values
 
 
+def changed_settings(manifest: Mapping[str, Any], config: StageConfig) -> list[str]:
+    """The sections in which a run's settings differ from `config`; keys that are new since have their defaults."""
+    before, now = manifest.get("settings", {}), json.loads(json.dumps(settings(config)))
+    with suppress(ValidationError):  # a key that is gone: compared as it is
+        known = type(config).model_validate({**before, "run": {**before.get("run", {}), "dir": config.run.dir}})
+        before = json.loads(json.dumps(settings(known)))
+    return sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
+
+
 def newest_checkpoint(run: Run) -> Path | None:
     """The checkpoint folder with the highest step among the complete ones."""
     found = [mark.parent for mark in (run.path / "checkpoints").glob(f"*-*/{COMPLETE_MARK}")]
@@ -265,11 +276,9 @@ def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, An
         raise RunError(f"{path}: holds a finished run. Give another run.dir, or run.overwrite=true to replace it.")
     if not resume:
         raise RunError(f"{path}: holds an unfinished run. Add --resume to go on, or run.overwrite=true to start anew.")
-    before, now = manifest.get("settings", {}), settings(config)
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
+    if changed := changed_settings(manifest, config):
         raise RunError(
-            f"{path}: the unfinished run has other settings ({', '.join(sorted(changed))}). "
+            f"{path}: the unfinished run has other settings ({', '.join(changed)}). "
             "Resume with the same, or run.overwrite=true to start anew."
         )
 

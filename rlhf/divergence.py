@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from accelerate import PartialState
 
 from alignment.chat import fit_prompt
 from alignment.config import ModelSection
 from alignment.dialogue import Candidate
-from alignment.distributed import map_over_processes
+from alignment.distributed import for_all, map_over_processes
 from alignment.hardware import compute_dtype
 from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_model
 from alignment.prefix_batch import Branch, PrefixBatch, Tree
+from alignment.progress import ProgressBar
 from rlhf.rollout import tabulate
 
 
@@ -25,6 +27,7 @@ def answer_logprobs(
     max_prompt_length: int,
     temperature: float,
     max_tokens: int,
+    title: str,
 ) -> list[float]:
     """Log-probability of each answer under a model at a sampling temperature, in nats.
 
@@ -39,6 +42,7 @@ def answer_logprobs(
         max_prompt_length: prompts over this many tokens lose their oldest turns, as when they were answered.
         temperature: that of the sampling, above 0.
         max_tokens: tokens in a micro-batch.
+        title: of the progress bar.
     """
     dtype = compute_dtype(device, section.dtype)
     loaded = load_chat_model(section.path, dtype=dtype, chat_template=section.chat_template)
@@ -56,7 +60,9 @@ def answer_logprobs(
     def work(mine: Sequence[Candidate]) -> list[float]:
         if not mine:
             return []
-        [table] = tabulate([tree(each) for each in mine], measure, max_tokens=max_tokens, device=device)
+        trees, advance = [tree(each) for each in mine], for_all(bar.advance)
+        [table] = tabulate(trees, measure, max_tokens=max_tokens, device=device, on_progress=advance)
         return table.double().sum(1).tolist()
 
-    return map_over_processes(work, candidates)
+    with ProgressBar(title, len(candidates), shown=PartialState().is_main_process) as bar:
+        return map_over_processes(work, candidates)

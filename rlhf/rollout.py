@@ -151,10 +151,11 @@ def tabulate(
     *,
     max_tokens: int,
     device: torch.device,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[Float[Tensor, "N T"]]:
     """Token measurements of all branches as tables, computed in micro-batches without gradients.
 
-    `measure` maps a batch with M counted tokens to tensors of shape (M,).
+    `measure` maps a batch with M counted tokens to tensors of shape (M,). `on_progress` hears of trees that are done.
     """
     first = branch_offsets(trees)
     longest = max(len(branch.ids) for tree in trees for branch in tree.branches)
@@ -168,6 +169,8 @@ def tabulate(
         rows = branch_rows(group, first, device)[batch.target_branches]
         for table, values in zip(tables, measured, strict=True):
             table[rows, batch.target_offsets] = values.float()
+        if on_progress:
+            on_progress(len(group))
     return tables
 
 

@@ -47,6 +47,20 @@ class SFTTrain(TrainSection):
     changes a step's result."""
 
 
+class SFTData(DataSection):
+    """Demonstrations to train on, and held-out ones."""
+
+    max_rows_of: dict[str, PositiveInt] = {}
+    """Use at most this many rows of a source of `train`, by its name, chosen by the seed; before `max_rows`."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> SFTData:
+        for name in self.max_rows_of:
+            if name not in self.train:
+                raise ValueError(f"data.max_rows_of: {name} is not in data.train. There: {', '.join(self.train)}.")
+        return self
+
+
 class SFTEvaluation(Section):
     """What is looked at besides the held-out loss."""
 
@@ -65,7 +79,7 @@ class SFTConfig(StageConfig):
     model: ModelSection
     """The model to fine-tune."""
     lora: LoraSection = LoraSection()
-    data: DataSection
+    data: SFTData
     optim: SFTOptim = SFTOptim()
     train: SFTTrain = SFTTrain()
     evaluation: SFTEvaluation = SFTEvaluation()

@@ -38,7 +38,9 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         "on_error": config.data.on_error,
     }
     seed = config.run.seed
-    train = make_examples(chat, pick(train_data.rows, config.data.max_rows, seed), **limits)
+    by_source, at_most = train_data.by_source().items(), config.data.max_rows_of
+    rows = [row for name, found in by_source for row in pick(found, at_most.get(name), seed)]
+    train = make_examples(chat, pick(rows, config.data.max_rows, seed), **limits)
     valid = make_examples(chat, pick(valid_data.rows, config.data.max_valid_rows, seed), **limits)
     if not train.encoded:
         raise DataError(f"data.train: no dialogue fits into {limits['max_length']} tokens (data.max_length).")

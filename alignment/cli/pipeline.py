@@ -6,12 +6,12 @@
       sft: {stage: sft, model: smollm2-135m-instruct, data: {train: "${here}/data/sft.train.jsonl"}}
       rm-safety: {stage: rm, kind: safety, model: "${sft}", data: {...}}
 
-`${name}` is the run directory of an earlier stage, `${here}` the folder of the YAML file.
+`${name}` is the run directory of an earlier stage, `${here}` the folder of the YAML file. Stages can be repeated as
+rounds: see `alignment/cli/rounds.py`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment.cli.report import write_report
+from alignment.cli.rounds import expand_rounds
 from alignment.cli.stages import STAGES
 from alignment.cli.summary import one_line, print_summary
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
 from alignment.errors import AlignError, ConfigError, RunError
 from alignment.progress import console
-from alignment.runs import is_finished, read_manifest, read_result, settings, upstream_runs, write_json
+from alignment.runs import changed_settings, is_finished, read_manifest, read_result, upstream_runs, write_json
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _UNKNOWN = "unknown-stage"  # stands for a reference that is reported already
@@ -56,9 +57,10 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
     """Reads and checks all stages before any runs. Raises ConfigError with the problems of all of them."""
     values = read_yaml(path)
     given = parse_overrides(overrides)
-    entries: dict[str, Any] = values.get("stages") or {}
-    unknown = (set(values) - {"runs", "defaults", "stages"}) | (set(given) - {"runs", "defaults", *entries})
-    problems = [
+    written: dict[str, Any] = values.get("stages") or {}
+    entries, outside, problems = expand_rounds(written, given, str(path))
+    unknown = (set(values) - {"runs", "defaults", "stages"}) | (set(given) - {"runs", "defaults", *written, *entries})
+    problems += [
         f"{path}: {key}: unknown key. Known here: runs, defaults, stages; on the command line also "
         f"{', '.join(entries) or 'the names of stages'}."
         for key in sorted(unknown)
@@ -74,7 +76,7 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
     ]
     problems += [
         f"command line: {name}={given[name]}: write {name}.KEY=VALUE."
-        for name in entries
+        for name in {**written, **entries}
         if name in given and not isinstance(given[name], Mapping)
     ]
     given = {name: value for name, value in given.items() if isinstance(value, Mapping)}
@@ -106,7 +108,9 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
         except AlignError as error:
             problems.append(str(error))
         places[name] = str(runs / name)
-    if not entries:
+        if name in outside:
+            places[outside[name]] = places[name]
+    if not written:
         problems.append(f"{path}: stages: missing or empty. List at least one.")
     if problems:
         raise ConfigError("\n".join(problems))
@@ -152,9 +156,7 @@ def run_stages(plan: Pipeline) -> None:
 
 
 def _check_unchanged(stage: PlannedStage) -> None:
-    before = (read_manifest(stage.path) or {}).get("settings", {})
-    now = json.loads(json.dumps(settings(stage.config)))
-    changed = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
+    changed = changed_settings(read_manifest(stage.path) or {}, stage.config)
     if changed:
         raise RunError(
             f"{stage.path}: finished with other settings ({', '.join(changed)}). "

@@ -40,9 +40,14 @@ def draw(
 
 def uniforms_of(prompt: Sequence[int], stream: int, params: SamplingParams) -> Float[Tensor, " T"]:
     """A sample's own random numbers in [0, 1), one a token: a function of seed, prompt and stream alone."""
-    digest = hashlib.blake2b(np.asarray(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
-    seeds = np.random.SeedSequence([params.seed, int.from_bytes(digest, "little"), stream])
+    seeds = seeds_of(prompt, params.seed, stream)
     return torch.from_numpy(np.random.Generator(np.random.Philox(seeds)).random(params.max_new_tokens))
+
+
+def seeds_of(prompt: Sequence[int], seed: int, *streams: int) -> np.random.SeedSequence:
+    """Where random numbers begin that are a function of seed, prompt and streams alone."""
+    digest = hashlib.blake2b(np.asarray(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return np.random.SeedSequence([seed, int.from_bytes(digest, "little"), *streams])
 
 
 def _draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def open_sampler(
                 dtype=dtype,
                 max_rows=sampling.max_rows,
                 max_length=max_prompt_length + sampling.max_new_tokens,
-                **sampling.vllm,
+                engine_args=sampling.vllm,
             )
         except SamplerError as error:
             if not sampling.fall_back:
