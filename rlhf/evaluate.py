@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from accelerate import PartialState
 from rich.table import Column, Table
 
 from alignment import toy
-from alignment.config import ModelSection
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Candidate, Prompt
 from alignment.distributed import for_all, map_over_processes
 from alignment.hardware import process_state
 from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.models import load_chat_of
+from alignment.prefix_batch import Branch, Tree
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
 from alignment.sampling.engines import open_sampler
@@ -39,12 +38,12 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir.note_sources(data.sources)
     prompts = choose_prompts(data, config.prompts, config.run.seed)
     answers: dict[str, list[Candidate]] = {}
-    for name, section in config.policies.items():
+    for name in config.policies:
         done = run_dir.path / f"answers-{name}.jsonl"
         if resume and done.exists():
             answers[name] = [Candidate.from_json(json.loads(line)) for line in done.open(encoding="utf-8")]
             continue
-        answers[name] = _sample_answers(config, section, prompts, state, title=f"eval: {name} answers")
+        answers[name] = _sample_answers(config, name, prompts, state)
         if state.is_main_process:
             write_rows(done, (candidate.to_json() for candidate in answers[name]))
     models = RewardModels.load(config.rewards, state.device)
@@ -52,8 +51,6 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     del models  # their memory, before the next ones'
     if config.guard is not None:
         answers = _with_guard(answers, config, state)
-    if config.measure_kl and config.sampling.temperature and len(answers) > 1:
-        answers = _with_divergence(answers, config, state)
     table: dict[str, dict[str, Any]] = {}
     first = before = next(iter(answers.values()))
     for name, rows in answers.items():
@@ -66,15 +63,27 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     return run_dir.finish({"stage": "eval", "prompts": len(prompts), "policies": table})
 
 
-def _sample_answers(
-    config: EvalConfig, section: ModelSection, prompts: Sequence[Prompt], state: PartialState, *, title: str
-) -> list[Candidate]:
+def _sample_answers(config: EvalConfig, name: str, prompts: Sequence[Prompt], state: PartialState) -> list[Candidate]:
+    """A policy's answers with, but for the first policy's, their log-probability under it less under the first."""
+    section, sampling = config.policies[name], config.sampling
     chat, _ = load_chat_of(section.path, section.chat_template)
     fitting = fit_prompts(chat, prompts, config.prompts)
     length = config.prompts.max_prompt_length
-    with open_sampler(section, config.sampling, state.device, max_prompt_length=length) as sampler:
-        samples = sample_prompts(sampler, fitting, config.sampling, seed=config.run.seed, title=title)
-    return [as_candidate(chat, prompt, sample, 0) for (prompt, _), [sample] in zip(fitting, samples, strict=True)]
+    with open_sampler(section, sampling, state.device, max_prompt_length=length) as sampler:
+        samples = sample_prompts(sampler, fitting, sampling, seed=config.run.seed, title=f"eval: {name} answers")
+    answers = [as_candidate(chat, prompt, sample, 0) for (prompt, _), [sample] in zip(fitting, samples, strict=True)]
+    first, reference = next(iter(config.policies.items()))
+    if name == first or not config.measure_kl or sampling.temperature == 0:
+        return answers
+    if load_chat_of(reference.path, reference.chat_template)[0].tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+        return answers
+    trees = [Tree(ids, [Branch(sample.token_ids)]) for (_, ids), [sample] in zip(fitting, samples, strict=True)]
+    options = {"temperature": sampling.temperature, "max_tokens": config.rewards.max_tokens_per_batch}
+    own, other = (
+        answer_logprobs(model, trees, state.device, **options, title=f"eval: {name} answers under {judge}")
+        for judge, model in ((name, section), (first, reference))
+    )
+    return [replace(answer, kl=p - q) for answer, p, q in zip(answers, own, other, strict=True)]
 
 
 def _with_guard(
@@ -95,27 +104,6 @@ def _with_guard(
             scores = map_over_processes(work, rows)
         scored[name] = [replace(row, guard=score) for row, score in zip(rows, scores, strict=True)]
     return scored
-
-
-def _with_divergence(
-    answers: Mapping[str, list[Candidate]], config: EvalConfig, state: PartialState
-) -> dict[str, list[Candidate]]:
-    """The answers with their log-probability under their own policy less that under the first."""
-    sections = config.policies
-    first, *others = sections
-    options = {
-        "max_prompt_length": config.prompts.max_prompt_length,
-        "temperature": config.sampling.temperature,
-        "max_tokens": config.rewards.max_tokens_per_batch,
-    }
-    rows = [row for name in others for row in answers[name]]
-    own = []
-    for name in others:
-        title = f"eval: {name} log-probabilities"
-        own += answer_logprobs(sections[name], answers[name], state.device, **options, title=title)
-    reference = answer_logprobs(sections[first], rows, state.device, **options, title=f"eval: the same under {first}")
-    measured = iter([replace(row, kl=p - q) for row, p, q in zip(rows, own, reference, strict=True)])
-    return {first: answers[first], **{name: list(islice(measured, len(answers[name]))) for name in others}}
 
 
 def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import pytest
 
 from alignment.dialogue import Candidate, Message, Prompt
 from rlhf import rejection_sampling
-from rlhf.config import RejectionSamplingConfig
-from rlhf.selection import as_dialogue, select_best
+from rlhf.config import RejectionSamplingConfig, RejectSampling
+from rlhf.selection import as_dialogue, choose_temperature, select_best
 
 
 def candidate(prompt: str, reward: float, *, round_number: int = 1, text: str | None = None, finish: str = "stop"):
@@ -123,3 +123,68 @@ def test_a_chosen_candidate_becomes_a_dialogue_trained_on_its_answer_only():
     assert dialogue.train_on == "last"
     assert dialogue.messages[-1] == Message("assistant", "a 1")
     assert dialogue.source == "rejection_sampling_3"
+
+
+def test_the_temperature_is_chosen_by_what_selection_would_take_from_it():
+    def drawn(*rewards: float, finish: str = "stop") -> list[Candidate]:
+        return [candidate("ab"[place // 2], reward, finish=finish) for place, reward in enumerate(rewards)]
+
+    # The bests of prompts a and b: 3 and 1; 2 and 4; at the third 9, but cut off, so that 0 is taken, and 1.
+    cut = [candidate("a", 9, finish="length"), candidate("a", 0), *drawn(0, 0, 1, 0)[2:]]
+    chosen, table = choose_temperature({1.0: drawn(3, 0, 1, 1), 0.8: drawn(2, 2, 0, 4), 1.2: cut})
+    assert chosen == 0.8
+    assert {name: row["best"]["value"] for name, row in table.items()} == {"1": 2, "0.8": 3, "1.2": 0.5}
+    # Against the chosen: 3 - 2 and 1 - 4.
+    assert table["1"]["against_chosen"]["value"] == -1 and table["0.8"]["against_chosen"]["value"] == 0
+    assert table["1.2"]["finished"] == 0.75 and table["1"]["finished"] == 1
+
+
+def test_of_equally_good_temperatures_the_lowest_is_chosen():
+    rows = [candidate("a", 1.0)]
+    assert choose_temperature({1.2: rows, 0.8: rows, 1.0: rows})[0] == 0.8
+
+
+def test_a_temperature_twice_in_the_grid_is_refused():
+    with pytest.raises(ValueError, match=r"sampling.temperature_grid: \[1.0, 1.0\] has a temperature twice"):
+        RejectSampling(temperature_grid=[1, 1.0])
+
+
+def test_a_baseline_takes_the_place_of_the_median_where_there_is_one():
+    rows = [candidate("a", 1.0), candidate("a", 3.0), candidate("b", 0.0), candidate("b", 4.0)]
+    known = {rows[0].prompt.messages: 2.5}
+    # a: 3 - 2.5; b: 4 - median(0, 4).
+    assert select_best(rows, accumulate="best", baseline=known).gains == [0.5, 2.0]
+    chosen = select_best(rows, accumulate="best", baseline=known, min_gain=1.0)
+    assert [c.prompt.messages[0].content for c in chosen.best] == ["b"]
+
+
+def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):
+    """The baseline of alpha is scored 1, its candidates 0, 1 and 2; beta has none and a gain of 1 over its median."""
+    prompts, baseline = tmp_path / "prompts.jsonl", tmp_path / "baseline.jsonl"
+    rows = [candidate(name, 0.0, text="as before") for name in ("alpha", "beta")]
+    prompts.write_text("".join(json.dumps(row.prompt.to_json()) + "\n" for row in rows))
+    dialogue = {"messages": [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "as before"}]}
+    baseline.write_text(json.dumps(dialogue) + "\n")
+
+    class Models:
+        def score(self, candidates, *, title):
+            rewards = (1.5 if each.response == "as before" else float(each.index) for each in candidates)
+            return [replace(each, reward=reward) for each, reward in zip(candidates, rewards, strict=True)]
+
+    monkeypatch.setattr(rejection_sampling.RewardModels, "load", lambda *_: Models())
+    config = RejectionSamplingConfig.model_validate(
+        {
+            "model": {"path": "toy", "dtype": "float32"},
+            "rewards": {"helpfulness": "toy", "safety": "toy"},
+            "prompts": {"prompts": str(prompts)},
+            "sampling": {"num_candidates": 3, "max_new_tokens": 6},
+            "baseline": [str(baseline)],
+            "min_gain": 0.75,
+            "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
+        }
+    )
+    result = rejection_sampling.run(config)
+    assert result["gain_over_baseline"]["value"] == 0.5 and result["gain_over_baseline"]["count"] == 1
+    assert result["kept"] == 1  # beta: 2 - 1; alpha's 2 - 1.5 is too little
+    [row] = map(json.loads, (tmp_path / "run" / "sft.jsonl").open())
+    assert row["messages"][0]["content"] == "beta"

@@ -207,6 +207,32 @@ def test_killed_sampling_resumes_with_the_same_rows(stage, chat_model, reward_mo
         assert (killed / name).read_text() == (whole / name).read_text()
 
 
+def test_a_round_killed_in_every_phase_has_the_same_pool_and_samples_nothing_twice(chat_model, reward_model, tmp_path):
+    """Killed while temperatures are tried, while the rest is sampled, and while all is scored."""
+    grid = ["sampling.temperature_grid=[0.7, 1.0]", "sampling.temperature_prompts=6", "rewards.max_tokens_per_batch=32"]
+    settings = [*sampling_settings("reject", chat_model, reward_model), "sampling.max_rows=1", *grid]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    run_here("reject", settings, whole, resume=False)
+    num_prompts = json.loads((whole / "result.json").read_text())["prompts"]
+    rows = killed / "sampled.0.jsonl"
+
+    def lines() -> list[str]:
+        return rows.read_text().splitlines() if rows.exists() else []
+
+    before: list[str] = []
+    for count in (3, 12 + 3, 12 + num_prompts - 6):
+        again = ["--resume"] if before else []
+        kill_when(lambda count=count: len(lines()) >= count, command("reject", settings, killed, *again), killed)
+        # What was there is there still, and no prompt is there twice at a temperature; the last line may be cut off.
+        kept = [json.loads(line)[0] for line in lines()[:-1]]
+        assert lines()[: len(before)] == before
+        assert len({(json.dumps(row["prompt"]), row["temperature"]) for row in kept}) == len(kept)
+        before = lines()[:-1]
+    run_here("reject", settings, killed, resume=True)
+    for name in ("candidates.jsonl", "sft.jsonl", "potential.json"):
+        assert (killed / name).read_text() == (whole / name).read_text()
+
+
 def test_a_stage_made_from_an_older_run_is_not_passed_off_as_finished(tmp_path):
     """What an interrupted `--from` leaves: the first stage is new, the second still has the old one's model in it."""
     data = "data: {train: toy:sft.train, max_rows: 8, max_length: 128}, train: {max_steps: 1, batch_size: 8}"

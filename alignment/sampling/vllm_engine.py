@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig
 
@@ -45,6 +46,8 @@ RESERVED = ("model", "skip_tokenizer_init", "logprobs_mode")
 
 class VllmSampler:
     """Samples from a model folder, on all GPUs that vLLM is told to use, or on CPUs with vLLM's build for them.
+
+    One at a time in a process: vLLM's process groups are global, and go when one is closed.
 
     Equal settings give equal samples, on the same hardware and with the same prompts beside them: what else is in the
     batch decides the last bits of a logit. They are not those of the torch engine with the same seed.
@@ -87,7 +90,7 @@ class VllmSampler:
         try:
             length = min(max_length, context_length(AutoConfig.from_pretrained(folder)))
             defaults: dict[str, Any] = {"dtype": dtype, "max_num_seqs": max_rows, "max_model_len": length}
-            if not torch.cuda.is_available():
+            if _on_cpu():
                 # Compiling a model costs minutes there, and there are no launches of kernels to save.
                 defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
             self._llm = _start(str(folder), defaults | given)
@@ -145,7 +148,8 @@ class VllmSampler:
                 started with `enable_lora=True` and a `max_lora_rank` of the adapter's rank at least.
 
         Raises:
-            SamplerError: vLLM does not take it.
+            SamplerError: vLLM does not take it. An adapter that it refuses changes nothing; after refused weights of a
+                plain model, start another sampler.
         """
         engine = self._engine()
         with _breakdown("taking new weights"):
@@ -172,7 +176,7 @@ class VllmSampler:
     def _check_length(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
         limit = self._engine().model_config.max_model_len
         longest = max(map(len, prompts), default=0)
-        if longest + params.max_new_tokens > limit:
+        if prompts and longest + params.max_new_tokens > limit:
             raise SamplerError(
                 f"a prompt of {longest} tokens and {params.max_new_tokens} new ones are more than the {limit} that "
                 "vLLM was started with. Lower prompts.max_prompt_length or sampling.max_new_tokens, or, where the "
@@ -207,11 +211,10 @@ class VllmSampler:
         number = next(self._adapter_ids)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            # A name of its own: vLLM tells adapters apart by it.
+            # A number and a name of its own: vLLM tells adapters apart by them.
             adapter = LoRARequest(f"adapter-{number}", number, folder)
-            self._drop_adapter()
-            engine.add_lora(adapter)  # reads the folder now
-        engine.pin_lora(number)  # it could not be read again
+            engine.add_lora(adapter)  # reads the folder now, and refuses an adapter before it lets the last one go
+        self._drop_adapter()
         self._adapter = adapter
 
     def _drop_adapter(self) -> None:
@@ -245,6 +248,12 @@ def _start(model: str, arguments: Mapping[str, Any]) -> vllm.LLM:
     import vllm
 
     return vllm.LLM(model=model, skip_tokenizer_init=True, logprobs_mode="processed_logprobs", **arguments)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _requests(prompts: Sequence[Sequence[int]], params: SamplingParams, stop_ids: list[int]) -> Iterator[Any]:
@@ -313,20 +322,20 @@ def _breakdown(doing: str) -> Iterator[None]:
         raise SamplerError(f"vLLM broke down while {doing}: {_reason(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
-    """The last line of an exception's message that says something, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("For further information")]  # pydantic's last line
+def _reason(error: Exception) -> str:
+    """The last line of an exception's message, as a sentence."""
+    if isinstance(error, ValidationError):  # whose message ends with the address of pydantic's manual
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        lines = [": ".join([*map(str, problem["loc"][:1]), problem["msg"]])]
+    else:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[-1] if lines else type(error).__name__
     return reason if reason.endswith(".") else f"{reason}."
 
 
 def _clean_up() -> None:
-    """Gives memory back, and lets go of what a start that failed half-way left."""
-    with suppress(ImportError):
-        from vllm.distributed import cleanup_dist_env_and_memory
+    """Gives memory back, on GPUs too, and lets go of what a start that failed half-way left."""
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-        cleanup_dist_env_and_memory()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    cleanup_dist_env_and_memory()

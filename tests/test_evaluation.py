@@ -1,0 +1,94 @@
+"""Policies side by side: the guard, gains over the version before, and the divergence from the first policy."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from alignment.cli.main import run_stage
+from alignment.config import ModelSection
+from alignment.dialogue import Candidate, Message, Prompt
+from alignment.models import load_chat_model, load_reward_model, save_model
+from alignment.prefix_batch import Branch, Tree
+from rlhf.divergence import answer_logprobs
+from rlhf.evaluate import gains
+
+TOY = ModelSection(path="toy", dtype="float32")
+
+
+def candidate(prompt: str, response: str, **fields) -> Candidate:
+    return Candidate(prompt=Prompt(messages=(Message("user", prompt),)), response=response, index=0, **fields)
+
+
+def test_gains_are_paired_and_say_whether_the_guard_agrees():
+    before = [candidate("a", "", reward=0.0, guard=1.0), candidate("b", "", reward=1.0, guard=0.0)]
+    better = [candidate("a", "", reward=2.0, guard=1.5), candidate("b", "", reward=1.0, guard=0.25)]
+    found = gains(better, before)
+    assert (found["reward_gain"]["value"], found["guard_gain"]["value"]) == (1.0, 0.375)
+    assert found["guard_agrees"] is True
+    assert gains(before, better)["guard_agrees"] is True, "both fall"
+    hacked = [candidate("a", "", reward=2.0, guard=0.0), candidate("b", "", reward=1.0, guard=0.0)]
+    assert gains(hacked, before)["guard_agrees"] is False
+    unguarded = [candidate("a", "", reward=2.0)]
+    assert gains(unguarded, unguarded) == {"reward_gain": gains(unguarded, unguarded)["reward_gain"]}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_an_answers_log_probability_is_that_of_its_tokens(temperature):
+    model = load_chat_model("toy").model
+    trees = [Tree([5, 6, 7], [Branch([8, 9])]), Tree([5], [Branch([10])]), Tree([5, 6], [Branch([9, 9, 9, 9])])]
+    found = answer_logprobs(TOY, trees, torch.device("cpu"), temperature=temperature, max_tokens=8, title="")
+    for tree, value in zip(trees, found, strict=True):
+        prompt, answer = tree.trunk, tree.branches[0].ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()
+        assert value == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_no_answers_have_no_log_probabilities():
+    assert answer_logprobs(TOY, [], torch.device("cpu"), temperature=1.0, max_tokens=8, title="") == []
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Two policies, of which the second is the toy model with other weights, with two reward models and a guard."""
+    other = load_chat_model("toy")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    save_model(other.model, other, tmp_path / "other")
+    for seed, name in enumerate(("judge", "guard")):
+        reward = load_reward_model("toy", new_head_seed=seed)
+        save_model(reward.model, reward, tmp_path / name)
+    model = "{{path: {}, dtype: float32}}".format
+    settings = [
+        f"policies.first={model('toy')}", f"policies.other={model(tmp_path / 'other')}",
+        f"policies.again={model('toy')}", f"rewards.helpfulness={model(tmp_path / 'judge')}",
+        f"rewards.safety={model(tmp_path / 'judge')}", f"guard={model(tmp_path / 'guard')}",
+        "prompts.prompts=toy:prompts.heldout", "prompts.max_prompts=40", "sampling.max_new_tokens=12", "run.device=cpu",
+    ]  # fmt: skip
+    run_stage("eval", [*settings, f"run.dir={tmp_path / 'run'}"])
+    return tmp_path / "run"
+
+
+def test_the_evaluation_reports_guard_and_divergence_by_policy_and_by_answer(evaluated):
+    policies = json.loads((evaluated / "result.json").read_text())["policies"]
+    rows = {
+        name: [json.loads(line) for line in (evaluated / f"answers-{name}.jsonl").read_text().splitlines()]
+        for name in policies
+    }
+    assert "kl" not in rows["first"][0] and policies["first"]["kl"]["count"] == 0
+    assert policies["other"]["kl"]["value"] == pytest.approx(sum(row["kl"] for row in rows["other"]) / 40)
+    assert policies["other"]["kl"]["low"] > 0
+    # The same weights again: no divergence, the same answers (the seed is the same), no gain.
+    assert all(math.isclose(row["kl"], 0, abs_tol=1e-4) for row in rows["again"])
+    assert policies["again"]["guard_gain"]["value"] == policies["again"]["reward_gain"]["value"] == 0
+    mean = sum(row["guard"] for row in rows["other"]) / 40
+    assert policies["other"]["guard"]["value"] == pytest.approx(mean)
+    back = policies["again"]["over_previous"]
+    assert back["guard_gain"]["value"] == pytest.approx(-policies["other"]["guard_gain"]["value"])
