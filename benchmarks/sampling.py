@@ -6,8 +6,9 @@
 Each measurement is a child process of its own, the sides in turn; loading and a first small call are not timed. Prompts
 are real ones of 50 to 350 tokens, sampled at temperature 1 from the whole distribution until the end of the turn or the
 limit. `generate` gets prompts sorted by length, so that its batches hold little padding. The mean number of
-tokens and the mean log-probability must agree, for all sample from the same distribution. vLLM runs in the
-environment of the interpreter named, with prefix caching, as its users run it; its memory holds a cache of 2 GiB.
+tokens and the mean log-probability must agree, for all sample from the same distribution. Between our row counts the
+samples that rounding in bfloat16 changed are counted. vLLM runs in the environment of the interpreter named, with
+prefix caching, as its users run it; its memory holds a cache of 2 GiB.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
         found = run_in_turn(
             __file__, sides, arguments, rounds=options.rounds, figure="samples_per_second", pythons=pythons
         )
+        drawn = {size: json.loads(path.read_text()) for size in options.rows if (path := _drawn(inputs, size)).exists()}
     machine, peak = machine_line(torch.bfloat16, rounds=options.rounds)
     print(f"\nSampling, SmolLM2-135M, bfloat16, {options.prompts} prompts of {options.data}, K={options.k}, at most")
     print(f"{options.max_new_tokens} new tokens, seed 0, {machine}\n")
@@ -62,6 +64,22 @@ def main() -> None:
             f"{row['mean_tokens']:7.1f} {row['mean_logprob']:8.3f} {share:>13}"
         )
     _print_ratios({side: row for side, row in found.items() if row is not None})
+    _print_rounding(drawn)
+
+
+def _print_rounding(drawn: dict[int, list[list[int]]]) -> None:
+    """Each sample has its own random numbers: with another number of rows only rounding can change its tokens."""
+    base, *others = drawn
+    for size in others:
+        pairs = list(zip(drawn[base], drawn[size], strict=True))
+        count = sum(one != two for one, two in pairs)
+        print(
+            f"{count} of {len(pairs)} samples ({count / len(pairs):.0%}) with {size} rows are not those with {base} rows"
+        )
+
+
+def _drawn(inputs: Path, size: int) -> Path:
+    return inputs.with_name(f"drawn-{size}.json")
 
 
 def _print_ratios(found: dict[Side, dict[str, float]]) -> None:
@@ -117,6 +135,7 @@ def _sample_with_align(options: argparse.Namespace) -> dict[str, float]:
     params = SamplingParams(num_candidates=options.k, max_new_tokens=options.max_new_tokens)
     found = [sample for of_prompt in sampler.sample(inputs["prompts"], params) for sample in of_prompt]
     seconds = time.perf_counter() - start
+    _drawn(Path(options.inputs), options.size).write_text(json.dumps([sample.token_ids for sample in found]))
     backbone = sum(p.numel() for p in model.get_decoder().layers.parameters())
     tokens = sum(len(sample.token_ids) for sample in found)
     computed = backbone * (sum(map(len, inputs["prompts"])) + tokens) + model.lm_head.weight.numel() * tokens
