@@ -73,9 +73,8 @@ def _print_rounding(drawn: dict[int, list[list[int]]]) -> None:
     for size in others:
         pairs = list(zip(drawn[base], drawn[size], strict=True))
         count = sum(one != two for one, two in pairs)
-        print(
-            f"{count} of {len(pairs)} samples ({count / len(pairs):.0%}) with {size} rows are not those with {base} rows"
-        )
+        share = f"{count} of {len(pairs)} samples ({count / len(pairs):.0%})"
+        print(f"{share} with {size} rows are not those with {base} rows")
 
 
 def _drawn(inputs: Path, size: int) -> Path:
