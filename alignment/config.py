@@ -190,10 +190,6 @@ class SamplingSection(Section):
     max_rows: PositiveInt = 128
     """Responses decoded side by side: the memory knob. More are faster, as long as there are prompts to fill them."""
 
-
-class EngineSamplingSection(SamplingSection):
-    """How responses are drawn, and by which engine."""
-
     engine: Literal["torch", "vllm"] = "torch"
     """`torch`, the built-in engine; `vllm`, in this process (pip install "align-rlhf[vllm]"), for large models."""
 

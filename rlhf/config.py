@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from alignment.config import (
     DataSources,
-    EngineSamplingSection,
     Fraction,
     LoraSection,
     ModelSection,
@@ -43,7 +42,7 @@ class RewardSection(Section):
     """Tokens scored at a time: a memory knob."""
 
 
-class RejectSampling(EngineSamplingSection):
+class RejectSampling(SamplingSection):
     """How candidates are drawn."""
 
     num_candidates: PositiveInt = 16
@@ -104,6 +103,9 @@ class PPOSampling(SamplingSection):
 
     num_candidates: PositiveInt = 1
     """Rollouts for each prompt."""
+
+    engine: Literal["torch"] = "torch"
+    """PPO samples from the weights in training, which only the built-in engine takes as yet."""
 
     top_p: Literal[1.0] = 1.0
     """PPO needs samples of the policy itself, not of a truncated one."""
@@ -200,7 +202,7 @@ class PPOConfig(StageConfig):
         return self
 
 
-class EvalSampling(EngineSamplingSection):
+class EvalSampling(SamplingSection):
     """How the answers are drawn."""
 
     num_candidates: Literal[1] = 1

@@ -100,12 +100,13 @@ def run(config: DistilConfig, load_score: LoadScore, *, resume: bool = False) ->
     if missing := log.missing():
         length = config.prompts.max_prompt_length
         options = {"device": state.device, "max_prompt_length": length, "seed": config.run.seed}
-        speaker = Speaker.load(config.model, config.sampling, **options)
-        with ProgressBar("distil: answers", 2 * sum(map(len, missing)), shown=run_dir.writes) as bar:
+        with (
+            Speaker.open(config.model, config.sampling, **options) as speaker,
+            ProgressBar("distil: answers", 2 * sum(map(len, missing)), shown=run_dir.writes) as bar,
+        ):
             for lot in missing:
                 given = [(prompts[i], f"{preprompts[i]} {template_of(prompts[i].category, templates)}") for i in lot]
                 log.append(_answers(speaker, given, bar), writes=run_dir.writes)
-        del speaker  # its memory, before the reward model's
 
     answered = [
         (replace(prompt, messages=parse_messages(row["prompt"], "prompt", last_role="user")), row)

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from alignment.chat import decode_response, encode_prompt
+from alignment.chat import ChatFormat, decode_response, encode_prompt
 from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
 from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt
 from alignment.errors import DataError
-from alignment.hardware import compute_dtype
-from alignment.models import LoadedModel, context_length, load_chat_model
+from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
+from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import choose_prompts, sample_shared
-from alignment.sampling.torch_engine import TorchSampler
+from alignment.sampling.protocol import Sampler
 from sft.config import GattInstructions
 from sft.ghost_attention import Answer, seed_turns
 from sft.instructions import Instruction, PoolRow, built_in_pool, draw_instruction, own_pool
@@ -83,20 +84,23 @@ def make_plans(
 class Speaker:
     """A chat model that answers the next turn of many dialogues."""
 
-    def __init__(self, loaded: LoadedModel, sampling: SamplingSection, *, max_prompt_length: int, seed: int) -> None:
-        self.loaded, self.sampling, self.seed = loaded, sampling, seed
-        self.max_prompt_length = min(max_prompt_length, context_length(loaded.model.config) - sampling.max_new_tokens)
-        self._sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
+    def __init__(
+        self, sampler: Sampler, chat: ChatFormat, sampling: SamplingSection, *, max_prompt_length: int, seed: int
+    ) -> None:
+        self.chat, self.sampling, self.seed = chat, sampling, seed
+        self.max_prompt_length = max_prompt_length
+        self._sampler = sampler
 
     @classmethod
-    def load(
+    @contextmanager
+    def open(
         cls, model: ModelSection, sampling: SamplingSection, *, device: torch.device, max_prompt_length: int, seed: int
-    ) -> Speaker:
-        """Raises ModelError where `model` is no chat model."""
-        dtype = compute_dtype(device, model.dtype)
-        loaded = load_chat_model(model.path, dtype=dtype, chat_template=model.chat_template)
-        loaded.model.to(device)
-        return cls(loaded, sampling, max_prompt_length=max_prompt_length, seed=seed)
+    ) -> Iterator[Speaker]:
+        """The model is in memory until the end of the block. Raises as `open_sampler`."""
+        chat, context = load_chat_of(model.path, model.chat_template)
+        length = min(max_prompt_length, context - sampling.max_new_tokens)
+        with open_sampler(model, sampling, device, max_prompt_length=length) as sampler:
+            yield cls(sampler, chat, sampling, max_prompt_length=length, seed=seed)
 
     def answer(
         self, contexts: Mapping[int, Messages], *, turn: int, bar: ProgressBar
@@ -113,9 +117,8 @@ class Speaker:
             else:
                 missing[key] = reason
         drawn = sample_shared(self._sampler, list(fitting.values()), self.sampling, seed=self.seed + turn, bar=bar)
-        chat = self.loaded.chat
         found = {
-            key: [Answer(decode_response(chat, one.token_ids), one.finish_reason == "stop") for one in samples]
+            key: [Answer(decode_response(self.chat, one.token_ids), one.finish_reason == "stop") for one in samples]
             for key, samples in zip(fitting, drawn, strict=True)
         }
         return found, missing
@@ -126,7 +129,7 @@ class Speaker:
 
     def _encode(self, messages: Messages) -> tuple[list[int], NoAnswer | None]:
         try:
-            ids = encode_prompt(self.loaded.chat, messages)
+            ids = encode_prompt(self.chat, messages)
         except DataError:
             return [], "refused"
         return ids, None if len(ids) <= self.max_prompt_length else "too_long"

@@ -37,9 +37,11 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     if missing := log.missing():
         length = config.prompts.max_prompt_length
         options = {"device": state.device, "max_prompt_length": length, "seed": config.run.seed}
-        speaker = Speaker.load(config.model, config.sampling, **options)
         num_turns = sum(len(plans[index].user_turns) for lot in missing for index in lot)
-        with ProgressBar("gatt: answers", num_turns * config.sampling.num_candidates, shown=run_dir.writes) as bar:
+        with (
+            Speaker.open(config.model, config.sampling, **options) as speaker,
+            ProgressBar("gatt: answers", num_turns * config.sampling.num_candidates, shown=run_dir.writes) as bar,
+        ):
             for lot in missing:
                 rows = sample_dialogues(speaker, [plans[index] for index in lot], bar)
                 log.append(rows, writes=run_dir.writes)

@@ -11,8 +11,9 @@ from typing import Any
 from rich.table import Table
 
 from alignment.errors import DataError
-from alignment.hardware import process_state
+from alignment.hardware import compute_dtype, process_state
 from alignment.metrics import mean_interval, show, wilson_interval
+from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run, save_figure
 from sft.attention_mass import attention_picture
@@ -42,20 +43,24 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
         path, max_rows = run_dir.path / f"dialogues-{name}.jsonl", config.sampling.max_rows
         log = RowLog(path, total=len(plans), max_rows=max_rows, resume=resume)
         state.wait_for_everyone()
-        missing = log.missing()
-        if missing or config.num_attention_dialogues:
-            speaker = Speaker.load(section, config.sampling, device=state.device, **options)
-        num_turns = sum(len(plans[index].user_turns) for lot in missing for index in lot)
-        with ProgressBar(f"eval: {name} answers", num_turns, shown=run_dir.writes) as bar:
-            for lot in missing:
-                log.append(hold_dialogues(speaker, [plans[index] for index in lot], bar), writes=run_dir.writes)
+        if missing := log.missing():
+            num_turns = sum(len(plans[index].user_turns) for lot in missing for index in lot)
+            with (
+                Speaker.open(section, config.sampling, device=state.device, **options) as speaker,
+                ProgressBar(f"eval: {name} answers", num_turns, shown=run_dir.writes) as bar,
+            ):
+                for lot in missing:
+                    log.append(hold_dialogues(speaker, [plans[index] for index in lot], bar), writes=run_dir.writes)
         rows[name] = log.rows
         if not any(row["answers"] for row in log.rows):
             raise DataError(f"policies.{name}: no dialogue fits. Raise prompts.max_prompt_length.")
         if config.num_attention_dialogues:
             answered = [row for row in next(iter(rows.values())) if row["answers"]]
-            attention[name] = attention_picture(speaker.loaded, answered[: config.num_attention_dialogues])
-        speaker = None  # its memory, before the next one's
+            dtype = compute_dtype(state.device, section.dtype)
+            loaded = load_chat_model(section.path, dtype=dtype, chat_template=section.chat_template)
+            loaded.model.to(state.device)
+            attention[name] = attention_picture(loaded, answered[: config.num_attention_dialogues])
+            del loaded  # its memory, before the next one's
     policies = adherence_table(rows, config.report_turns)
     if state.is_main_process:
         _draw(run_dir, policies, attention)

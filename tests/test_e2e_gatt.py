@@ -101,16 +101,15 @@ def adherence(tmp_path_factory) -> dict[str, list]:
 def capitals_without_instruction(model: Path, file: Path) -> list[float]:
     """The share of answers in capitals by turn, where nothing asks for them."""
     asked = [[m.content for m in p.messages if m.role == "user"] for p in load_prompts([str(file)]).rows]
-    speaker = Speaker.load(
-        ModelSection(path=str(model), dtype="float32"), SamplingSection(max_new_tokens=8, temperature=0.0),
-        device=torch.device("cpu"), max_prompt_length=400, seed=0,
-    )  # fmt: skip
+    model, sampling = ModelSection(path=str(model), dtype="float32"), SamplingSection(max_new_tokens=8, temperature=0.0)
+    options = {"device": torch.device("cpu"), "max_prompt_length": 400, "seed": 0}
     bar = ProgressBar("", 0, shown=False)
     answers: list[list[str]] = [[] for _ in asked]
-    for turn in range(NUM_TURNS):
-        contexts = {index: context(turns, answers[index]) for index, turns in enumerate(asked)}
-        for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar)[0].items():
-            answers[index].append(answer.text)
+    with Speaker.open(model, sampling, **options) as speaker:
+        for turn in range(NUM_TURNS):
+            contexts = {index: context(turns, answers[index]) for index, turns in enumerate(asked)}
+            for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar)[0].items():
+                answers[index].append(answer.text)
     return [sum(is_in_capitals(row[turn]) for row in answers) / len(answers) for turn in range(NUM_TURNS)]
 
 

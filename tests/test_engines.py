@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config import EngineSamplingSection, ModelSection
+from alignment.config import ModelSection, SamplingSection
 from alignment.errors import ConfigError, SamplerError
 from alignment.sampling import Sample, SamplingParams, engines
 from alignment.sampling.engines import open_sampler
@@ -24,7 +24,7 @@ PROMPTS = [[5, 6], [9], [5, 6]]
 
 
 def opened(**settings: object):
-    return open_sampler(TOY, EngineSamplingSection(max_new_tokens=4, **settings), CPU, max_prompt_length=20)
+    return open_sampler(TOY, SamplingSection(max_new_tokens=4, **settings), CPU, max_prompt_length=20)
 
 
 def test_the_built_in_engine_is_the_default_and_does_without_vllm(monkeypatch):
@@ -146,7 +146,7 @@ def test_settings_become_arguments_of_vllm_and_the_users_replace_them(fake):
 
 
 def test_vllm_is_not_started_on_more_than_the_models_context(fake):
-    with open_sampler(TOY, EngineSamplingSection(engine="vllm"), CPU, max_prompt_length=2048):
+    with open_sampler(TOY, SamplingSection(engine="vllm"), CPU, max_prompt_length=2048):
         assert fake[0].arguments["max_model_len"] == 512
 
 

@@ -1,6 +1,7 @@
 """`align gatt`, `align eval kind=gatt` and `align distil` on the toy model, with models whose answers are scripted."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from alignment.config import load_config
 from alignment.data import load_dialogues
 from alignment.dialogue import Message
 from alignment.errors import ConfigError, DataError
-from alignment.models import LoadedModel
 from alignment.progress import ProgressBar
 from alignment.sampling.prompts import sample_ids
 from alignment.sampling.torch_engine import TorchSampler
@@ -34,8 +34,6 @@ PROMPTS = ["prompts.prompts=toy:prompts.train", "prompts.max_prompts=6", "prompt
 
 class ScriptedSpeaker:
     """Answers a conversation by a function of its messages, None where it does not fit; keeps what it is asked."""
-
-    loaded = None
 
     def __init__(self, answer, *, is_finished: bool = True) -> None:
         self.answer_one, self.is_finished, self.asked = answer, is_finished, []
@@ -57,7 +55,7 @@ def speak(monkeypatch):
 
     def install(answer, **options) -> ScriptedSpeaker:
         speaker = ScriptedSpeaker(answer, **options)
-        monkeypatch.setattr(conversation.Speaker, "load", classmethod(lambda cls, *_, **__: speaker))
+        monkeypatch.setattr(conversation.Speaker, "open", classmethod(lambda cls, *_, **__: nullcontext(speaker)))
         return speaker
 
     return install
@@ -176,7 +174,7 @@ def test_adherence_is_judged_by_turn_with_the_instruction_in_the_first_only(tmp_
         "b": ScriptedSpeaker(lambda messages: ["OK"]),
     }
     order = iter(speakers.values())
-    monkeypatch.setattr(conversation.Speaker, "load", classmethod(lambda cls, *_, **__: next(order)))
+    monkeypatch.setattr(conversation.Speaker, "open", classmethod(lambda cls, *_, **__: nullcontext(next(order))))
     result = gatt_evaluation.run(eval_config(tmp_path / "run", "num_attention_dialogues=0", "report_turns=[2, 4, 9]"))
     rates = {name: [entry["value"] for entry in row["by_turn"]] for name, row in result["policies"].items()}
     assert rates == {"a": [1, 1, 1, 0, 0], "b": [1, 1, 1, 1, 1]}
@@ -276,14 +274,14 @@ def test_a_speaker_gives_each_context_its_candidates_and_leaves_out_long_ones(ma
     model = make_llama(len(tokenizer))
     config = load_config(GattConfig, None, [*COMMON, *PROMPTS, "sampling.num_candidates=2", "run.dir=r"])
     section = config.sampling.model_copy(update={"max_new_tokens": 5})
-    speaker = conversation.Speaker(LoadedModel(model, tokenizer, chat), section, max_prompt_length=60, seed=3)
+    sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id])
+    speaker = conversation.Speaker(sampler, chat, section, max_prompt_length=60, seed=3)
     contexts = {7: context(["hi"], []), 2: context(["x" * 100], []), 5: context(["hi"], [])}
 
     bar = ProgressBar("", 0, shown=False)
     found, missing = speaker.answer(contexts, turn=1, bar=bar)
     assert set(found) == {7, 5} and all(len(answers) == 2 for answers in found.values())
     assert missing == {2: "too_long"}
-    sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id])
     ids = [encode_prompt(chat, contexts[key]) for key in (7, 5)]
     expected = sample_ids(sampler, ids, section, seed=4, bar=bar)  # the seed and the turn
     assert found[7][0].text == decode_response(chat, expected[0][0].token_ids)
@@ -294,8 +292,8 @@ def test_a_context_that_the_chat_format_refuses_is_left_out(make_llama, make_tok
     tokenizer = make_tokenizer()
     chat = chat_format(tokenizer, "llama2")
     section = load_config(GattConfig, None, [*COMMON, *PROMPTS, "run.dir=r"]).sampling
-    loaded = LoadedModel(make_llama(len(tokenizer)), tokenizer, chat)
-    speaker = conversation.Speaker(loaded, section, max_prompt_length=60, seed=3)
+    sampler = TorchSampler(make_llama(len(tokenizer)), stop_ids=[chat.end_of_turn_id])
+    speaker = conversation.Speaker(sampler, chat, section, max_prompt_length=60, seed=3)
     found, missing = speaker.answer(
         {0: context(["hi", "so?"], ["[INST]"])}, turn=1, bar=ProgressBar("", 0, shown=False)
     )

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from alignment.config import EngineSamplingSection, ModelSection, PromptSection, SamplingSection, build_section
+from alignment.config import ModelSection, PromptSection, SamplingSection, build_section
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Message, Messages
 from alignment.errors import ConfigError
@@ -33,7 +33,7 @@ def sample_file(
     if out is not None:
         check_new_file(out)
     prompts = build_section(PromptSection, {"prompts": [source], "max_prompts": max_prompts})
-    sampling = build_section(EngineSamplingSection, settings)
+    sampling = build_section(SamplingSection, settings)
     data = load_prompts([source])
     chat, _ = load_chat_of(model)
     fitting = fit_prompts(chat, choose_prompts(data, prompts, seed), prompts)

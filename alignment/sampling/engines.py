@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import PartialState
 
-from alignment.config import EngineSamplingSection, ModelSection
+from alignment.config import ModelSection, SamplingSection
 from alignment.errors import ConfigError, SamplerError
 from alignment.hardware import compute_dtype
 from alignment.models import load_chat_model, load_chat_of, model_folder
@@ -19,7 +19,7 @@ from alignment.sampling.torch_engine import TorchSampler
 
 @contextmanager
 def open_sampler(
-    model: ModelSection, sampling: EngineSamplingSection, device: torch.device, *, max_prompt_length: int
+    model: ModelSection, sampling: SamplingSection, device: torch.device, *, max_prompt_length: int
 ) -> Iterator[Sampler]:
     """The engine that `sampling` names, with the model's weights in memory until the end of the block.
 
