@@ -46,13 +46,16 @@ class Learner:
         return (self.model.module if hasattr(self.model, "module") else self.model).named_parameters()
 
 
-def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner]) -> None:
-    """Writes `checkpoints/checkpoint-STEP`, marks it complete last, and removes older ones but the last."""
+def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], extra: Mapping[str, Any]) -> None:
+    """Writes `checkpoints/checkpoint-STEP`, marks it complete last, and removes older ones but the last.
+
+    `extra` holds whatever else decides how the run goes on: numbers, texts and mappings of them.
+    """
     folder = run_dir.path / "checkpoints" / f"checkpoint-{step}"
 
     def fill(path: Path) -> None:
         state = {name: learner.state() for name, learner in learners.items()}
-        torch.save({"learners": state, "rng": torch.get_rng_state()}, path / "state.pt")
+        torch.save({"learners": state, "rng": torch.get_rng_state(), "extra": dict(extra)}, path / "state.pt")
 
     write_folder(folder, fill)
     run_dir.note_elapsed()
@@ -61,10 +64,10 @@ def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner]) ->
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> int:
-    """Puts a checkpoint's state back; returns the iterations done."""
+def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict[str, Any]]:
+    """Puts a checkpoint's state back; returns the iterations done and what else was saved."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     for name, learner in learners.items():
         learner.load_state(state["learners"][name])
     torch.set_rng_state(state["rng"])
-    return checkpoint_step(folder)
+    return checkpoint_step(folder), state["extra"]

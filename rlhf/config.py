@@ -170,6 +170,42 @@ class PPOSection(Section):
     critic_lr: PositiveFloat = 1e-5
     """Learning rate of the critic. Our choice: ten times the policy's, since its head is new."""
 
+    truncation: Literal["keep", "penalise", "mask"] = "keep"
+    """Responses cut off at `sampling.max_new_tokens`: `keep` their reward; `penalise`, their whitened reward is lowered
+    by `truncation_penalty`; `mask`, nothing is learned from them and whitening leaves them out. Our choice: keep."""
+
+    truncation_penalty: PositiveFloat = 1.0
+    """In standard deviations of the gated reward."""
+
+    target_kl: PositiveFloat | None = None
+    """Adapt beta so that KL stays near this, nats a response (Ziegler et al. 2019). Paper: beta is fixed."""
+
+    kl_horizon: PositiveInt = 10_000
+    """Rollouts over which beta adapts."""
+
+
+class AlarmSection(Section):
+    """Figures that say a run goes wrong; each alarm says what to do."""
+
+    action: Literal["warn", "stop", "off"] = "warn"
+    """`warn` when an alarm first rings, `stop` there and save the policy, or neither. A figure that is not a number
+    ends the run in any case."""
+
+    max_kl: PositiveFloat = 50.0
+    """KL from the reference (k3), nats a response."""
+
+    max_ratio_error: PositiveFloat = 0.05
+    """Mean distance of the first minibatch's ratio from 1: rounding in bfloat16 makes a hundredth."""
+
+    min_entropy: Fraction = 0.2
+    """Entropy a token, as a share of the first iteration's."""
+
+    max_length_change: Annotated[float, Field(gt=1)] = 2.0
+    """Mean length of responses against the first iteration's, as a factor, up or down."""
+
+    max_gated_rate: Fraction = 0.95
+    """Share of ordinary prompts' responses that the safety model speaks for."""
+
 
 class PPOConfig(StageConfig):
     """PPO on the safety-gated, whitened reward (Llama 2 Sec. 3.2.3, Eq. 4)."""
@@ -183,6 +219,7 @@ class PPOConfig(StageConfig):
     prompts: PromptSection
     sampling: PPOSampling = PPOSampling()
     ppo: PPOSection = PPOSection()
+    alarms: AlarmSection = AlarmSection()
     optim: PPOOptim = PPOOptim()
     train: PPOTrain = PPOTrain()
 

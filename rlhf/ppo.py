@@ -5,7 +5,8 @@ Where it departs from textbook PPO or the paper is silent (see docs/deviations.m
   2. KL is a per-token penalty inside the reward, estimated by log pi - log pi_0 on the sample.
   3. Old, new and reference log-probabilities all come from the trainer's own forward, at sampling temperature.
   4. Advantages are whitened over the global batch; a response is an episode (gamma 1) and ends with its last token.
-  5. Answers cut off at the length limit keep their score: the reward model judges what there is.
+  5. Answers cut off at the length limit keep their reward unless `ppo.truncation` says otherwise.
+  6. beta is fixed unless `ppo.target_kl` is given.
 """
 
 from __future__ import annotations
@@ -30,18 +31,28 @@ from alignment.hardware import process_state
 from alignment.logprobs import response_logprobs, response_stats, token_values
 from alignment.models import save_model
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
-from alignment.progress import ProgressBar
+from alignment.progress import ProgressBar, console
 from alignment.runs import Run, newest_checkpoint, open_run
 from alignment.sampling.prompts import choose_prompts, sample_ids
 from alignment.training import build_scheduler
 from rlhf.advantages import gae
+from rlhf.alarms import Watch
 from rlhf.checkpoint import Learner, load_checkpoint, save_checkpoint
 from rlhf.config import PPOConfig
 from rlhf.gating import safety_gate
+from rlhf.kl_control import adapted_beta
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, is_clipped
 from rlhf.policy import ActorCritic, load_actor_critic, parameter_groups, sampler_for
 from rlhf.rewards import per_token_rewards
-from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, rollout_metrics, tabulate
+from rlhf.rollout import (
+    RewardModels,
+    Rollouts,
+    branch_offsets,
+    branch_rows,
+    reward_metrics,
+    rollout_metrics,
+    tabulate,
+)
 
 
 @dataclass(frozen=True)
@@ -66,21 +77,27 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     trainer = PPOTrainer(config, accelerator, dtype)
     prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
 
-    start = 0
+    done, watch = 0, Watch(config.alarms)
     if resume and (checkpoint := newest_checkpoint(run_dir)):
-        start = load_checkpoint(checkpoint, trainer.learners)
+        done, extra = load_checkpoint(checkpoint, trainer.learners)
+        trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])
     if accelerator.is_main_process:
-        run_dir.metrics.truncate_after(start)
+        run_dir.metrics.truncate_after(done)
     total = config.train.max_steps
-    with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=start) as bar:
-        for step in range(start, total):
-            metrics = trainer.iterate(trainer.prompts_of(step, prompts), seed=_seed(config.run.seed, step))
+    with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=done) as bar:
+        while done < total and watch.stopped is None:
+            metrics = trainer.iterate(trainer.prompts_of(done, prompts), seed=_seed(config.run.seed, done))
+            done += 1
             values = {f"ppo/{name}": value for name, value in metrics.items()}
-            run_dir.log(step + 1, values)
-            accelerator.log(values, step=step + 1)
+            run_dir.log(done, values)
+            accelerator.log(values, step=done)
             bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
-            if (step + 1) % config.train.save_every == 0 and accelerator.is_main_process:
-                save_checkpoint(run_dir, step + 1, trainer.learners)
+            for message in watch.look(done, metrics):
+                if accelerator.is_main_process:
+                    console.print(f"ppo: iteration {done}: {message}")
+            if done % config.train.save_every == 0 and accelerator.is_main_process:
+                extra = {"beta": trainer.beta, "watch": watch.state()}
+                save_checkpoint(run_dir, done, trainer.learners, extra)
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
@@ -94,7 +111,9 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     result = run_dir.finish(
         {
             "stage": "ppo",
-            "iterations": total,
+            "iterations": done,
+            "stopped": watch.stopped,
+            "alarms": watch.rung,
             "kl": run_dir.metrics.last("ppo/kl_k3"),
             "reward_first": sum(rewards[:quarter]) / quarter,
             "reward_last": sum(rewards[len(rewards) - quarter :]) / quarter,
@@ -109,6 +128,7 @@ class PPOTrainer:
 
     def __init__(self, config: PPOConfig, accelerator: Accelerator, dtype: torch.dtype) -> None:
         self.config, self.accelerator, self.dtype = config, accelerator, dtype
+        self.beta = config.ppo.beta
         device = accelerator.device
         self.models: ActorCritic = load_actor_critic(
             config.model.path,
@@ -167,7 +187,7 @@ class PPOTrainer:
 
     def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int) -> dict[str, float]:
         """One iteration: sample, score, gate, whiten, KL, advantages, updates; returns metrics over all processes."""
-        accelerator, sampling = self.accelerator, self.config.sampling
+        accelerator, sampling, config = self.accelerator, self.config.sampling, self.config.ppo
         mine = prompts[accelerator.process_index :: accelerator.num_processes]
         clock = _Clock()
 
@@ -194,31 +214,43 @@ class PPOTrainer:
         clock.lap("score")
 
         # 3. Whiten over the global batch, before the KL term.
-        gated = gated.to(accelerator.device)
-        whitened = whiten_over_processes(gated, torch.ones_like(gated, dtype=torch.bool), accelerator)
+        gated, device = gated.to(accelerator.device), accelerator.device
+        stopped = torch.tensor([sample.finish_reason == "stop" for samples in drawn for sample in samples])
+        is_trained = (stopped if config.truncation == "mask" else torch.ones_like(stopped)).to(device)
+        whitened = whiten_over_processes(gated, is_trained, accelerator)
+        if config.truncation == "penalise":
+            whitened = whitened - config.truncation_penalty * (~stopped).to(whitened)
 
         # 4. Log-probabilities under policy and reference, and the critic's values.
-        rollouts = self._measure(trees, whitened)
+        rollouts = self._measure(trees, whitened, is_trained)
         clock.lap("measure")
 
         # 5. One gradient step a minibatch, policy and critic.
         update = self._update(rollouts)
         clock.lap("update")
 
-        stopped = [sample.finish_reason == "stop" for samples in drawn for sample in samples]
-        gate = safety_gate(safety, is_safety, threshold=self.rewards.threshold).float()
+        gate = safety_gate(safety, is_safety, threshold=self.rewards.threshold)
+        tokens = float(rollouts.mask.sum())
         local = {
-            "reward": gated.mean(),
-            "helpfulness": helpfulness.mean(),
-            "safety": safety.mean(),
-            "gated_rate": gate.mean(),
-            "truncated_rate": 1.0 - sum(stopped) / len(stopped),
+            **reward_metrics(gated, helpfulness, safety, is_safety, gate, rollouts.mask.sum(1)),
+            "truncated_rate": 1.0 - stopped.float().mean(),
             **rollout_metrics(rollouts),
+            "beta": self.beta,
+            **{f"{name}_tokens_per_second": tokens / seconds for name, seconds in clock.phases()},
         }
-        return {**mean_over_processes(local, accelerator), **update, **clock.seconds}
+        metrics = {**mean_over_processes(local, accelerator), **update, **clock.seconds}
+        if config.target_kl is not None:
+            self.beta = adapted_beta(
+                self.beta,
+                metrics["kl"],
+                target=config.target_kl,
+                num_rollouts=self.config.train.batch_size,
+                horizon=config.kl_horizon,
+            )
+        return metrics
 
-    def _measure(self, trees: list[Tree], rewards: Tensor) -> Rollouts:
-        """Everything the losses need."""
+    def _measure(self, trees: list[Tree], rewards: Tensor, is_trained: Tensor) -> Rollouts:
+        """Everything the losses need; nothing is learned from responses for which `is_trained` (N,) is False."""
         config, device = self.config, self.accelerator.device
         temperature = config.sampling.temperature
         options = {"max_tokens": config.train.max_tokens_per_batch, "device": device}
@@ -236,9 +268,10 @@ class PPOTrainer:
                     trees, lambda batch: [response_logprobs(reference, batch, temperature=temperature)], **options
                 )
         mask = counted > 0
-        token_rewards = per_token_rewards(rewards, logprobs, ref_logprobs, mask, beta=config.ppo.beta)
+        token_rewards = per_token_rewards(rewards, logprobs, ref_logprobs, mask, beta=self.beta)
         advantages, returns = gae(token_rewards, values, mask, gamma=config.ppo.gamma, lam=config.ppo.lam)
-        advantages = whiten_over_processes(advantages, mask, self.accelerator)
+        trained = mask & is_trained[:, None]
+        advantages = whiten_over_processes(advantages, trained, self.accelerator)
         return Rollouts(
             trees=trees,
             mask=mask,
@@ -247,6 +280,7 @@ class PPOTrainer:
             entropy=entropy,
             rewards=token_rewards,
             values=values,
+            trained=trained,
             advantages=advantages,
             returns=returns,
         )
@@ -260,9 +294,9 @@ class PPOTrainer:
         num_updates = 0
         for trees in self._minibatches(len(rollouts.trees)):
             batches = list(self._micro_batches(rollouts, trees))
-            tokens = torch.tensor(float(sum(len(rows) for _, rows, _ in batches)), device=accelerator.device)
-            # DDP averages gradients over processes; the loss is a mean over the tokens of all of them.
-            scale = accelerator.num_processes / accelerator.reduce(tokens, reduction="sum")
+            tokens = sum(rollouts.trained[rows, columns].sum() for _, rows, columns in batches)
+            # DDP averages gradients over processes; the loss is a mean over the trained tokens of all of them.
+            scale = accelerator.num_processes / accelerator.reduce(tokens.float(), reduction="sum").clamp_min(1)
             totals: dict[str, Tensor] = {}
             for index, (batch, rows, columns) in enumerate(batches):
                 last = index == len(batches) - 1
@@ -291,21 +325,23 @@ class PPOTrainer:
         return {name: value / num_updates for name, value in sums.items()} | {"first_ratio_error": first_ratio}
 
     def _losses(self, batch: PrefixBatch, rollouts: Rollouts, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-        """Losses and diagnostics of a micro-batch, summed over its tokens."""
+        """Losses and diagnostics of a micro-batch, summed over its trained tokens."""
         ppo = self.config.ppo
         with self._autocast():
             logprobs = response_logprobs(self.policy, batch, temperature=self.config.sampling.temperature)
             values = token_values(self.critic, batch)
+        trained = rollouts.trained[rows, columns]
         old, advantages = rollouts.logprobs[rows, columns], rollouts.advantages[rows, columns]
         old_values, returns = rollouts.values[rows, columns], rollouts.returns[rows, columns]
         policy_loss = clipped_policy_loss(logprobs, old, advantages, clip_range=ppo.clip_range)
         value_loss = clipped_value_loss(values, old_values, returns, clip_range=ppo.value_clip_range)
-        return {
-            "policy_loss": policy_loss.sum(),
-            "value_loss": value_loss.sum(),
-            "clip_fraction": is_clipped(logprobs.detach(), old, advantages, clip_range=ppo.clip_range).sum(),
-            "ratio_error": torch.expm1(logprobs.detach() - old).abs().sum(),
+        parts = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "clip_fraction": is_clipped(logprobs.detach(), old, advantages, clip_range=ppo.clip_range),
+            "ratio_error": torch.expm1(logprobs.detach() - old).abs(),
         }
+        return {name: (part * trained).sum() for name, part in parts.items()}
 
     def _minibatches(self, num_trees: int) -> Iterator[list[int]]:
         """Trees of each optimizer step on this process."""
@@ -345,6 +381,9 @@ class _Clock:
         now = time.monotonic()
         self.seconds[f"{name}_seconds"] = now - self._last
         self._last = now
+
+    def phases(self) -> list[tuple[str, float]]:
+        return [(name.removesuffix("_seconds"), max(seconds, 1e-9)) for name, seconds in self.seconds.items()]
 
 
 def _seed(seed: int, step: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import PartialState
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignment.dialogue import Candidate
@@ -108,7 +108,8 @@ class Rollouts:
         entropy: (N, T) of the policy's distribution, in nats.
         rewards: (N, T) per token: the KL penalty, and the response's whitened reward on its last token.
         values: (N, T) the critic's value before each token.
-        advantages: (N, T) whitened over the global batch.
+        trained: (N, T) True on the tokens that are learned from.
+        advantages: (N, T) whitened over those of the global batch.
         returns: (N, T) the critic's targets.
     """
 
@@ -119,8 +120,36 @@ class Rollouts:
     entropy: Float[Tensor, "N T"]
     rewards: Float[Tensor, "N T"]
     values: Float[Tensor, "N T"]
+    trained: Bool[Tensor, "N T"]
     advantages: Float[Tensor, "N T"]
     returns: Float[Tensor, "N T"]
+
+
+def reward_metrics(
+    gated: Float[Tensor, " B"],
+    helpfulness: Float[Tensor, " B"],
+    safety: Float[Tensor, " B"],
+    is_safety: Bool[Tensor, " B"],
+    gate: Bool[Tensor, " B"],
+    lengths: Int[Tensor, " B"],
+) -> dict[str, Tensor]:
+    """Figures of one process's scores; `gate` is True where the safety model speaks.
+
+    `gated_unsafe_rate` is its share among responses to ordinary prompts, where it speaks because the response is
+    unsafe. `reward_length_correlation` is Pearson's, 0 where one of the two is constant.
+    """
+    ordinary = ~is_safety
+    centred = [x.double().cpu() - x.double().mean().cpu() for x in (gated, lengths)]
+    norms = centred[0].norm() * centred[1].norm()
+    return {
+        "reward": gated.mean(),
+        "reward_std": gated.std(correction=0),
+        "helpfulness": helpfulness.mean(),
+        "safety": safety.mean(),
+        "gated_rate": gate.float().mean(),
+        "gated_unsafe_rate": (gate & ordinary).sum() / ordinary.sum().clamp_min(1),
+        "reward_length_correlation": (centred[0] @ centred[1]) / norms.clamp_min(1e-12),
+    }
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:

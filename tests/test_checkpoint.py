@@ -43,11 +43,11 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(run):
     first = {"policy": learner(), "critic": learner()}
     for one in first.values():
         step(one)
-    save_checkpoint(run, 7, first)
+    save_checkpoint(run, 7, first, {"beta": 0.25})
     expected = [step(one) for one in first.values() for _ in range(3)]
     torch.manual_seed(99)
     again = {"policy": learner(), "critic": learner()}
-    assert load_checkpoint(newest_checkpoint(run), again) == 7
+    assert load_checkpoint(newest_checkpoint(run), again) == (7, {"beta": 0.25})
     found = [step(one) for one in again.values() for _ in range(3)]
     assert all(ours.equal(theirs) for ours, theirs in zip(expected, found, strict=True))
     assert again["critic"].scheduler.get_last_lr() == first["critic"].scheduler.get_last_lr()
@@ -59,7 +59,7 @@ def test_frozen_parameters_are_not_written(run):
 
 def test_the_last_two_checkpoints_are_kept(run):
     for number in (2, 4, 10):
-        save_checkpoint(run, number, {"policy": learner()})
+        save_checkpoint(run, number, {"policy": learner()}, {})
     assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-4"]
     assert newest_checkpoint(run).name == "checkpoint-10"
 

@@ -70,6 +70,7 @@ def test_figures_of_rollouts_by_hand():
         "entropy": torch.tensor([[1.0, 2.0, nan], [6.0, nan, nan]]),
         "rewards": torch.tensor([[0.5, 1.5, nan], [-1.0, nan, nan]]),
         "values": torch.tensor([[1.0, 1.0, nan], [1.0, nan, nan]]),
+        "trained": torch.zeros(2, 3, dtype=torch.bool),
         "advantages": torch.zeros(2, 3),
         "returns": torch.tensor([[2.0, 1.0, nan], [0.0, nan, nan]]),
     }

@@ -32,10 +32,9 @@ def one_line(result: Result) -> str:
         mean, best = show(result["mean_reward"], "+.2f"), show(result["mean_best_reward"], "+.2f")
         return f"{result['kept']} of {result['prompts']} prompts kept, reward {mean} -> best {best}"
     if kind == "ppo":
-        return (
-            f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}, "
-            f"KL to reference {result['kl']:.2f} nats a response"
-        )
+        rewards = f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}"
+        stopped = f"; stopped by alarm: {result['stopped']}" if result["stopped"] else ""
+        return f"{rewards}, KL to reference {result['kl']:.2f} nats a response{stopped}"
     if kind == "eval" and result.get("kind") == "gatt":
         return f"{len(result['policies'])} policies in {result['dialogues']} dialogues"
     if kind == "eval":

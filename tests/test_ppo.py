@@ -1,0 +1,164 @@
+"""One iteration of PPO on the toy model: cut-off answers, the KL coefficient, figures, alarms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from alignment.config import load_config
+from alignment.models import load_reward_model, save_model
+from alignment.prefix_batch import Branch, Tree
+from rlhf import ppo
+from rlhf.config import PPOConfig
+from rlhf.ppo import EncodedPrompt, PPOTrainer
+from rlhf.rollout import reward_metrics
+
+DOCUMENTATION = Path(__file__).parents[1] / "docs" / "ppo.md"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("rewards")
+    for seed, name in enumerate(("helpfulness", "safety")):
+        reward = load_reward_model("toy", new_head_seed=seed)
+        save_model(reward.model, reward, folder / name)
+    judges = [f"rewards.{name}={{path: {folder / name}, dtype: float32}}" for name in ("helpfulness", "safety")]
+    return [
+        *judges, "model={path: toy, dtype: float32}", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=16",
+        "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",
+        "optim.lr=1e-3", "run.device=cpu",
+    ]  # fmt: skip
+
+
+def trainer_of(settings: list[str], *extra: str) -> PPOTrainer:
+    config = load_config(PPOConfig, None, [*settings, *extra, "run.dir=unused"])
+    return PPOTrainer(config, Accelerator(cpu=True), torch.float32)
+
+
+TREES = [Tree([5, 6, 7], [Branch([8, 9, 10])]), Tree([5, 6], [Branch([11, 12])]), Tree([7], [Branch([13])])]
+
+
+def test_nothing_is_learned_from_masked_answers_and_whitening_leaves_them_out(settings):
+    trainer = trainer_of(settings)
+    rewards = torch.tensor([1.0, -1.0, 0.5])
+    rollouts = trainer._measure(TREES, rewards, torch.tensor([True, False, True]))
+    assert rollouts.trained.sum(1).tolist() == [3, 0, 1] and rollouts.mask.sum(1).tolist() == [3, 2, 1]
+    kept = rollouts.advantages[rollouts.trained]
+    assert kept.mean().abs() < 1e-5 and kept.var(correction=0) == pytest.approx(1, abs=1e-3)
+    assert (rollouts.advantages[1] == 0).all()
+
+    def gradient(rows: list[int]) -> list[torch.Tensor]:
+        trainer.policy.zero_grad()
+        trainer.critic.zero_grad()
+        tokens = 0
+        for batch, table_rows, columns in trainer._micro_batches(rollouts, rows):
+            parts = trainer._losses(batch, rollouts, table_rows, columns)
+            tokens += rollouts.trained[table_rows, columns].sum()
+            (parts["policy_loss"] + parts["value_loss"]).backward()
+        assert tokens == 4
+        both = (*trainer.policy.parameters(), *trainer.critic.parameters())
+        return [parameter.grad.clone() for parameter in both if parameter.grad is not None]
+
+    for whole, without in zip(gradient([0, 1, 2]), gradient([0, 2]), strict=True):
+        torch.testing.assert_close(whole, without, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("truncation", ["keep", "penalise", "mask"])
+def test_answers_cut_off_are_treated_as_the_settings_say(settings, truncation, monkeypatch):
+    """The first answer ends, the second is cut off; their gated rewards are 3 and 1, the others' 2 and 2."""
+    trainer = trainer_of(settings, f"ppo.truncation={truncation}", "ppo.truncation_penalty=0.75")
+    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    ends = iter(["stop", "length", "stop", "stop"])
+
+    def drawn(_sampler, ids, *_arguments, **_options):
+        return [[ppo_sample([9, 10], next(ends))] for _ in ids]
+
+    seen = {}
+
+    def measure(trees, rewards, is_trained):
+        seen.update(rewards=rewards, is_trained=is_trained)
+        raise StopIteration
+
+    monkeypatch.setattr(ppo, "sample_ids", drawn)
+    monkeypatch.setattr(trainer.rewards, "gate", lambda *_: torch.tensor([3.0, 1.0, 2.0, 2.0]))
+    monkeypatch.setattr(trainer, "_measure", measure)
+    with pytest.raises(StopIteration):
+        trainer.iterate(prompts, seed=0)
+    if truncation == "mask":
+        # Over 3, 2 and 2: mean 7/3, deviation sqrt(2)/3.
+        expected, trained = [2**0.5, 0.0, -(0.5**0.5), -(0.5**0.5)], [True, False, True, True]
+    else:
+        # Over all: mean 2, deviation sqrt(1/2).
+        expected, trained = [2**0.5, -(2**0.5), 0.0, 0.0], [True] * 4
+        expected[1] -= 0.75 if truncation == "penalise" else 0.0
+    torch.testing.assert_close(seen["rewards"], torch.tensor(expected), atol=1e-5, rtol=0)
+    assert seen["is_trained"].tolist() == trained
+
+
+def toy_prompts():
+    from alignment.data import load_prompts
+
+    return load_prompts(["toy:prompts.train"]).rows[:4]
+
+
+def ppo_sample(ids, finish):
+    from alignment.sampling import Sample
+
+    return Sample(ids, [0.0] * len(ids), finish)
+
+
+def test_a_whole_batch_of_masked_answers_changes_no_weight(settings):
+    """Of the toy model, which never ends within six tokens, all answers are cut off."""
+    trainer = trainer_of(settings, "ppo.truncation=mask", "optim.weight_decay=0")
+    before = [parameter.clone() for parameter in trainer.policy.parameters()]
+    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6]) for prompt in toy_prompts()]
+    metrics = trainer.iterate(prompts, seed=0)
+    assert metrics["truncated_rate"] == 1 and metrics["policy_loss"] == 0
+    for old, new in zip(before, trainer.policy.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_reward_figures_by_hand():
+    found = reward_metrics(
+        torch.tensor([1.0, 3.0, 2.0, 2.0]),
+        torch.tensor([1.0, 3.0, 0.0, 0.0]),
+        torch.tensor([0.0, 0.0, 2.0, 2.0]),
+        torch.tensor([False, False, False, True]),
+        torch.tensor([False, False, True, True]),
+        torch.tensor([10, 30, 20, 20]),
+    )
+    assert {name: round(value.item(), 4) for name, value in found.items()} == {
+        "reward": 2.0,
+        "reward_std": 0.7071,
+        "helpfulness": 1.0,
+        "safety": 1.0,
+        "gated_rate": 0.5,
+        "gated_unsafe_rate": 0.3333,  # one of the three ordinary prompts' responses
+        "reward_length_correlation": 1.0,
+    }
+
+
+def test_a_target_makes_beta_follow_the_divergence(settings, tmp_path):
+    extra = ["ppo.target_kl=1000", "ppo.kl_horizon=16", f"run.dir={tmp_path / 'run'}"]
+    result = ppo.run(load_config(PPOConfig, None, [*settings, *extra]))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # Far below the target: 0.01 (1 - 0.2 x 8 / 16).
+    assert [row["ppo/beta"] for row in rows] == pytest.approx([0.01, 0.009])
+    assert result["iterations"] == 2 and result["stopped"] is None and result["alarms"] == {}
+
+
+def test_every_figure_is_explained_and_an_alarm_can_end_the_run(settings, tmp_path, capsys):
+    """No answer of an untrained model is within a factor of 1.0001 of the first iteration's length for long."""
+    extra = ["alarms.action=stop", "alarms.max_ratio_error=1e-12", "train.max_steps=5", f"run.dir={tmp_path / 'run'}"]
+    result = ppo.run(load_config(PPOConfig, None, [*settings, *extra]))
+    assert result["iterations"] == 1 and result["stopped"] == "ratio" and result["alarms"] == {"ratio": 1}
+    assert "ppo: iteration 1: first_ratio_error is" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    explained = DOCUMENTATION.read_text(encoding="utf-8")
+    [row] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    for name in row.keys() - {"step", "stage"}:
+        assert f"| `{name}` |" in explained, name
