@@ -26,21 +26,28 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Trained parameters by name, moments and the schedule's position."""
-        trained = {name: p.detach().cpu() for name, p in self._named_parameters() if p.requires_grad}
         return {
-            "parameters": trained,
+            "parameters": self.parameters(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Puts a state back. Raises KeyError where it has a parameter that the model lacks."""
-        parameters = dict(self._named_parameters())
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                parameters[name].copy_(value)
+        self.load_parameters(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """A copy of the trained parameters by name, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self._named_parameters() if p.requires_grad}
+
+    def load_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Puts parameters back. Raises KeyError where the model lacks one."""
+        own = dict(self._named_parameters())
+        with torch.no_grad():
+            for name, value in parameters.items():
+                own[name].copy_(value)
 
     def _named_parameters(self) -> Any:
         return (self.model.module if hasattr(self.model, "module") else self.model).named_parameters()

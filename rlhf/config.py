@@ -207,6 +207,30 @@ class AlarmSection(Section):
     """Share of ordinary prompts' responses that the safety model speaks for."""
 
 
+class PPOEvaluation(Section):
+    """A look at held-out prompts now and then, and when to stop (Llama 2 Sec. 3.2.3)."""
+
+    prompts: DataSources = []
+    """Prompts that nothing is trained on; without any there is no evaluation."""
+
+    max_prompts: PositiveInt = 64
+    """Use at most this many, chosen by the seed, half of them safety prompts where there are enough."""
+
+    every: PositiveInt = 10
+    """Iterations between evaluations. One is made before the first, one after the last."""
+
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations without a higher gated reward than the best, and save the best policy. null trains
+    to the end and saves the last."""
+
+    guard: ModelSection | None = None
+    """A reward model on whose scores nothing was trained: it tells a better policy from a fooled reward model."""
+
+    def as_prompts(self, section: PromptSection) -> PromptSection:
+        """These prompts with the lengths of the training prompts."""
+        return section.model_copy(update={"prompts": self.prompts, "max_prompts": self.max_prompts})
+
+
 class PPOConfig(StageConfig):
     """PPO on the safety-gated, whitened reward (Llama 2 Sec. 3.2.3, Eq. 4)."""
 
@@ -220,6 +244,7 @@ class PPOConfig(StageConfig):
     sampling: PPOSampling = PPOSampling()
     ppo: PPOSection = PPOSection()
     alarms: AlarmSection = AlarmSection()
+    evaluation: PPOEvaluation = PPOEvaluation()
     optim: PPOOptim = PPOOptim()
     train: PPOTrain = PPOTrain()
 

@@ -13,12 +13,10 @@ from rich.table import Column, Table
 from alignment import toy
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Candidate, Prompt
-from alignment.distributed import for_all, map_over_processes
 from alignment.hardware import process_state
 from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.models import load_chat_of
 from alignment.prefix_batch import Branch, Tree
-from alignment.progress import ProgressBar
 from alignment.runs import open_run
 from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_prompts
@@ -27,7 +25,7 @@ from reward_models.score import Scorer
 from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
 from rlhf.refusals import is_refusal
-from rlhf.rollout import RewardModels
+from rlhf.rollout import RewardModels, guard_scores
 
 
 def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -93,17 +91,7 @@ def _with_guard(
     guard, tokens = config.guard, config.rewards.max_tokens_per_batch
     options = {"dtype": guard.dtype, "chat_template": guard.chat_template, "max_tokens": tokens}
     scorer = Scorer.load(guard.path, device=state.device, **options)
-
-    def work(mine: Sequence[Candidate]) -> list[float]:
-        asked, texts = [each.prompt.messages for each in mine], [[each.response] for each in mine]
-        return [score for [score] in scorer.score(asked, texts, on_progress=for_all(bar.advance))]
-
-    scored = {}
-    for name, rows in answers.items():
-        with ProgressBar(f"eval: {name} by the guard", len(rows), shown=state.is_main_process) as bar:
-            scores = map_over_processes(work, rows)
-        scored[name] = [replace(row, guard=score) for row, score in zip(rows, scores, strict=True)]
-    return scored
+    return {name: guard_scores(scorer, rows, title=f"eval: {name} by the guard") for name, rows in answers.items()}
 
 
 def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dict[str, Any]:

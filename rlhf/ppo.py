@@ -11,33 +11,28 @@ Where it departs from textbook PPO or the paper is silent (see docs/deviations.m
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from alignment.chat import fit_prompt
-from alignment.data import load_prompts
 from alignment.dialogue import Prompt
 from alignment.distributed import mean_over_processes, whiten_over_processes
 from alignment.errors import ConfigError, DataError
-from alignment.hardware import process_state
 from alignment.logprobs import response_logprobs, response_stats, token_values
-from alignment.models import save_model
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
-from alignment.progress import ProgressBar, console
-from alignment.runs import Run, newest_checkpoint, open_run
-from alignment.sampling.prompts import choose_prompts, sample_ids
+from alignment.progress import ProgressBar
+from alignment.runs import Run
+from alignment.sampling.prompts import sample_ids
+from alignment.sampling.torch_engine import TorchSampler
 from alignment.training import build_scheduler
 from rlhf.advantages import gae
-from rlhf.alarms import Watch
-from rlhf.checkpoint import Learner, load_checkpoint, save_checkpoint
+from rlhf.checkpoint import Learner
 from rlhf.config import PPOConfig
 from rlhf.gating import safety_gate
 from rlhf.kl_control import adapted_beta
@@ -61,66 +56,6 @@ class EncodedPrompt:
 
     prompt: Prompt
     ids: list[int]
-
-
-def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Trains the policy; returns the headline figures."""
-    state = process_state(config.run.device)
-    trackers = config.run.report_to or None
-    accelerator = Accelerator(cpu=config.run.device == "cpu", log_with=trackers, project_dir=config.run.dir)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    run_dir = open_run(config, resume=resume, state=state)
-    run_dir.note_sources(data.sources)
-    dtype = run_dir.dtype(accelerator.device, config.model.dtype)
-    if trackers:
-        accelerator.init_trackers("align-ppo")
-    trainer = PPOTrainer(config, accelerator, dtype)
-    prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
-
-    done, watch = 0, Watch(config.alarms)
-    if resume and (checkpoint := newest_checkpoint(run_dir)):
-        done, extra = load_checkpoint(checkpoint, trainer.learners)
-        trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])
-    if accelerator.is_main_process:
-        run_dir.metrics.truncate_after(done)
-    total = config.train.max_steps
-    with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=done) as bar:
-        while done < total and watch.stopped is None:
-            metrics = trainer.iterate(trainer.prompts_of(done, prompts), seed=_seed(config.run.seed, done))
-            done += 1
-            values = {f"ppo/{name}": value for name, value in metrics.items()}
-            run_dir.log(done, values)
-            accelerator.log(values, step=done)
-            bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
-            for message in watch.look(done, metrics):
-                if accelerator.is_main_process:
-                    console.print(f"ppo: iteration {done}: {message}")
-            if done % config.train.save_every == 0 and accelerator.is_main_process:
-                extra = {"beta": trainer.beta, "watch": watch.state()}
-                save_checkpoint(run_dir, done, trainer.learners, extra)
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        policy = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
-        save_model(policy, trainer.models.loaded, run_dir.model_dir)
-    accelerator.wait_for_everyone()
-    # Prompts differ from iteration to iteration, so first and last are means over a quarter of the run each.
-    rewards = run_dir.metrics.column("ppo/reward") or [math.nan]  # only the main process is sure to see the file
-    quarter = math.ceil(len(rewards) / 4)
-    result = run_dir.finish(
-        {
-            "stage": "ppo",
-            "iterations": done,
-            "stopped": watch.stopped,
-            "alarms": watch.rung,
-            "kl": run_dir.metrics.last("ppo/kl_k3"),
-            "reward_first": sum(rewards[:quarter]) / quarter,
-            "reward_last": sum(rewards[len(rewards) - quarter :]) / quarter,
-        }
-    )
-    run_dir.clear_checkpoints()
-    return result
 
 
 class PPOTrainer:
@@ -180,10 +115,14 @@ class PPOTrainer:
         wanted = range(step * count, (step + 1) * count)
         chosen = []
         for position in wanted:
-            generator = torch.Generator().manual_seed(_seed(self.config.run.seed, position // len(prompts)))
+            generator = torch.Generator().manual_seed(iteration_seed(self.config.run.seed, position // len(prompts)))
             order = torch.randperm(len(prompts), generator=generator)
             chosen.append(prompts[int(order[position % len(prompts)])])
         return chosen
+
+    def sampler(self) -> TorchSampler:
+        """An engine on the policy's present weights."""
+        return sampler_for(self.policy, self.models.loaded, self.dtype, max_rows=self.config.sampling.max_rows)
 
     def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int) -> dict[str, float]:
         """One iteration: sample, score, gate, whiten, KL, advantages, updates; returns metrics over all processes."""
@@ -192,10 +131,8 @@ class PPOTrainer:
         clock = _Clock()
 
         # 1. Sample responses from the present policy.
-        sampler = sampler_for(self.policy, self.models.loaded, self.dtype, max_rows=sampling.max_rows)
         silent = ProgressBar("", 0, shown=False)
-        drawn = sample_ids(sampler, [prompt.ids for prompt in mine], sampling, seed=seed, bar=silent)
-        del sampler
+        drawn = sample_ids(self.sampler(), [prompt.ids for prompt in mine], sampling, seed=seed, bar=silent)
         trees = [
             Tree(prompt.ids, [Branch(sample.token_ids) for sample in samples])
             for prompt, samples in zip(mine, drawn, strict=True)
@@ -386,5 +323,6 @@ class _Clock:
         return [(name.removesuffix("_seconds"), max(seconds, 1e-9)) for name, seconds in self.seconds.items()]
 
 
-def _seed(seed: int, step: int) -> int:
+def iteration_seed(seed: int, step: int) -> int:
+    """A seed for every iteration of a run."""
     return seed * 1_000_003 + step

@@ -59,8 +59,10 @@ class RewardModels:
                     "sampled: train the reward model from a checkpoint of the policy's family."
                 )
 
-    def score(self, candidates: Sequence[Candidate], *, title: str) -> list[Candidate]:
+    def score(self, candidates: Sequence[Candidate], *, title: str = "") -> list[Candidate]:
         """The candidates with both scores and the gated reward; those of one prompt in a row share its prefill.
+
+        With a title there is a progress bar.
 
         Every process scores a share of the prompts; all get all candidates.
         """
@@ -82,7 +84,7 @@ class RewardModels:
             )
             return list(zip(*by_model, strict=True))
 
-        with ProgressBar(title, 2 * len(groups), shown=PartialState().is_main_process) as bar:
+        with ProgressBar(title, 2 * len(groups), shown=bool(title) and PartialState().is_main_process) as bar:
             scored = map_over_processes(work, groups)
         by_model = [[score for scores in by_group for score in scores] for by_group in zip(*scored, strict=True)]
         helpfulness, safety = map(torch.tensor, by_model)
@@ -92,6 +94,18 @@ class RewardModels:
             replace(candidate, helpfulness=h, safety=s, reward=r)
             for candidate, h, s, r in zip(candidates, *by_model, rewards, strict=True)
         ]
+
+
+def guard_scores(scorer: Scorer, candidates: Sequence[Candidate], *, title: str = "") -> list[Candidate]:
+    """The candidates with the score of one more reward model; every process takes a share of them."""
+
+    def work(mine: Sequence[Candidate]) -> list[float]:
+        asked, texts = [each.prompt.messages for each in mine], [[each.response] for each in mine]
+        return [score for [score] in scorer.score(asked, texts, on_progress=for_all(bar.advance))]
+
+    with ProgressBar(title, len(candidates), shown=bool(title) and PartialState().is_main_process) as bar:
+        scores = map_over_processes(work, candidates)
+    return [replace(candidate, guard=score) for candidate, score in zip(candidates, scores, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from alignment.config import load_config
 from alignment.models import load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
-from rlhf import ppo
+from rlhf import ppo, ppo_run
 from rlhf.config import PPOConfig
 from rlhf.ppo import EncodedPrompt, PPOTrainer
 from rlhf.rollout import reward_metrics
@@ -144,7 +144,7 @@ def test_reward_figures_by_hand():
 
 def test_a_target_makes_beta_follow_the_divergence(settings, tmp_path):
     extra = ["ppo.target_kl=1000", "ppo.kl_horizon=16", f"run.dir={tmp_path / 'run'}"]
-    result = ppo.run(load_config(PPOConfig, None, [*settings, *extra]))
+    result = ppo_run.run(load_config(PPOConfig, None, [*settings, *extra]))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Far below the target: 0.01 (1 - 0.2 x 8 / 16).
     assert [row["ppo/beta"] for row in rows] == pytest.approx([0.01, 0.009])
@@ -154,7 +154,7 @@ def test_a_target_makes_beta_follow_the_divergence(settings, tmp_path):
 def test_every_figure_is_explained_and_an_alarm_can_end_the_run(settings, tmp_path, capsys):
     """No answer of an untrained model is within a factor of 1.0001 of the first iteration's length for long."""
     extra = ["alarms.action=stop", "alarms.max_ratio_error=1e-12", "train.max_steps=5", f"run.dir={tmp_path / 'run'}"]
-    result = ppo.run(load_config(PPOConfig, None, [*settings, *extra]))
+    result = ppo_run.run(load_config(PPOConfig, None, [*settings, *extra]))
     assert result["iterations"] == 1 and result["stopped"] == "ratio" and result["alarms"] == {"ratio": 1}
     assert "ppo: iteration 1: first_ratio_error is" in capsys.readouterr().err
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
@@ -162,3 +162,66 @@ def test_every_figure_is_explained_and_an_alarm_can_end_the_run(settings, tmp_pa
     [row] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     for name in row.keys() - {"step", "stage"}:
         assert f"| `{name}` |" in explained, name
+
+
+@pytest.fixture
+def evaluated(settings, tmp_path):
+    """A run of four iterations with a look at eight held-out prompts after every second one, and a guard."""
+    guard = next(text for text in settings if text.startswith("rewards.safety=")).removeprefix("rewards.safety=")
+    looks = ["evaluation.prompts=toy:prompts.heldout", "evaluation.max_prompts=8", "evaluation.every=2"]
+
+    def run(*extra: str) -> tuple[dict, list[dict], Path]:
+        folder = tmp_path / "run"
+        arguments = [*settings, *looks, f"evaluation.guard={guard}", "train.max_steps=4", *extra, f"run.dir={folder}"]
+        result = ppo_run.run(load_config(PPOConfig, None, arguments))
+        return result, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], folder
+
+    return run
+
+
+def answers(folder: Path, iteration: int) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"answers-{iteration}.jsonl").read_text().splitlines()]
+
+
+def test_held_out_prompts_are_answered_before_now_and_then_and_after(evaluated):
+    result, rows, folder = evaluated()
+    with_look = {row["step"]: row for row in rows if "ppo/held_out_reward" in row}
+    assert list(with_look) == [0, 2, 4] and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for iteration, row in with_look.items():
+        found = answers(folder, iteration)
+        assert len(found) == 8
+        assert row["ppo/held_out_reward"] == pytest.approx(sum(each["reward"] for each in found) / 8)
+        assert row["ppo/held_out_guard"] == pytest.approx(sum(each["guard"] for each in found) / 8)
+    history = result["held_out"]["history"]
+    assert [entry["iteration"] for entry in history] == [0, 2, 4]
+    first, last = (answers(folder, iteration) for iteration in (0, 4))
+    assert [each["prompt"] for each in first] == [each["prompt"] for each in last]
+    gain = sum(new["reward"] - old["reward"] for new, old in zip(last, first, strict=True)) / 8
+    assert result["held_out"]["reward_gain"]["value"] == pytest.approx(gain)
+    assert result["saved_iteration"] == 4 and result["stopped"] is None
+    explained = DOCUMENTATION.read_text(encoding="utf-8")
+    for name in with_look[4].keys() - {"step", "stage"}:
+        assert f"| `{name}` |" in explained, name
+
+
+def test_a_run_whose_held_out_reward_does_not_rise_stops_and_saves_the_best_policy(evaluated, monkeypatch):
+    """Scores fall with every look, so the best policy is the one it started from."""
+    falling = iter(range(0, -100, -1))
+    score = ppo_run.HeldOut.look
+
+    def look(self, iteration, sampler, rewards, policy, run_dir):
+        level = next(falling)
+        monkeypatch.setattr(rewards, "gate", lambda *scores: torch.full_like(scores[0], level))
+        figures = score(self, iteration, sampler, rewards, policy, run_dir)
+        monkeypatch.undo()
+        monkeypatch.setattr(ppo_run.HeldOut, "look", look)
+        return figures
+
+    monkeypatch.setattr(ppo_run.HeldOut, "look", look)
+    result, _, folder = evaluated("evaluation.patience=2", "train.max_steps=20", "optim.lr=0.01")
+    assert result["stopped"] == "held_out" and result["iterations"] == 4
+    assert result["held_out"]["best_iteration"] == result["saved_iteration"] == 0
+    from alignment.models import load_chat_model
+
+    start, saved = (load_chat_model(path).model.state_dict() for path in ("toy", str(folder)))
+    assert all(torch.equal(start[name], saved[name]) for name in start)

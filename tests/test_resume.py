@@ -152,11 +152,14 @@ def ppo_settings(reward_model: Path) -> list[str]:
 
 @pytest.mark.parametrize("lora", [0, 4])
 def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
-    settings = [*ppo_settings(reward_model), f"lora.r={lora}", "train.max_steps=14"]
+    looks = ["evaluation.prompts=toy:prompts.heldout", "evaluation.every=4", "evaluation.max_prompts=6"]
+    extra = [*looks, "evaluation.patience=9", "ppo.target_kl=0.5", "ppo.kl_horizon=40"]
+    settings = [*ppo_settings(reward_model), f"lora.r={lora}", "train.max_steps=14", *extra]
     run_here("ppo", settings, tmp_path / "whole", resume=False)
     kill_after_first_checkpoint(command("ppo", settings, tmp_path / "killed"), tmp_path / "killed")
     run_here("ppo", settings, tmp_path / "killed", resume=True)
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+    assert figures(tmp_path / "whole") == figures(tmp_path / "killed")
 
 
 @pytest.fixture(scope="module")

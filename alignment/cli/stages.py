@@ -79,7 +79,7 @@ STAGES = {
             "rlhf.rejection_sampling:run",
             "One round of rejection sampling: the best of K becomes SFT data.",
         ),
-        Stage("ppo", "rlhf.config:PPOConfig", "rlhf.ppo:run", "PPO on the safety-gated reward."),
+        Stage("ppo", "rlhf.config:PPOConfig", "rlhf.ppo_run:run", "PPO on the safety-gated reward."),
         Stage(
             "eval",
             "rlhf.config:EvalConfig",

@@ -1,0 +1,122 @@
+"""PPO's look at held-out prompts: answers to the same prompts again and again, early stop, the best policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from alignment.chat import ChatFormat
+from alignment.data import Loaded, write_rows
+from alignment.dialogue import Candidate, Prompt
+from alignment.metrics import mean_interval
+from alignment.progress import ProgressBar
+from alignment.runs import Run
+from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_shared
+from alignment.sampling.protocol import Sampler
+from reward_models.score import Scorer
+from rlhf.checkpoint import Learner
+from rlhf.config import PPOConfig
+from rlhf.rollout import RewardModels, guard_scores
+
+
+class HeldOut:
+    """Evaluations of a policy in training.
+
+    Attributes:
+        history: of every evaluation the iteration, the mean gated reward and, with a guard, the mean of its scores.
+        best_iteration: the one with the highest reward so far, the earliest of equals.
+    """
+
+    def __init__(self, config: PPOConfig, data: Loaded[Prompt], chat: ChatFormat, state: PartialState) -> None:
+        """Raises DataError where no held-out prompt fits."""
+        self.section, self.config, self.chat, self.state = config.evaluation, config, chat, state
+        prompts = choose_prompts(data, self.section.as_prompts(config.prompts), config.run.seed)
+        self._asked = fit_prompts(chat, prompts, config.prompts) if prompts else []
+        self.history: list[dict[str, float]] = []
+        self.best_iteration = 0
+        self._best: dict[str, torch.Tensor] = {}
+        self._first: list[list[float]] = []  # rewards and guard scores of the first evaluation
+        self._gains: dict[str, dict[str, Any]] = {}  # of the best and the last evaluation over the first
+        guard = self.section.guard
+        self._guard = guard and Scorer.load(guard.path, device=state.device, dtype=guard.dtype)
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether to look after this iteration: before the first, every so many, and at the end."""
+        last = iteration == self.config.train.max_steps
+        return bool(self._asked) and (iteration % self.section.every == 0 or last)
+
+    def look(
+        self, iteration: int, sampler: Sampler, rewards: RewardModels, policy: Learner, run_dir: Run
+    ) -> dict[str, float]:
+        """Answers all held-out prompts; the figures, and `answers-ITERATION.jsonl`. Keeps the policy if it is best."""
+        sampling = self.config.sampling.model_copy(update={"num_candidates": 1})
+        silent = ProgressBar("", 0, shown=False)
+        ids = [ids for _, ids in self._asked]
+        drawn = sample_shared(sampler, ids, sampling, seed=self.config.run.seed, bar=silent)
+        answers = [
+            as_candidate(self.chat, prompt, sample, 0) for (prompt, _), [sample] in zip(self._asked, drawn, strict=True)
+        ]
+        answers = rewards.score(answers)
+        if self._guard is not None:
+            answers = guard_scores(self._guard, answers)
+        if self.state.is_main_process:
+            write_rows(run_dir.path / f"answers-{iteration}.jsonl", (answer.to_json() for answer in answers))
+        return self._take_down(iteration, answers, policy)
+
+    def _take_down(self, iteration: int, answers: Sequence[Candidate], policy: Learner) -> dict[str, float]:
+        measured = [[answer.reward for answer in answers]]
+        if self._guard is not None:
+            measured.append([answer.guard for answer in answers])
+        self._first = self._first or measured
+        figures = {name: sum(values) / len(values) for name, values in zip(("reward", "guard"), measured, strict=False)}
+        self._gains["last"] = {
+            f"{name}_gain": mean_interval([a - b for a, b in zip(now, first, strict=True)]).to_json()
+            for name, now, first in zip(("reward", "guard"), measured, self._first, strict=False)
+        }
+        if all(figures["reward"] > earlier["reward"] for earlier in self.history):
+            self.best_iteration, self._best = iteration, policy.parameters()
+            self._gains["best"] = self._gains["last"]
+        self.history.append({"iteration": iteration, **figures})
+        on_safety = [answer.safety < 0 for answer in answers if answer.prompt.is_safety]
+        return {
+            **{f"held_out_{name}": value for name, value in figures.items()},
+            "held_out_violation_rate": sum(on_safety) / max(1, len(on_safety)),
+            "held_out_words": sum(len(answer.response.split()) for answer in answers) / len(answers),
+        }
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the held-out reward has not risen for `patience` evaluations."""
+        since = sum(entry["iteration"] > self.best_iteration for entry in self.history)
+        return self.section.patience is not None and since >= self.section.patience
+
+    def restore_best(self, policy: Learner) -> bool:
+        """Puts the best policy back where early stopping is on; whether it did."""
+        if self.section.patience is None or not self._best:
+            return False
+        policy.load_parameters(self._best)
+        return True
+
+    def summary(self) -> dict[str, Any] | None:
+        """For `result.json`: every evaluation, the best, and the paired gains of the policy that is saved.
+
+        Gains are over the start, with 95 % intervals; those of a best policy flatter it a little, for it was chosen by
+        them.
+        """
+        if not self.history:
+            return None
+        saved = "last" if self.section.patience is None else "best"
+        return {"history": self.history, "best_iteration": self.best_iteration, **self._gains[saved]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        names = ("history", "best_iteration", "_best", "_first", "_gains")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts a checkpoint's state back."""
+        for name, value in state.items():
+            setattr(self, name, value)

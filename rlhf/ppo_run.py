@@ -1,0 +1,95 @@
+"""The `ppo` stage: iterations with checkpoints, alarms and a look at held-out prompts now and then."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from accelerate import Accelerator
+
+from alignment.data import load_prompts
+from alignment.hardware import process_state
+from alignment.models import save_model
+from alignment.progress import ProgressBar, console
+from alignment.runs import newest_checkpoint, open_run
+from alignment.sampling.prompts import choose_prompts
+from rlhf.alarms import Watch
+from rlhf.checkpoint import load_checkpoint, save_checkpoint
+from rlhf.config import PPOConfig
+from rlhf.held_out import HeldOut
+from rlhf.ppo import PPOTrainer, iteration_seed
+
+
+def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Trains the policy; returns the headline figures."""
+    state = process_state(config.run.device)
+    trackers = config.run.report_to or None
+    accelerator = Accelerator(cpu=config.run.device == "cpu", log_with=trackers, project_dir=config.run.dir)
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    held_out_data = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
+    run_dir = open_run(config, resume=resume, state=state)
+    run_dir.note_sources([*data.sources, *held_out_data.sources])
+    dtype = run_dir.dtype(accelerator.device, config.model.dtype)
+    if trackers:
+        accelerator.init_trackers("align-ppo")
+    trainer = PPOTrainer(config, accelerator, dtype)
+    prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
+
+    policy = trainer.learners["policy"]
+    done, watch = 0, Watch(config.alarms)
+    held_out = HeldOut(config, held_out_data, trainer.models.loaded.chat, state)
+    if resume and (checkpoint := newest_checkpoint(run_dir)):
+        done, extra = load_checkpoint(checkpoint, trainer.learners)
+        trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])
+        held_out.load_state_dict(extra["held_out"])
+    if accelerator.is_main_process:
+        run_dir.metrics.truncate_after(done or -1)
+
+    def look() -> dict[str, float]:
+        if not held_out.is_due(done):
+            return {}
+        return held_out.look(done, trainer.sampler(), trainer.rewards, policy, run_dir)
+
+    if done == 0 and (figures := look()):
+        run_dir.log(0, {f"ppo/{name}": value for name, value in figures.items()})
+    total = config.train.max_steps
+    with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=done) as bar:
+        while done < total and watch.stopped is None and not held_out.has_stopped:
+            metrics = trainer.iterate(trainer.prompts_of(done, prompts), seed=iteration_seed(config.run.seed, done))
+            done += 1
+            values = {f"ppo/{name}": value for name, value in {**metrics, **look()}.items()}
+            run_dir.log(done, values)
+            accelerator.log(values, step=done)
+            bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
+            for message in watch.look(done, metrics):
+                if accelerator.is_main_process:
+                    console.print(f"ppo: iteration {done}: {message}")
+            if done % config.train.save_every == 0 and accelerator.is_main_process:
+                extra = {"beta": trainer.beta, "watch": watch.state(), "held_out": held_out.state_dict()}
+                save_checkpoint(run_dir, done, trainer.learners, extra)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
+    is_best = held_out.restore_best(policy)
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
+        save_model(model, trainer.models.loaded, run_dir.model_dir)
+    accelerator.wait_for_everyone()
+    # Prompts differ from iteration to iteration, so first and last are means over a quarter of the run each.
+    rewards = run_dir.metrics.column("ppo/reward") or [math.nan]  # only the main process is sure to see the file
+    quarter = math.ceil(len(rewards) / 4)
+    result = run_dir.finish(
+        {
+            "stage": "ppo",
+            "iterations": done,
+            "stopped": watch.stopped or ("held_out" if held_out.has_stopped else None),
+            "alarms": watch.rung,
+            "held_out": held_out.summary(),
+            "saved_iteration": held_out.best_iteration if is_best else done,
+            "kl": run_dir.metrics.last("ppo/kl_k3"),
+            "reward_first": sum(rewards[:quarter]) / quarter,
+            "reward_last": sum(rewards[len(rewards) - quarter :]) / quarter,
+        }
+    )
+    run_dir.clear_checkpoints()
+    return result
