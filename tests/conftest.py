@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,3 +198,17 @@ def reward_folder(tmp_path: Path, make_reward_model: Callable[..., Any], make_to
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished toy pipeline, run in a fresh process with an empty cache."""
+    folder = tmp_path_factory.mktemp("toy")
+    arguments = ["run", "recipes/toy/pipeline.yaml", f"runs={folder}/runs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "alignment.cli.main", *arguments],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
+        env={**os.environ, "ALIGN_CACHE_DIR": str(folder / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "runs"

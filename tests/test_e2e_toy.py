@@ -27,15 +27,6 @@ def align(*arguments: str, cwd: Path = ROOT, stdin: str = "", **env: str) -> sub
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Path:
-    """The finished toy pipeline, run in a fresh process with an empty cache."""
-    folder = tmp_path_factory.mktemp("toy")
-    done = align("run", "recipes/toy/pipeline.yaml", f"runs={folder}/runs", ALIGN_CACHE_DIR=str(folder / "cache"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "runs"
-
-
 def result(path: Path) -> dict:
     return json.loads((path / "result.json").read_text())
 
