@@ -77,7 +77,8 @@ class HeldOut:
             for name, now, first in zip(("reward", "guard"), measured, self._first, strict=False)
         }
         if all(figures["reward"] > earlier["reward"] for earlier in self.history):
-            self.best_iteration, self._best = iteration, policy.parameters()
+            self.best_iteration = iteration
+            self._best = {} if self.section.patience is None else policy.parameters()
             self._gains["best"] = self._gains["last"]
         self.history.append({"iteration": iteration, **figures})
         on_safety = [answer.safety < 0 for answer in answers if answer.prompt.is_safety]
@@ -95,7 +96,7 @@ class HeldOut:
 
     def restore_best(self, policy: Learner) -> bool:
         """Puts the best policy back where early stopping is on; whether it did."""
-        if self.section.patience is None or not self._best:
+        if not self._best:
             return False
         policy.load_parameters(self._best)
         return True

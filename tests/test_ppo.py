@@ -122,6 +122,19 @@ def test_a_whole_batch_of_masked_answers_changes_no_weight(settings):
         assert torch.equal(old, new)
 
 
+@pytest.mark.parametrize(
+    "settings_of_model", [[], ["lora.r=4"], ["sampling.num_candidates=2", "sampling.temperature=0.7"]]
+)
+def test_the_first_minibatch_has_ratio_one_and_the_first_iteration_no_divergence(settings, settings_of_model):
+    """Old, new and reference log-probabilities come from one forward, at the sampling temperature, however batched."""
+    trainer = trainer_of(settings, *settings_of_model, "train.max_tokens_per_batch=40")
+    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    first = trainer.iterate(prompts, seed=0)
+    assert first["first_ratio_error"] < 1e-5
+    assert abs(first["kl"]) < 1e-4 and abs(first["kl_k3"]) < 1e-4
+    assert trainer.iterate(prompts, seed=1)["kl_k3"] > 1e-4
+
+
 def test_reward_figures_by_hand():
     found = reward_metrics(
         torch.tensor([1.0, 3.0, 2.0, 2.0]),
