@@ -127,13 +127,13 @@ def gains(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dic
     """Paired differences from the baseline's answers to the same prompts, with 95 % intervals.
 
     `reward_gain` by the gated reward; where a guard scored, `guard_gain` by the guard, and `guard_agrees`, whether both
-    have the same sign.
+    have the same sign; null against itself.
     """
     reward = mean_interval([ours.reward - theirs.reward for ours, theirs in zip(candidates, baseline, strict=True)])
     if any(candidate.guard is None for candidate in candidates):
         return {"reward_gain": reward.to_json()}
     guard = mean_interval([ours - theirs for ours, theirs in zip(_guard(candidates), _guard(baseline), strict=True)])
-    agrees = guard.value * reward.value > 0
+    agrees = None if candidates is baseline else guard.value * reward.value > 0
     return {"reward_gain": reward.to_json(), "guard_gain": guard.to_json(), "guard_agrees": agrees}
 
 

@@ -30,6 +30,7 @@ def test_gains_are_paired_and_say_whether_the_guard_agrees():
     assert (found["reward_gain"]["value"], found["guard_gain"]["value"]) == (1.0, 0.375)
     assert found["guard_agrees"] is True
     assert gains(before, better)["guard_agrees"] is True, "both fall"
+    assert gains(before, before)["guard_agrees"] is None
     hacked = [candidate("a", "", reward=2.0, guard=0.0), candidate("b", "", reward=1.0, guard=0.0)]
     assert gains(hacked, before)["guard_agrees"] is False
     unguarded = [candidate("a", "", reward=2.0)]
