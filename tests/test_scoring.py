@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from alignment.cli import scoring
 from alignment.cli.main import app
-from alignment.dialogue import Message
+from alignment.dialogue import Message, as_response
 from alignment.errors import ConfigError, DataError, ModelError, RunError
 from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.config import EvaluationSection
@@ -71,7 +71,7 @@ def test_responses_keep_their_order_and_their_own_scores(reward_folder, response
     assert [entry["response"] for entry in found] == [entry["response"] for entry in RESPONSES]
     scorer = Scorer.load(reward_folder)
     for entry in found:
-        prompt = scoring._as_response(entry).prompt.messages
+        prompt = as_response(entry).prompt.messages
         [[alone]] = scorer.score([prompt], [[entry["response"][0]["content"]]])
         assert entry["score"] == pytest.approx(alone, abs=1e-5)
         assert 0 < entry["probability"] < 1
@@ -424,7 +424,7 @@ def test_many_responses_to_one_prompt_stay_within_the_token_budget(reward_folder
 
 
 def test_progress_counts_every_prompt(reward_folder):
-    prompts = [scoring._as_response(entry).prompt.messages for entry in RESPONSES]
+    prompts = [as_response(entry).prompt.messages for entry in RESPONSES]
     heard: list[int] = []
     Scorer.load(reward_folder, max_tokens=100).score(prompts, [["ok"]] * len(prompts), on_progress=heard.append)
     assert sum(heard) == len(prompts) and 1 < len(heard) < len(prompts)
