@@ -101,8 +101,9 @@ def test_candidates_of_every_temperature_are_apart_and_drawn_with_the_same_rando
     assert warm == drawn(tmp_path / "alone", [prompt("a"), prompt("b")], temperature=1.0)
 
 
-def test_a_run_with_all_candidates_on_disk_loads_no_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_run_with_all_candidates_on_disk_loads_no_model(tmp_path, monkeypatch, temperature):
     prompts = [prompt("a"), prompt("b")]
-    first = drawn(tmp_path / "run", prompts)
+    first = drawn(tmp_path / "run", prompts, temperature=temperature)
     monkeypatch.setattr("rlhf.candidates.open_sampler", lambda *_a, **_k: pytest.fail("the model was loaded"))
-    assert drawn(tmp_path / "run", prompts, resume=True) == first
+    assert drawn(tmp_path / "run", prompts, resume=True, temperature=temperature) == first
