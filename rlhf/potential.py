@@ -55,7 +55,7 @@ def potential_curve(rewards: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def plot_potential(curves: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """The curves by name, best solid and median dashed, with their intervals, as a PNG."""
+    """The curves by name, best solid and median dashed, as a PNG; a single one with its intervals over prompts."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -64,7 +64,7 @@ def plot_potential(curves: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         for kind, style in (("best", "-"), ("median", "--")):
             values, low, high = ([entry[key] for entry in curve[kind]] for key in ("value", "low", "high"))
             [line] = axes.plot(curve["n"], values, style, color=f"C{index}", label=f"{kind}, {name}")
-            if None not in low:
+            if len(curves) == 1 and None not in low:
                 axes.fill_between(curve["n"], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel("samples of a prompt (N)")
     axes.set_ylabel("gated reward")
