@@ -58,7 +58,7 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
             table[name]["truth"] = toy_truth(rows)
         if state.is_main_process:
             write_rows(run_dir.path / f"answers-{name}.jsonl", (row.to_json() for row in rows))
-    return run_dir.finish({"stage": "eval", "prompts": len(prompts), "policies": table})
+    return run_dir.finish({"stage": "eval", "prompts": len(first), "policies": table})
 
 
 def _sample_answers(config: EvalConfig, name: str, prompts: Sequence[Prompt], state: PartialState) -> list[Candidate]:
