@@ -21,11 +21,10 @@ from alignment.runs import open_run
 from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_prompts
 from reward_models.evaluate import win
-from reward_models.score import Scorer
 from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
 from rlhf.refusals import is_refusal
-from rlhf.rollout import RewardModels, guard_scores
+from rlhf.rollout import RewardModels, guard_scores, load_scorer
 
 
 def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -88,9 +87,7 @@ def _with_guard(
     answers: Mapping[str, list[Candidate]], config: EvalConfig, state: PartialState
 ) -> dict[str, list[Candidate]]:
     """The answers with the guard's scores."""
-    guard, tokens = config.guard, config.rewards.max_tokens_per_batch
-    options = {"dtype": guard.dtype, "chat_template": guard.chat_template, "max_tokens": tokens}
-    scorer = Scorer.load(guard.path, device=state.device, **options)
+    scorer = load_scorer(config.guard, state.device, max_tokens=config.rewards.max_tokens_per_batch)
     return {name: guard_scores(scorer, rows, title=f"eval: {name} by the guard") for name, rows in answers.items()}
 
 

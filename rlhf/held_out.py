@@ -16,10 +16,9 @@ from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_shared
 from alignment.sampling.protocol import Sampler
-from reward_models.score import Scorer
 from rlhf.checkpoint import Learner
 from rlhf.config import PPOConfig
-from rlhf.rollout import RewardModels, guard_scores
+from rlhf.rollout import RewardModels, guard_scores, load_scorer
 
 
 class HeldOut:
@@ -40,8 +39,8 @@ class HeldOut:
         self._best: dict[str, torch.Tensor] = {}
         self._first: list[list[float]] = []  # rewards and guard scores of the first evaluation
         self._gains: dict[str, dict[str, Any]] = {}  # of the best and the last evaluation over the first
-        guard = self.section.guard
-        self._guard = guard and Scorer.load(guard.path, device=state.device, dtype=guard.dtype)
+        guard, tokens = self.section.guard, config.rewards.max_tokens_per_batch
+        self._guard = guard and load_scorer(guard, state.device, max_tokens=tokens)
 
     def is_due(self, iteration: int) -> bool:
         """Whether to look after this iteration: before the first, every so many, and at the end."""

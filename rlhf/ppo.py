@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from alignment.chat import fit_prompt
 from alignment.dialogue import Prompt
 from alignment.distributed import mean_over_processes, whiten_over_processes
 from alignment.errors import ConfigError, DataError
@@ -28,7 +27,7 @@ from alignment.logprobs import response_logprobs, response_stats, token_values
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
 from alignment.runs import Run
-from alignment.sampling.prompts import sample_ids
+from alignment.sampling.prompts import fit_prompts, sample_ids
 from alignment.sampling.torch_engine import TorchSampler
 from alignment.training import build_scheduler
 from rlhf.advantages import gae
@@ -99,15 +98,9 @@ class PPOTrainer:
         return Learner(model, optimizer, scheduler)
 
     def encode(self, prompts: Sequence[Prompt], run_dir: Run) -> list[EncodedPrompt]:
-        """Prompts that fit, with their ids. Raises DataError where there are too few for one iteration."""
-        limit = self.config.prompts.max_prompt_length
-        found = [(prompt, fit_prompt(self.models.loaded.chat, prompt.messages, limit)) for prompt in prompts]
-        fitting = [EncodedPrompt(prompt, ids) for prompt, (ids, _) in found if ids is not None]
-        cut = sum(was_cut for _, (_, was_cut) in found)
-        run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})
-        if not fitting:
-            raise DataError(f"prompts: none fits into prompts.max_prompt_length = {limit} tokens.")
-        return fitting
+        """Prompts that fit, with their ids; the others are counted. Raises DataError where none fits."""
+        fitting = fit_prompts(self.models.loaded.chat, prompts, self.config.prompts, run_dir)
+        return [EncodedPrompt(prompt, ids) for prompt, ids in fitting]
 
     def prompts_of(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
         """The prompts of an iteration: consecutive pieces of seeded shuffles, the same on all processes."""

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from alignment.config import ModelSection
 from alignment.dialogue import Candidate
 from alignment.distributed import for_all, map_over_processes
 from alignment.errors import ModelError
@@ -23,6 +24,13 @@ from rlhf.gating import gated_logits
 from rlhf.rewards import kl_k1, kl_k3
 
 
+def load_scorer(model: ModelSection, device: torch.device, *, max_tokens: int) -> Scorer:
+    """A reward model as its section describes it. Raises ModelError where it is none."""
+    return Scorer.load(
+        model.path, device=device, dtype=model.dtype, chat_template=model.chat_template, max_tokens=max_tokens
+    )
+
+
 class RewardModels:
     """Both reward models behind the gate, for scoring texts."""
 
@@ -32,16 +40,8 @@ class RewardModels:
     @classmethod
     def load(cls, section: RewardSection, device: torch.device) -> RewardModels:
         """Raises ModelError where one of them is not a reward model."""
-        scorers = (
-            Scorer.load(
-                model.path,
-                device=device,
-                dtype=model.dtype,
-                chat_template=model.chat_template,
-                max_tokens=section.max_tokens_per_batch,
-            )
-            for model in (section.helpfulness, section.safety)
-        )
+        models, tokens = (section.helpfulness, section.safety), section.max_tokens_per_batch
+        scorers = (load_scorer(model, device, max_tokens=tokens) for model in models)
         return cls(*scorers, threshold=section.threshold)
 
     def gate(
