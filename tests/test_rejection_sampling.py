@@ -57,6 +57,29 @@ def test_where_all_are_unsafe_the_least_unsafe_is_chosen_and_its_reward_says_so(
     assert [c.reward for c in select_best(rows, accumulate="best").best] == [-1.5]
 
 
+def judged_by(monkeypatch, reward) -> None:
+    """Puts a function of a candidate in the place of both reward models and the gate."""
+
+    class Models:
+        def score(self, candidates, *, title):
+            return [replace(each, reward=reward(each)) for each in candidates]
+
+    monkeypatch.setattr(rejection_sampling.RewardModels, "load", lambda *_: Models())
+
+
+def config_of(folder, prompts, **extra) -> RejectionSamplingConfig:
+    return RejectionSamplingConfig.model_validate(
+        {
+            "model": {"path": "toy", "dtype": "float32"},
+            "rewards": {"helpfulness": "toy", "safety": "toy"},
+            "prompts": {"prompts": str(prompts)},
+            "sampling": {"num_candidates": 3, "max_new_tokens": 6},
+            "run": {"dir": str(folder), "device": "cpu"},
+            **extra,
+        }
+    )
+
+
 @pytest.mark.parametrize(("rescore", "expected"), [(True, "new"), (False, "old")])
 def test_candidates_of_earlier_rounds_are_scored_by_the_newest_reward_models(tmp_path, monkeypatch, rescore, expected):
     """The old answer was given a high reward by another model; the newest gives it a low one."""
@@ -65,25 +88,9 @@ def test_candidates_of_earlier_rounds_are_scored_by_the_newest_reward_models(tmp
     earlier.write_text(json.dumps(old.to_json()) + "\n")
     prompts.write_text(json.dumps(old.prompt.to_json()) + "\n")
 
-    class Models:
-        def score(self, candidates, *, title):
-            rewards = (-10.0 if each.round == 1 else float(each.index) for each in candidates)
-            return [replace(each, reward=reward) for each, reward in zip(candidates, rewards, strict=True)]
-
-    monkeypatch.setattr(rejection_sampling.RewardModels, "load", lambda *_: Models())
-    config = RejectionSamplingConfig.model_validate(
-        {
-            "model": {"path": "toy", "dtype": "float32"},
-            "rewards": {"helpfulness": "toy", "safety": "toy"},
-            "prompts": {"prompts": str(prompts)},
-            "sampling": {"num_candidates": 3, "max_new_tokens": 6},
-            "round": 2,
-            "earlier_rounds": [str(earlier)],
-            "rescore_earlier": rescore,
-            "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
-        }
-    )
-    result = rejection_sampling.run(config)
+    judged_by(monkeypatch, lambda each: -10.0 if each.round == 1 else float(each.index))
+    extra = {"round": 2, "earlier_rounds": [str(earlier)], "rescore_earlier": rescore}
+    result = rejection_sampling.run(config_of(tmp_path / "run", prompts, **extra))
     [row] = map(json.loads, (tmp_path / "run" / "sft.jsonl").open())
     assert (row["messages"][-1]["content"] == "old answer") == (expected == "old")
     assert result["kept"] == 1 and result["candidates"] == 3
@@ -166,24 +173,8 @@ def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):
     dialogue = {"messages": [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "as before"}]}
     baseline.write_text(json.dumps(dialogue) + "\n")
 
-    class Models:
-        def score(self, candidates, *, title):
-            rewards = (1.5 if each.response == "as before" else float(each.index) for each in candidates)
-            return [replace(each, reward=reward) for each, reward in zip(candidates, rewards, strict=True)]
-
-    monkeypatch.setattr(rejection_sampling.RewardModels, "load", lambda *_: Models())
-    config = RejectionSamplingConfig.model_validate(
-        {
-            "model": {"path": "toy", "dtype": "float32"},
-            "rewards": {"helpfulness": "toy", "safety": "toy"},
-            "prompts": {"prompts": str(prompts)},
-            "sampling": {"num_candidates": 3, "max_new_tokens": 6},
-            "baseline": [str(baseline)],
-            "min_gain": 0.75,
-            "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
-        }
-    )
-    result = rejection_sampling.run(config)
+    judged_by(monkeypatch, lambda each: 1.5 if each.response == "as before" else float(each.index))
+    result = rejection_sampling.run(config_of(tmp_path / "run", prompts, baseline=[str(baseline)], min_gain=0.75))
     assert result["gain_over_baseline"]["value"] == 0.5 and result["gain_over_baseline"]["count"] == 1
     assert result["kept"] == 1  # beta: 2 - 1; alpha's 2 - 1.5 is too little
     [row] = map(json.loads, (tmp_path / "run" / "sft.jsonl").open())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 from accelerate import PartialState
@@ -15,6 +15,7 @@ from alignment.models import load_chat_model, load_chat_of, model_folder
 from alignment.progress import console
 from alignment.sampling.protocol import Sampler
 from alignment.sampling.torch_engine import TorchSampler
+from alignment.sampling.vllm_engine import VllmSampler
 
 
 @contextmanager
@@ -35,34 +36,36 @@ def open_sampler(
         SamplerError: vLLM cannot be imported or started, and `sampling.fall_back` is off.
     """
     dtype = compute_dtype(device, model.dtype)
-    if sampling.engine == "vllm":
-        if PartialState().num_processes > 1:
-            raise ConfigError(
-                "sampling.engine=vllm runs in one process and spreads the model itself. Start the stage without "
-                "accelerate launch, and set sampling.vllm.tensor_parallel_size to the number of GPUs."
-            )
-        from alignment.sampling.vllm_engine import VllmSampler
-
-        chat, _ = load_chat_of(model.path, model.chat_template)
-        try:
-            sampler = VllmSampler(
-                model_folder(model.path),
-                stop_ids=[chat.end_of_turn_id],
-                dtype=dtype,
-                max_rows=sampling.max_rows,
-                max_length=max_prompt_length + sampling.max_new_tokens,
-                engine_args=sampling.vllm,
-            )
-        except SamplerError as error:
-            if not sampling.fall_back:
-                raise
-            console.print(f"{error} Sampling with the torch engine instead (sampling.fall_back).")
-        else:
-            try:
-                yield sampler
-            finally:
-                sampler.close()
-            return
+    if sampling.engine == "vllm" and (sampler := _start_vllm(model, sampling, dtype, max_prompt_length)):
+        with closing(sampler):
+            yield sampler
+        return
     loaded = load_chat_model(model.path, dtype=dtype, chat_template=model.chat_template)
     loaded.model.to(device)
     yield TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
+
+
+def _start_vllm(
+    model: ModelSection, sampling: SamplingSection, dtype: torch.dtype, max_prompt_length: int
+) -> VllmSampler | None:
+    """None where it cannot start and `sampling.fall_back` is on."""
+    if PartialState().num_processes > 1:
+        raise ConfigError(
+            "sampling.engine=vllm runs in one process and spreads the model itself. Start the stage without "
+            "accelerate launch, and set sampling.vllm.tensor_parallel_size to the number of GPUs."
+        )
+    chat, _ = load_chat_of(model.path, model.chat_template)
+    try:
+        return VllmSampler(
+            model_folder(model.path),
+            stop_ids=[chat.end_of_turn_id],
+            dtype=dtype,
+            max_rows=sampling.max_rows,
+            max_length=max_prompt_length + sampling.max_new_tokens,
+            engine_args=sampling.vllm,
+        )
+    except SamplerError as error:
+        if not sampling.fall_back:
+            raise
+        console.print(f"{error} Sampling with the torch engine instead (sampling.fall_back).")
+        return None
