@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from alignment.config import ModelSection
 from alignment.dialogue import Candidate, Message, Prompt
 from alignment.errors import ModelError
 from alignment.logprobs import response_logprobs
@@ -11,7 +12,7 @@ from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.evaluate import summarize, toy_truth
-from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, rollout_metrics, tabulate
+from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, load_scorer, rollout_metrics, tabulate
 
 TREES = [
     Tree([1, 2, 3], [Branch([4, 5, 6, 7]), Branch([8])]),
@@ -159,3 +160,13 @@ def test_ppo_sizes_that_do_not_divide_are_refused():
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"minibatch_size = 48 does not divide train.batch_size = 512"):
         PPOConfig.model_validate(values)
+
+
+def test_a_reward_model_is_loaded_as_its_section_says(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Scorer, "load", classmethod(lambda _cls, path, **options: seen.update(path=path, **options)))
+    section = ModelSection(path="toy", dtype="bfloat16", chat_template="chatml")
+    load_scorer(section, torch.device("cpu"), max_tokens=77)
+    assert seen == {
+        "path": "toy", "device": torch.device("cpu"), "dtype": "bfloat16", "chat_template": "chatml", "max_tokens": 77,
+    }  # fmt: skip
