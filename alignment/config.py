@@ -160,7 +160,10 @@ class PromptSection(Section):
     """Files, names in ALIGN_DATA_DIR, Hub ids, or `toy:` names with prompt rows; one or a list."""
 
     max_prompts: PositiveInt | None = None
-    """Use at most this many prompts, chosen by the seed, half of them safety prompts where there are enough."""
+    """Use at most this many prompts, chosen by the seed."""
+
+    safety_share: Fraction = 0.5
+    """Share of safety prompts among `max_prompts`; where one kind is too few, the other fills up."""
 
     max_prompt_length: PositiveInt = 2048
     """Prompts over this many tokens lose the oldest turns of their history, or are dropped and counted."""

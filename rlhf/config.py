@@ -214,7 +214,7 @@ class PPOEvaluation(Section):
     """Prompts that nothing is trained on; without any there is no evaluation."""
 
     max_prompts: PositiveInt = 64
-    """Use at most this many, chosen by the seed, half of them safety prompts where there are enough."""
+    """Use at most this many, chosen by the seed, with the training prompts' `safety_share`."""
 
     every: PositiveInt = 10
     """Iterations between evaluations. One is made before the first, one after the last."""

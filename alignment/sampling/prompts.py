@@ -19,7 +19,7 @@ from alignment.sampling.protocol import Sample, Sampler, SamplingParams
 
 
 def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> list[Prompt]:
-    """At most `max_prompts` prompts, chosen by the seed, half of them safety prompts where there are enough."""
+    """At most `max_prompts` prompts, chosen by the seed, `safety_share` of them safety prompts if there are enough."""
     rows = data.rows
     if section.max_prompts is None or len(rows) <= section.max_prompts:
         return rows
@@ -27,7 +27,8 @@ def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> l
     order = torch.randperm(len(rows), generator=generator).tolist()
     safety = [index for index in order if rows[index].is_safety]
     other = [index for index in order if not rows[index].is_safety]
-    num_safety = min(len(safety), max(section.max_prompts // 2, section.max_prompts - len(other)))
+    wanted = int(section.max_prompts * section.safety_share)
+    num_safety = min(len(safety), max(wanted, section.max_prompts - len(other)))
     chosen = safety[:num_safety] + other[: section.max_prompts - num_safety]
     return [rows[index] for index in sorted(chosen)]
 
