@@ -48,7 +48,7 @@ def map_in_workers(
         yield from (function(model, item) for item in items)
         return
     idle: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
-    for twin in (model, *(_twin(model) for _ in range(workers - 1))):
+    for twin in (model, *(sharing_copy(model) for _ in range(workers - 1))):
         idle.put(twin)
 
     def work(item: Item) -> Result:
@@ -68,7 +68,7 @@ def map_in_workers(
         torch.set_num_threads(threads)
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def sharing_copy(model: nn.Module) -> nn.Module:
     """Modules of its own over the same weights and configuration."""
     shared = [*model.parameters(), *model.buffers(), *{id(c): c for c in map(_config, model.modules()) if c}.values()]
     return copy.deepcopy(model, {id(value): value for value in shared})

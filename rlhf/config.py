@@ -183,6 +183,14 @@ class PPOSection(Section):
     kl_horizon: PositiveInt = 10_000
     """Rollouts over which beta adapts."""
 
+    share_backbone: Literal["auto", "always", "never"] = "auto"
+    """With LoRA, hold once what policy, critic and reward models have in common, where all were fine-tuned from the
+    same weights with LoRA: `auto` where that is so, `always` or an error, `never`. Much less memory."""
+
+    offload: bool = False
+    """Keep reference and reward models that do not share the policy's weights in CPU memory, and on the device only
+    while they compute."""
+
 
 class AlarmSection(Section):
     """Figures that say a run goes wrong; each alarm says what to do."""

@@ -11,62 +11,115 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from alignment.config import LoraSection
+from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, set_decoder
+from alignment.errors import ModelError
+from alignment.hardware import lent
 from alignment.logprobs import unwrap
+from alignment.model_workers import sharing_copy
 from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, merged_copy
 from alignment.sampling.torch_engine import TorchSampler
+from reward_models.score import Scorer
+from rlhf.config import PPOConfig
+from rlhf.rollout import RewardModels
 
 
 @dataclass(frozen=True)
-class ActorCritic:
-    """Policy and critic in training, and the frozen reference.
+class PPOModels:
+    """Policy and critic in training, the frozen reference and reward models.
 
-    With LoRA the reference is the policy with its adapters off, so `reference` is None.
+    With LoRA the reference is the policy with its adapters off, so `reference` is None. `separate` says why the models
+    do not share their frozen weights; None where they do.
     """
 
     loaded: LoadedModel
     policy: nn.Module
     critic: nn.Module
     reference: nn.Module | None
+    rewards: RewardModels
+    separate: str | None
 
     @contextmanager
     def reference_policy(self, policy: nn.Module) -> Iterator[nn.Module]:
         """The frozen policy that KL is measured from; `policy` is the trained one as wrapped for training."""
         if self.reference is not None:
-            yield self.reference
+            with lent(self.reference, next(policy.parameters()).device):
+                yield self.reference
         else:
             inner = policy.module if hasattr(policy, "module") else policy
             with inner.disable_adapter():
                 yield inner
 
 
-def load_actor_critic(
-    policy_path: str,
-    critic_path: str,
-    *,
-    dtype: torch.dtype,
-    chat_template: str,
-    lora: LoraSection,
-    seed: int,
-    device: torch.device,
-    gradient_checkpointing: bool = False,
-) -> ActorCritic:
-    """Loads the policy, and a critic that starts from a reward model.
+def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> PPOModels:
+    """All models of a PPO run, on `device`; with `ppo.offload` reference and reward models stay on the CPU.
 
-    Our choice: the paper does not say where its critic comes from; the helpfulness model already predicts most of
-    the return (Stiennon et al. 2020, arXiv:2009.01325, do the same).
+    With LoRA, models that differ from the policy's start by adapters are put on its weights, which all then share.
+
+    The critic starts from the helpfulness model. Our choice: the paper does not say where its critic comes from; that
+    model already predicts most of the return (Stiennon et al. 2020, arXiv:2009.01325, do the same).
+
+    Raises:
+        ModelError: a model cannot be loaded, a reward model is none or reads other token ids than the policy writes,
+            or `ppo.share_backbone=always` and it cannot be shared.
     """
+    start, lora = config.model, config.lora
     weights = dtype if lora.r else torch.float32
-    loaded = load_chat_model(policy_path, dtype=weights, chat_template=chat_template)
-    value = load_reward_model(critic_path, dtype=weights, chat_template=chat_template)
-    reference = None if lora.r else copy.deepcopy(loaded.model).to(device).requires_grad_(False)
-    policy = add_lora(loaded.model, lora, is_reward_model=False, seed=seed)
-    critic = add_lora(value.model, lora, is_reward_model=True, seed=seed)
-    if gradient_checkpointing:
+    loaded = load_chat_model(start.path, dtype=weights, chat_template=start.chat_template)
+    loaded.model.to(device)
+    home = torch.device("cpu") if config.ppo.offload else device
+    on_backbone, separate = _on_one_backbone(config, loaded, weights)
+    if on_backbone is None:
+        rewards = RewardModels.load(config.rewards, device, offload=config.ppo.offload)
+        critic_path, critic_template = config.rewards.helpfulness.path, config.rewards.helpfulness.chat_template
+        value = load_reward_model(critic_path, dtype=weights, chat_template=critic_template).model.to(device)
+    else:
+        scorers = (Scorer(model, max_tokens=config.rewards.max_tokens_per_batch) for model in on_backbone)
+        rewards = RewardModels(*scorers, threshold=config.rewards.threshold, device=device)
+        value = sharing_copy(on_backbone[0].model)
+    rewards.check_vocabulary(loaded)
+    reference = None if lora.r else copy.deepcopy(loaded.model).to(home).requires_grad_(False)
+    policy = add_lora(loaded.model, lora, is_reward_model=False, seed=config.run.seed)
+    critic = add_lora(value, lora, is_reward_model=True, seed=config.run.seed)
+    keep_frozen_active(critic)
+    if start.gradient_checkpointing:
         for model in (policy, critic):
             unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
             unwrap(model).enable_input_require_grads()
-    return ActorCritic(loaded, policy.to(device), critic.to(device), reference)
+    return PPOModels(loaded, policy.to(device), critic.to(device), reference, rewards, separate)
+
+
+def _on_one_backbone(
+    config: PPOConfig, policy: LoadedModel, weights: torch.dtype
+) -> tuple[list[LoadedModel] | None, str | None]:
+    """Both reward models as frozen adapters on the policy's weights, or None and the reason why not."""
+    if config.ppo.share_backbone == "never":
+        return None, "ppo.share_backbone=never"
+    sections = {"helpfulness": config.rewards.helpfulness, "safety": config.rewards.safety}
+    try:
+        if not config.lora.r:
+            raise ModelError("the policy is trained in full (lora.r=0).")
+        for name, section in sections.items():
+            if section.dtype not in ("auto", str(weights).removeprefix("torch.")):
+                raise ModelError(f"rewards.{name}: computes in {section.dtype}, the policy in another type.")
+        began = policy.saved_adapter() or Adapter(fingerprint(policy.model.get_decoder()), {})
+        found = []
+        for name, section in sections.items():
+            reward = load_reward_model(section.path, chat_template=section.chat_template)
+            adapter = reward.saved_adapter()
+            if adapter is None:
+                raise ModelError(f"rewards.{name}: was not fine-tuned with LoRA, or by an older version.")
+            if adapter.backbone != began.backbone:
+                raise ModelError(f"rewards.{name}: was fine-tuned from other weights than the policy.")
+            decoder = sharing_copy(policy.model.get_decoder())
+            attach_frozen(decoder, adapter + -began)
+            set_decoder(reward.model, decoder)
+            reward.model.to(policy.model.device).requires_grad_(False)
+            found.append(reward)
+    except ModelError as error:
+        if config.ppo.share_backbone == "always":
+            raise ModelError(f"ppo.share_backbone=always: {error}") from error
+        return None, str(error)
+    return found, None
 
 
 def sampler_for(policy: nn.Module, loaded: LoadedModel, dtype: torch.dtype, *, max_rows: int) -> TorchSampler:

@@ -36,10 +36,9 @@ from rlhf.config import PPOConfig
 from rlhf.gating import safety_gate
 from rlhf.kl_control import adapted_beta
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, is_clipped
-from rlhf.policy import ActorCritic, load_actor_critic, parameter_groups, sampler_for
+from rlhf.policy import load_models, parameter_groups, sampler_for
 from rlhf.rewards import per_token_rewards
 from rlhf.rollout import (
-    RewardModels,
     Rollouts,
     branch_offsets,
     branch_rows,
@@ -63,19 +62,8 @@ class PPOTrainer:
     def __init__(self, config: PPOConfig, accelerator: Accelerator, dtype: torch.dtype) -> None:
         self.config, self.accelerator, self.dtype = config, accelerator, dtype
         self.beta = config.ppo.beta
-        device = accelerator.device
-        self.models: ActorCritic = load_actor_critic(
-            config.model.path,
-            config.rewards.helpfulness.path,
-            dtype=dtype,
-            chat_template=config.model.chat_template,
-            lora=config.lora,
-            seed=config.run.seed,
-            device=device,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-        )
-        self.rewards = RewardModels.load(config.rewards, device)
-        self.rewards.check_vocabulary(self.models.loaded)
+        self.models = load_models(config, dtype, accelerator.device)
+        self.rewards = self.models.rewards
         num_processes = accelerator.num_processes
         if config.train.minibatch_size % (config.sampling.num_candidates * num_processes):
             raise ConfigError(
@@ -133,10 +121,7 @@ class PPOTrainer:
         clock.lap("sample")
 
         # 2. Score them with both reward models; the gate chooses which one speaks.
-        helpfulness, safety = (
-            torch.tensor([score for scores in scorer.score_trees(trees) for score in scores])
-            for scorer in (self.rewards.helpfulness, self.rewards.safety)
-        )
+        helpfulness, safety = self.rewards.score_trees(trees)
         is_safety = torch.tensor([p.prompt.is_safety for p in mine]).repeat_interleave(sampling.num_candidates)
         gated = self.rewards.gate(helpfulness, safety, is_safety)
         if not torch.isfinite(gated).all():

@@ -33,6 +33,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     if trackers:
         accelerator.init_trackers("align-ppo")
     trainer = PPOTrainer(config, accelerator, dtype)
+    separate = trainer.models.separate
+    run_dir.note(backbone=f"separate: {separate}" if separate else "shared")
     prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
 
     policy = trainer.learners["policy"]

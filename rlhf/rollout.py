@@ -14,6 +14,7 @@ from alignment.config import ModelSection
 from alignment.dialogue import Candidate
 from alignment.distributed import for_all, map_over_processes
 from alignment.errors import ModelError
+from alignment.hardware import compute_dtype, lent
 from alignment.models import LoadedModel
 from alignment.prefix_batch import PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
@@ -24,25 +25,31 @@ from rlhf.gating import gated_logits
 from rlhf.rewards import kl_k1, kl_k3
 
 
-def load_scorer(model: ModelSection, device: torch.device, *, max_tokens: int) -> Scorer:
-    """A reward model as its section describes it. Raises ModelError where it is none."""
-    return Scorer.load(
-        model.path, device=device, dtype=model.dtype, chat_template=model.chat_template, max_tokens=max_tokens
-    )
+def load_scorer(model: ModelSection, device: torch.device, *, max_tokens: int, offload: bool = False) -> Scorer:
+    """A reward model as its section describes it, in the type for `device`; with `offload` it is put on the CPU.
+
+    Raises ModelError where it is no reward model.
+    """
+    dtype = str(compute_dtype(device, model.dtype)).removeprefix("torch.")
+    home = "cpu" if offload else device
+    return Scorer.load(model.path, device=home, dtype=dtype, chat_template=model.chat_template, max_tokens=max_tokens)
 
 
 class RewardModels:
-    """Both reward models behind the gate, for scoring texts."""
+    """Both reward models behind the gate. They compute on `device`, wherever they are kept."""
 
-    def __init__(self, helpfulness: Scorer, safety: Scorer, *, threshold: float) -> None:
-        self.helpfulness, self.safety, self.threshold = helpfulness, safety, threshold
+    def __init__(self, helpfulness: Scorer, safety: Scorer, *, threshold: float, device: torch.device) -> None:
+        self.helpfulness, self.safety, self.threshold, self.device = helpfulness, safety, threshold, device
 
     @classmethod
-    def load(cls, section: RewardSection, device: torch.device) -> RewardModels:
-        """Raises ModelError where one of them is not a reward model."""
+    def load(cls, section: RewardSection, device: torch.device, *, offload: bool = False) -> RewardModels:
+        """With `offload` each is in CPU memory and on `device` only to score.
+
+        Raises ModelError where one of them is not a reward model.
+        """
         models, tokens = (section.helpfulness, section.safety), section.max_tokens_per_batch
-        scorers = (load_scorer(model, device, max_tokens=tokens) for model in models)
-        return cls(*scorers, threshold=section.threshold)
+        scorers = (load_scorer(model, device, max_tokens=tokens, offload=offload) for model in models)
+        return cls(*scorers, threshold=section.threshold, device=device)
 
     def gate(
         self, helpfulness: Float[Tensor, " B"], safety: Float[Tensor, " B"], is_safety: Bool[Tensor, " B"]
@@ -58,6 +65,14 @@ class RewardModels:
                     f"rewards.{name}: its tokenizer differs from the policy's. PPO scores token ids as they were "
                     "sampled: train the reward model from a checkpoint of the policy's family."
                 )
+
+    def score_trees(self, trees: Sequence[Tree]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Raw helpfulness and safety scores of every branch of every tree, in order."""
+        found = []
+        for scorer in (self.helpfulness, self.safety):
+            with lent(scorer.model, self.device):
+                found.append(torch.tensor([score for scores in scorer.score_trees(trees) for score in scores]))
+        return found[0], found[1]
 
     def score(self, candidates: Sequence[Candidate], *, title: str = "") -> list[Candidate]:
         """The candidates with both scores and the gated reward; those of one prompt in a row share its prefill.
@@ -78,10 +93,10 @@ class RewardModels:
         def work(mine: Sequence[Sequence[Candidate]]) -> list[tuple[list[float], ...]]:
             prompts = [group[0].prompt.messages for group in mine]
             texts = [[candidate.response for candidate in group] for group in mine]
-            by_model = (
-                scorer.score(prompts, texts, on_progress=for_all(bar.advance))
-                for scorer in (self.helpfulness, self.safety)
-            )
+            by_model = []
+            for scorer in (self.helpfulness, self.safety):
+                with lent(scorer.model, self.device):
+                    by_model.append(scorer.score(prompts, texts, on_progress=for_all(bar.advance)))
             return list(zip(*by_model, strict=True))
 
         with ProgressBar(title, 2 * len(groups), shown=bool(title) and PartialState().is_main_process) as bar:

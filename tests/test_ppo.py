@@ -135,6 +135,24 @@ def test_the_first_minibatch_has_ratio_one_and_the_first_iteration_no_divergence
     assert trainer.iterate(prompts, seed=1)["kl_k3"] > 1e-4
 
 
+def test_the_scale_of_scores_changes_nothing_that_is_learned(settings, monkeypatch):
+    """Rewards are whitened before the KL term is added, which keeps its weight: here a hundred times the paper's."""
+
+    def policy_after(change) -> tuple[list[torch.Tensor], float]:
+        trainer = trainer_of(settings, "ppo.beta=1.0")
+        gate = trainer.rewards.gate
+        monkeypatch.setattr(trainer.rewards, "gate", lambda *scores: change(gate(*scores)))
+        prompts = [EncodedPrompt(prompt, [5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+        metrics = [trainer.iterate(prompts, seed=seed) for seed in range(3)]
+        return [parameter.detach().clone() for parameter in trainer.policy.parameters()], metrics[-1]["kl_k3"]
+
+    weights, divergence = policy_after(lambda gated: gated)
+    scaled, _ = policy_after(lambda gated: 100.0 * gated - 7.0)
+    assert divergence > 1e-3  # so that the KL term has something to say
+    for expected, found in zip(weights, scaled, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
 def test_reward_figures_by_hand():
     found = reward_metrics(
         torch.tensor([1.0, 3.0, 2.0, 2.0]),

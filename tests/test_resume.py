@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from alignment.cli.pipeline import load_pipeline, run_stages
@@ -19,6 +20,7 @@ from alignment.cli.stages import STAGES
 from alignment.cli.summary import one_line
 from alignment.config import load_config
 from alignment.errors import RunError
+from alignment.runs import Run
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[1]
@@ -160,6 +162,30 @@ def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
     run_here("ppo", settings, tmp_path / "killed", resume=True)
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
     assert figures(tmp_path / "whole") == figures(tmp_path / "killed")
+
+
+def test_a_ppo_killed_ten_times_at_any_moment_ends_with_the_same_weights_and_optimizers(
+    reward_model, tmp_path, monkeypatch
+):
+    """Before the first checkpoint, and then in whatever phase of an iteration, look or checkpoint the seed chooses."""
+    looks = ["evaluation.prompts=toy:prompts.heldout", "evaluation.every=5", "evaluation.max_prompts=6"]
+    settings = [*ppo_settings(reward_model), "train.max_steps=45", "lora.r=2", "ppo.target_kl=0.5", *looks]
+    killed, rng = tmp_path / "killed", random.Random("ppo")
+    for trial in range(10):
+        again = ["--resume"] if trial else []
+        enough = 1 + 4 * trial
+        arguments = command("ppo", settings, killed, *again)
+        kill_when(lambda enough=enough: num_steps_logged(killed) >= enough, arguments, killed, delay=rng.random() / 3)
+    monkeypatch.setattr(Run, "clear_checkpoints", lambda _: None)  # the last one holds the optimizers at the end
+    run_here("ppo", settings, killed, resume=True)
+    run_here("ppo", settings, tmp_path / "whole", resume=False)
+    assert_same_outcome(tmp_path / "whole", killed)
+    assert figures(tmp_path / "whole") == figures(killed)
+    ends = [torch.load(path / "checkpoints/checkpoint-45/state.pt") for path in (tmp_path / "whole", killed)]
+    for learner in ("policy", "critic"):
+        one, two = (flat(end["learners"][learner]["optimizer"]["state"]) for end in ends)
+        assert one.keys() == two.keys() and len(one) > 3
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from alignment.tensor_ops import whiten
 from rlhf.advantages import gae
 from rlhf.gating import combined_reward, gated_logits, safety_gate
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, is_clipped
@@ -90,6 +91,31 @@ def test_summed_rewards_are_equation_4():
     for row in range(4):
         kl = sum((logprobs[row, t] - ref_logprobs[row, t]).item() for t in range(6) if mask[row, t])
         assert summed[row].item() == pytest.approx(rewards[row].item() - 0.01 * kl, abs=1e-6)
+
+
+def test_whitening_before_the_penalty_is_whitening_after_it_with_a_coefficient_in_standard_deviations():
+    """With reward r of deviation s: whiten(r - b KL) = whiten(whiten(r) - b / s KL), so the order matters unless s = 1.
+
+    Whitened first, as the paper has it, a penalty weighs the same whatever the scale of the reward model's scores.
+    """
+    torch.manual_seed(1)
+    logprobs, ref_logprobs = torch.randn(2, 16, 5, dtype=torch.float64)
+    mask = torch.arange(5)[None, :] < torch.randint(1, 6, (16, 1))
+    scores, everywhere = 4.0 * torch.randn(16, dtype=torch.float64) + 3.0, torch.ones(16, dtype=torch.bool)
+    deviation = scores.std(correction=0).item()
+
+    def returned(rewards: torch.Tensor, beta: float) -> torch.Tensor:
+        return per_token_rewards(rewards, logprobs, ref_logprobs, mask, beta=beta).sum(1)
+
+    def white(values: torch.Tensor) -> torch.Tensor:
+        return whiten(values, everywhere)
+
+    after = white(returned(scores, 0.5))
+    assert_close(after, white(returned(white(scores), 0.5 / deviation)), atol=1e-6, rtol=1e-6)
+    assert (after - white(returned(white(scores), 0.5))).abs().max() > 0.1
+    before = returned(white(scores), 0.5)
+    assert_close(before, returned(white(100.0 * scores - 7.0), 0.5), atol=1e-6, rtol=1e-6)
+    assert (white(returned(100.0 * scores - 7.0, 0.5)) - after).abs().max() > 0.1
 
 
 def test_last_token_finds_the_end_of_each_response():

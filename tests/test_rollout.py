@@ -29,7 +29,7 @@ def policy():
 @pytest.fixture(scope="module")
 def rewards():
     scorers = [Scorer(load_reward_model("toy", new_head_seed=seed)) for seed in (1, 2)]
-    return RewardModels(*scorers, threshold=0.15)
+    return RewardModels(*scorers, threshold=0.15, device=torch.device("cpu"))
 
 
 def candidate(text: str, response: str, *, is_safety: bool = False, **scores: float) -> Candidate:

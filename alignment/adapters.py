@@ -1,0 +1,154 @@
+"""Adapters of fine-tuned models on the weights that all of them began from, so that these need be held only once.
+
+A model fine-tuned with LoRA is saved merged, and beside it as an adapter in peft's format. Where the model that it was
+trained from had an adapter itself, both are stacked: `W + B1 A1 + B2 A2 = W + [B1 B2] [A1; A2]`. So the adapters of an
+SFT model, a reward model trained from it and a rejection-sampling model all belong on the same weights, and one minus
+another turns the one model into the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, TaskType, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# The name of the frozen adapter; the trained one has peft's own, "default".
+FROZEN_ADAPTER = "frozen"
+_FILE, _BACKBONE = "adapter_model.safetensors", "backbone"
+
+LowRank = tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is added to a decoder's linear layers: (A, B) for W + B A, by the layer's name.
+
+    Attributes:
+        backbone: fingerprint of the weights that it belongs on.
+        layers: float32 factors of each layer that is changed.
+    """
+
+    backbone: str
+    layers: dict[str, LowRank]
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """Both at once. Raises ValueError where they belong on different weights."""
+        if self.backbone != other.backbone:
+            raise ValueError("the adapters belong on different weights")
+        layers = dict(self.layers)
+        for layer, (first, second) in other.layers.items():
+            if layer in layers:
+                first, second = torch.cat([layers[layer][0], first]), torch.cat([layers[layer][1], second], dim=1)
+            layers[layer] = (first, second)
+        return Adapter(self.backbone, layers)
+
+    def __neg__(self) -> Adapter:
+        """What takes it away again."""
+        return Adapter(self.backbone, {layer: (first, -second) for layer, (first, second) in self.layers.items()})
+
+    def config(self, prefix: str = "", **options: object) -> LoraConfig:
+        """peft's description of it, with names below `prefix`."""
+        ranks = {f"{prefix}{layer}": len(first) for layer, (first, _) in self.layers.items()}
+        return LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=dict(ranks), **options)
+
+
+def trained_adapter(model: PeftModel, backbone: str) -> Adapter:
+    """The adapter in training, on weights with this fingerprint."""
+    layers = {}
+    for name, module in model.get_base_model().get_decoder().named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
+            layers[name] = (first.detach().float().cpu(), second.detach().float().cpu() * module.scaling["default"])
+    return Adapter(backbone, layers)
+
+
+def fingerprint(decoder: nn.Module) -> str:
+    """Tells weights apart, the same for a model in float32 and in bfloat16: a hash of the beginning of each.
+
+    Of a decoder with adapters on it, that of the weights below them.
+    """
+    digest = hashlib.sha256()
+    for name, weight in decoder.named_parameters():
+        if "lora_" not in name:
+            name, values = name.replace(".base_layer", ""), weight.detach().flatten()[:1024].bfloat16()
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(values.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_adapter(adapter: Adapter, folder: Path, *, base: str, score: Tensor | None = None) -> None:
+    """Writes a folder that peft loads on the model `base`; `score` is a reward model's head."""
+    folder.mkdir()
+    task = TaskType.CAUSAL_LM if score is None else TaskType.SEQ_CLS
+    config = adapter.config("model.", task_type=task, base_model_name_or_path=base, inference_mode=True)
+    config.save_pretrained(str(folder))
+    tensors = {} if score is None else {"base_model.model.score.weight": score.detach().float().cpu().contiguous()}
+    for layer, factors in adapter.layers.items():
+        for name, values in zip(("lora_A", "lora_B"), factors, strict=True):
+            tensors[f"base_model.model.model.{layer}.{name}.weight"] = values.contiguous()
+    save_file(tensors, folder / _FILE, metadata={_BACKBONE: adapter.backbone, "format": "pt"})
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """The adapter that `write_adapter` left in a folder; None where there is none."""
+    if not (folder / _FILE).is_file():
+        return None
+    factors: dict[str, dict[str, Tensor]] = {}
+    with safe_open(folder / _FILE, framework="pt") as file:
+        backbone = (file.metadata() or {}).get(_BACKBONE)
+        for key in file.keys():  # noqa: SIM118  (not a mapping)
+            if ".lora_" in key:
+                layer, name, _ = key.removeprefix("base_model.model.model.").rsplit(".", 2)
+                factors.setdefault(layer, {})[name] = file.get_tensor(key)
+    if backbone is None:
+        return None
+    return Adapter(backbone, {layer: (parts["lora_A"], parts["lora_B"]) for layer, parts in factors.items()})
+
+
+def attach_frozen(decoder: nn.Module, adapter: Adapter) -> None:
+    """Puts an adapter on a decoder, in place, frozen and in the type of its weights."""
+    if not adapter.layers:
+        return
+    inject_adapter_in_model(adapter.config(), decoder, adapter_name=FROZEN_ADAPTER)
+    for layer, factors in adapter.layers.items():
+        module = decoder.get_submodule(layer)
+        for part, values in zip((module.lora_A, module.lora_B), factors, strict=True):
+            part[FROZEN_ADAPTER].weight = nn.Parameter(values.to(module.base_layer.weight), requires_grad=False)
+
+
+def keep_frozen_active(model: nn.Module) -> None:
+    """After a second adapter has been added for training: both are used, only that one is trained."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and FROZEN_ADAPTER in module.lora_A:
+            module.set_adapter([FROZEN_ADAPTER, *(name for name in module.lora_A if name != FROZEN_ADAPTER)])
+            for part in (module.lora_A, module.lora_B):
+                part[FROZEN_ADAPTER].requires_grad_(False)
+
+
+def set_decoder(model: nn.Module, decoder: nn.Module) -> None:
+    """Gives a Hugging Face model another decoder of the same shape; their own `set_decoder` does nothing to a Llama."""
+    old = model.get_decoder()
+    parent, _, name = next(name for name, module in model.named_modules() if module is old).rpartition(".")
+    setattr(model.get_submodule(parent), name, decoder)
+
+
+def linear_layers(decoder: nn.Module) -> Iterator[str]:
+    """Names of the linear layers, those with adapters on them included, those inside of adapters not."""
+    inside: str | None = None
+    for name, module in decoder.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, LoraLayer):
+            inside = f"{name}."
+        if isinstance(module, nn.Linear | LoraLayer):
+            yield name

@@ -1,0 +1,182 @@
+"""The models of PPO: one backbone for all of them, or separate ones, wherever they are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from alignment.config import LoraSection, load_config
+from alignment.data import load_prompts
+from alignment.errors import ModelError
+from alignment.hardware import lent
+from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, save_model
+from rlhf import rollout
+from rlhf.config import PPOConfig
+from rlhf.policy import PPOModels, load_models
+from rlhf.ppo import EncodedPrompt, PPOTrainer
+
+
+def save_tuned(loaded: LoadedModel, folder, seed: int, rank: int) -> None:
+    adapted = add_lora(loaded.model, LoraSection(r=rank), is_reward_model=not loaded.model.can_generate(), seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    save_model(adapted, loaded, folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The way of a pipeline: reward models from SFT, the policy from the base model; and one tuned in full."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_tuned(load_chat_model("toy"), folder / "sft", seed=1, rank=2)
+    for seed, name in enumerate(("helpfulness", "safety"), start=2):
+        save_tuned(load_reward_model(str(folder / "sft"), new_head_seed=seed), folder / name, seed, rank=2)
+    save_tuned(load_chat_model("toy"), folder / "rs", seed=4, rank=3)
+    in_full = load_reward_model("toy", new_head_seed=5)
+    save_model(in_full.model, in_full, folder / "full")
+    return folder
+
+
+def config_of(runs, *extra: str, policy: str = "rs", helpfulness: str = "helpfulness") -> PPOConfig:
+    model = policy if policy == "toy" else runs / policy
+    return load_config(PPOConfig, None, [
+        f"rewards.helpfulness={{path: {runs / helpfulness}, dtype: float32}}",
+        f"rewards.safety={{path: {runs / 'safety'}, dtype: float32}}",
+        f"model={{path: {model}, dtype: float32}}", "prompts.prompts=toy:prompts.train", "lora.r=2",
+        "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",
+        "optim.lr=1e-3", "run.device=cpu", "run.dir=unused", *extra,
+    ])  # fmt: skip
+
+
+def models_of(config: PPOConfig) -> PPOModels:
+    return load_models(config, torch.float32, torch.device("cpu"))
+
+
+def weights_held(models: PPOModels) -> int:
+    """Numbers in all frozen weights, those that models share counted once."""
+    parts = (models.policy, models.critic, models.rewards.helpfulness.model, models.rewards.safety.model)
+    found = {p.data_ptr(): p.numel() for part in parts for p in part.parameters() if not p.requires_grad}
+    return sum(found.values())
+
+
+def test_models_tuned_from_the_same_weights_hold_them_once(runs):
+    shared = models_of(config_of(runs))
+    separate = models_of(config_of(runs, "ppo.share_backbone=never"))
+    one = sum(parameter.numel() for parameter in load_chat_model("toy").model.parameters())
+    assert shared.separate is None and separate.separate == "ppo.share_backbone=never"
+    assert weights_held(separate) > 3.5 * one
+    assert weights_held(shared) < 2.5 * one  # adapters of rank 7 on matrices of 64 columns are half of it
+
+
+@pytest.mark.parametrize("policy", ["rs", "toy"])
+def test_an_iteration_is_the_same_on_one_backbone_and_on_separate_ones(runs, policy):
+    """The figures, and what is learned from them, float32 rounding apart."""
+    prompts = load_prompts(["toy:prompts.train"]).rows[:8]
+
+    def iterate(*extra: str) -> tuple[dict[str, float], list[torch.Tensor]]:
+        trainer = PPOTrainer(config_of(runs, *extra, policy=policy), Accelerator(cpu=True), torch.float32)
+        encoded = [EncodedPrompt(prompt, [5, 6, 7 + number]) for number, prompt in enumerate(prompts)]
+        metrics = trainer.iterate(encoded, seed=0)
+        models = (trainer.policy, trainer.critic)
+        return metrics, [p.detach() for model in models for p in model.parameters() if p.requires_grad]
+
+    (shared, learned), (separate, expected) = iterate("ppo.share_backbone=always"), iterate("ppo.share_backbone=never")
+    assert shared["first_ratio_error"] < 1e-5
+    for name, value in separate.items():
+        if "second" not in name:  # of a clock
+            assert shared[name] == pytest.approx(value, abs=1e-4, rel=1e-3), name
+    for found, wanted in zip(learned, expected, strict=True):
+        assert (found - wanted).abs().mean() < 1e-5 < wanted.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"helpfulness": "full"}, "rewards.helpfulness: was not fine-tuned with LoRA"),
+        ({"policy": "sft", "extra": ["lora.r=0"]}, "trained in full"),
+        ({"extra": ["rewards.safety.dtype=bfloat16"]}, "rewards.safety: computes in bfloat16"),
+    ],
+)
+def test_what_cannot_share_a_backbone_is_separate_or_refused(runs, options, reason):
+    options = dict(options)
+    extra = options.pop("extra", [])
+    assert reason in models_of(config_of(runs, *extra, **options)).separate
+    with pytest.raises(ModelError, match=r"ppo\.share_backbone=always: "):
+        models_of(config_of(runs, *extra, "ppo.share_backbone=always", **options))
+
+
+def test_a_model_tuned_from_other_weights_is_separate(runs, tmp_path):
+    other = load_reward_model("toy", new_head_seed=5)
+    with torch.no_grad():
+        other.model.get_decoder().norm.weight.mul_(1.5)
+    save_model(other.model, other, tmp_path / "other")
+    save_tuned(load_reward_model(str(tmp_path / "other")), tmp_path / "tuned", seed=7, rank=2)
+    found = models_of(config_of(runs, f"rewards.helpfulness={tmp_path / 'tuned'}"))
+    assert found.separate == "rewards.helpfulness: was fine-tuned from other weights than the policy."
+
+
+class Suitcase(nn.Linear):
+    """Notes where it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.sent: list[str] = []
+
+    def to(self, device):
+        self.sent.append(str(device))
+        return self
+
+
+def test_a_lent_model_goes_back_after_an_error_too():
+    model = Suitcase()
+    with lent(model, torch.device("meta")):
+        assert model.sent == ["meta"]
+    assert model.sent == ["meta", "cpu"]
+    with pytest.raises(ZeroDivisionError), lent(model, torch.device("meta")):
+        raise ZeroDivisionError
+    assert model.sent == ["meta", "cpu", "meta", "cpu"]
+
+
+def test_offloaded_models_are_lent_to_the_device_to_work_and_nothing_else_changes(runs, monkeypatch):
+    """Reference and reward models are sent to the device, each for its phase; the figures stay as they are."""
+    prompts = load_prompts(["toy:prompts.train"]).rows[:8]
+    encoded = [EncodedPrompt(prompt, [5, 6, 7 + number]) for number, prompt in enumerate(prompts)]
+
+    def figures(*extra: str) -> dict[str, float]:
+        trainer = PPOTrainer(config_of(runs, "lora.r=0", *extra), Accelerator(cpu=True), torch.float32)
+        names = {id(trainer.models.reference): "reference"}
+        names |= {id(trainer.rewards.helpfulness.model): "helpfulness", id(trainer.rewards.safety.model): "safety"}
+        lends.clear()
+        metrics = trainer.iterate(encoded, seed=0)
+        assert [names[each] for each in lends] == ["helpfulness", "safety", "reference"]
+        return {name: value for name, value in metrics.items() if "second" not in name}
+
+    lends: list[int] = []
+
+    def noted(model, device):
+        lends.append(id(model))
+        return lent(model, device)
+
+    monkeypatch.setattr(rollout, "lent", noted)
+    monkeypatch.setattr("rlhf.policy.lent", noted)
+    assert figures("ppo.offload=true") == figures("ppo.offload=false")
+
+
+def test_an_offloaded_reward_model_is_kept_in_cpu_memory_in_the_devices_type(runs, monkeypatch):
+    """Asked of the computing device, which is not where it is kept."""
+    asked = []
+
+    def dtype_for(device, name):
+        asked.append((device.type, name))
+        return torch.bfloat16
+
+    monkeypatch.setattr(rollout, "compute_dtype", dtype_for)
+    section = config_of(runs, "rewards.helpfulness.dtype=auto", "rewards.safety.dtype=auto").rewards
+    found = rollout.RewardModels.load(section, torch.device("meta"), offload=True)
+    assert asked == [("meta", "auto"), ("meta", "auto")] and found.device.type == "meta"
+    weight = found.safety.model.get_decoder().layers[0].mlp.up_proj.weight
+    assert weight.device.type == "cpu" and weight.dtype == torch.bfloat16
