@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from alignment.config import LoraSection
 from alignment.logprobs import unwrap
-from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, merged_copy
-from alignment.sampling.torch_engine import TorchSampler
+from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,6 @@ def load_actor_critic(
             unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
             unwrap(model).enable_input_require_grads()
     return ActorCritic(loaded, policy.to(device), critic.to(device), reference)
-
-
-def sampler_for(policy: nn.Module, loaded: LoadedModel, dtype: torch.dtype, *, max_rows: int) -> TorchSampler:
-    """An engine on the policy's present weights: a merged copy in the fast type, or the policy itself."""
-    inner = policy.module if hasattr(policy, "module") else policy
-    plain = not isinstance(inner, PeftModel) and next(inner.parameters()).dtype == dtype
-    model = inner if plain else merged_copy(inner, dtype)
-    return TorchSampler(model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=max_rows)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
