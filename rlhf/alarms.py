@@ -53,7 +53,7 @@ class Watch:
 
 
 def alarms_of(now: Figures, first: Figures, section: AlarmSection) -> dict[str, str]:
-    """Messages by name (`kl`, `ratio`, `entropy`, `length`, `gated`): what was found, its limit, what to do.
+    """Messages by name (`kl`, `ratio`, `sampler`, `entropy`, `length`, `gated`): what was found, its limit, what to do.
 
     Args:
         now: an iteration's figures, as in `metrics.jsonl` without `ppo/`.
@@ -71,6 +71,12 @@ def alarms_of(now: Figures, first: Figures, section: AlarmSection) -> dict[str, 
             f"first_ratio_error is {now['first_ratio_error']:.4f}, over alarms.max_ratio_error = "
             f"{section.max_ratio_error:g}: before any step old and new log-probabilities must be the same. Turn "
             "dropout off (lora.dropout=0) and compute in one type (model.dtype)."
+        )
+    if now["sampler_gap"] > section.max_sampler_gap:
+        found["sampler"] = (
+            f"sampler_gap is {now['sampler_gap']:.3f} nats a token, over alarms.max_sampler_gap = "
+            f"{section.max_sampler_gap:g}: the engine that samples computes other probabilities than the trainer, with "
+            "old weights or too coarsely. Look at sampling.vllm (dtype, quantization), or use sampling.engine=torch."
         )
     if now["entropy"] < section.min_entropy * first["entropy"]:
         found["entropy"] = (

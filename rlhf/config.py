@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -104,8 +104,9 @@ class PPOSampling(SamplingSection):
     num_candidates: PositiveInt = 1
     """Rollouts for each prompt."""
 
-    engine: Literal["torch"] = "torch"
-    """PPO samples from the weights in training, which only the built-in engine takes as yet."""
+    vllm: dict[str, Any] = {}
+    """Arguments for vLLM's `LLM`. On a GPU it shares the memory with the training: `gpu_memory_utilization` is 0.3
+    here. With LoRA `enable_lora` and `max_lora_rank` are as `lora.r` needs them."""
 
     top_p: Literal[1.0] = 1.0
     """PPO needs samples of the policy itself, not of a truncated one."""
@@ -204,6 +205,10 @@ class AlarmSection(Section):
 
     max_ratio_error: PositiveFloat = 0.05
     """Mean distance of the first minibatch's ratio from 1: rounding in bfloat16 makes a hundredth."""
+
+    max_sampler_gap: PositiveFloat = 0.2
+    """Mean distance of the sampling engine's log-probabilities from the trainer's, nats a token: rounding in bfloat16
+    makes a few hundredths."""
 
     min_entropy: Fraction = 0.2
     """Entropy a token, as a share of the first iteration's."""

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, set_decoder
@@ -16,8 +15,7 @@ from alignment.errors import ModelError
 from alignment.hardware import lent
 from alignment.logprobs import unwrap
 from alignment.model_workers import sharing_copy
-from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, merged_copy
-from alignment.sampling.torch_engine import TorchSampler
+from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.rollout import RewardModels
@@ -120,14 +118,6 @@ def _on_one_backbone(
             raise ModelError(f"ppo.share_backbone=always: {error}") from error
         return None, str(error)
     return found, None
-
-
-def sampler_for(policy: nn.Module, loaded: LoadedModel, dtype: torch.dtype, *, max_rows: int) -> TorchSampler:
-    """An engine on the policy's present weights: a merged copy in the fast type, or the policy itself."""
-    inner = policy.module if hasattr(policy, "module") else policy
-    plain = not isinstance(inner, PeftModel) and next(inner.parameters()).dtype == dtype
-    model = inner if plain else merged_copy(inner, dtype)
-    return TorchSampler(model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=max_rows)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -11,7 +11,6 @@ Where it departs from textbook PPO or the paper is silent (see docs/deviations.m
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,15 +27,17 @@ from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_bat
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.prompts import fit_prompts, sample_ids
-from alignment.sampling.torch_engine import TorchSampler
+from alignment.sampling.vllm_engine import VllmSampler
 from alignment.training import build_scheduler
 from rlhf.advantages import gae
 from rlhf.checkpoint import Learner
+from rlhf.clock import PhaseClock
 from rlhf.config import PPOConfig
 from rlhf.gating import safety_gate
 from rlhf.kl_control import adapted_beta
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, is_clipped
-from rlhf.policy import load_models, parameter_groups, sampler_for
+from rlhf.policy import load_models, parameter_groups
+from rlhf.policy_sampler import PolicySampler
 from rlhf.rewards import per_token_rewards
 from rlhf.rollout import (
     Rollouts,
@@ -44,6 +45,7 @@ from rlhf.rollout import (
     branch_rows,
     reward_metrics,
     rollout_metrics,
+    sampler_gap,
     tabulate,
 )
 
@@ -59,7 +61,9 @@ class EncodedPrompt:
 class PPOTrainer:
     """State of a PPO run: models, optimizers, and one `iterate` a batch of rollouts."""
 
-    def __init__(self, config: PPOConfig, accelerator: Accelerator, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PPOConfig, accelerator: Accelerator, dtype: torch.dtype, vllm: VllmSampler | None = None
+    ) -> None:
         self.config, self.accelerator, self.dtype = config, accelerator, dtype
         self.beta = config.ppo.beta
         self.models = load_models(config, dtype, accelerator.device)
@@ -75,6 +79,8 @@ class PPOTrainer:
             "critic": self._learner(self.models.critic, config.ppo.critic_lr),
         }
         self.policy, self.critic = (learner.model for learner in self.learners.values())
+        rows = config.sampling.max_rows
+        self.sampler = PolicySampler(self.policy, self.models.loaded, dtype, max_rows=rows, vllm=vllm)
 
     def _learner(self, model: nn.Module, lr: float) -> Learner:
         optim = self.config.optim
@@ -101,19 +107,15 @@ class PPOTrainer:
             chosen.append(prompts[int(order[position % len(prompts)])])
         return chosen
 
-    def sampler(self) -> TorchSampler:
-        """An engine on the policy's present weights."""
-        return sampler_for(self.policy, self.models.loaded, self.dtype, max_rows=self.config.sampling.max_rows)
-
     def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int) -> dict[str, float]:
         """One iteration: sample, score, gate, whiten, KL, advantages, updates; returns metrics over all processes."""
         accelerator, sampling, config = self.accelerator, self.config.sampling, self.config.ppo
         mine = prompts[accelerator.process_index :: accelerator.num_processes]
-        clock = _Clock()
+        clock = PhaseClock()
 
         # 1. Sample responses from the present policy.
         silent = ProgressBar("", 0, shown=False)
-        drawn = sample_ids(self.sampler(), [prompt.ids for prompt in mine], sampling, seed=seed, bar=silent)
+        drawn = sample_ids(self.sampler, [prompt.ids for prompt in mine], sampling, seed=seed, bar=silent)
         trees = [
             Tree(prompt.ids, [Branch(sample.token_ids) for sample in samples])
             for prompt, samples in zip(mine, drawn, strict=True)
@@ -142,6 +144,7 @@ class PPOTrainer:
 
         # 5. One gradient step a minibatch, policy and critic.
         update = self._update(rollouts)
+        self.sampler.weights_changed()
         clock.lap("update")
 
         gate = safety_gate(safety, is_safety, threshold=self.rewards.threshold)
@@ -150,6 +153,7 @@ class PPOTrainer:
             **reward_metrics(gated, helpfulness, safety, is_safety, gate, rollouts.mask.sum(1)),
             "truncated_rate": 1.0 - stopped.float().mean(),
             **rollout_metrics(rollouts),
+            "sampler_gap": sampler_gap(rollouts, drawn),
             "beta": self.beta,
             **{f"{name}_tokens_per_second": tokens / seconds for name, seconds in clock.phases()},
         }
@@ -283,22 +287,6 @@ class PPOTrainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-
-class _Clock:
-    """Seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[f"{name}_seconds"] = now - self._last
-        self._last = now
-
-    def phases(self) -> list[tuple[str, float]]:
-        return [(name.removesuffix("_seconds"), max(seconds, 1e-9)) for name, seconds in self.seconds.items()]
 
 
 def iteration_seed(seed: int, step: int) -> int:

@@ -17,6 +17,7 @@ from rlhf.alarms import Watch
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.config import PPOConfig
 from rlhf.held_out import HeldOut
+from rlhf.policy_sampler import open_policy_vllm
 from rlhf.ppo import PPOTrainer, iteration_seed
 
 
@@ -32,43 +33,44 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     dtype = run_dir.dtype(accelerator.device, config.model.dtype)
     if trackers:
         accelerator.init_trackers("align-ppo")
-    trainer = PPOTrainer(config, accelerator, dtype)
-    separate = trainer.models.separate
-    run_dir.note(backbone=f"separate: {separate}" if separate else "shared")
-    prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
+    with open_policy_vllm(config, dtype) as vllm:
+        trainer = PPOTrainer(config, accelerator, dtype, vllm)
+        separate = trainer.models.separate
+        run_dir.note(backbone=f"separate: {separate}" if separate else "shared")
+        prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
 
-    policy = trainer.learners["policy"]
-    done, watch = 0, Watch(config.alarms)
-    held_out = HeldOut(config, held_out_data, trainer.models.loaded.chat, state)
-    if resume and (checkpoint := newest_checkpoint(run_dir)):
-        done, extra = load_checkpoint(checkpoint, trainer.learners)
-        trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])
-        held_out.load_state_dict(extra["held_out"])
-    if accelerator.is_main_process:
-        run_dir.metrics.truncate_after(done or -1)
+        policy = trainer.learners["policy"]
+        done, watch = 0, Watch(config.alarms)
+        held_out = HeldOut(config, held_out_data, trainer.models.loaded.chat, state)
+        if resume and (checkpoint := newest_checkpoint(run_dir)):
+            done, extra = load_checkpoint(checkpoint, trainer.learners)
+            trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])
+            held_out.load_state_dict(extra["held_out"])
+        if accelerator.is_main_process:
+            run_dir.metrics.truncate_after(done or -1)
 
-    def look() -> dict[str, float]:
-        if not held_out.is_due(done):
-            return {}
-        return held_out.look(done, trainer.sampler(), trainer.rewards, policy, run_dir)
+        def look() -> dict[str, float]:
+            if not held_out.is_due(done):
+                return {}
+            return held_out.look(done, trainer.sampler, trainer.rewards, policy, run_dir)
 
-    if done == 0 and (figures := look()):
-        run_dir.log(0, {f"ppo/{name}": value for name, value in figures.items()})
-    total = config.train.max_steps
-    with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=done) as bar:
-        while done < total and watch.stopped is None and not held_out.has_stopped:
-            metrics = trainer.iterate(trainer.prompts_of(done, prompts), seed=iteration_seed(config.run.seed, done))
-            done += 1
-            values = {f"ppo/{name}": value for name, value in {**metrics, **look()}.items()}
-            run_dir.log(done, values)
-            accelerator.log(values, step=done)
-            bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
-            for message in watch.look(done, metrics):
-                if accelerator.is_main_process:
-                    console.print(f"ppo: iteration {done}: {message}")
-            if done % config.train.save_every == 0 and accelerator.is_main_process:
-                extra = {"beta": trainer.beta, "watch": watch.state(), "held_out": held_out.state_dict()}
-                save_checkpoint(run_dir, done, trainer.learners, extra)
+        if done == 0 and (figures := look()):
+            run_dir.log(0, {f"ppo/{name}": value for name, value in figures.items()})
+        total = config.train.max_steps
+        with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=done) as bar:
+            while done < total and watch.stopped is None and not held_out.has_stopped:
+                metrics = trainer.iterate(trainer.prompts_of(done, prompts), seed=iteration_seed(config.run.seed, done))
+                done += 1
+                values = {f"ppo/{name}": value for name, value in {**metrics, **look()}.items()}
+                run_dir.log(done, values)
+                accelerator.log(values, step=done)
+                bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
+                for message in watch.look(done, metrics):
+                    if accelerator.is_main_process:
+                        console.print(f"ppo: iteration {done}: {message}")
+                if done % config.train.save_every == 0 and accelerator.is_main_process:
+                    extra = {"beta": trainer.beta, "watch": watch.state(), "held_out": held_out.state_dict()}
+                    save_checkpoint(run_dir, done, trainer.learners, extra)
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()

@@ -18,6 +18,7 @@ from alignment.hardware import compute_dtype, lent
 from alignment.models import LoadedModel
 from alignment.prefix_batch import PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
+from alignment.sampling.protocol import Sample
 from alignment.tensor_ops import masked_mean, masked_var
 from reward_models.score import Scorer
 from rlhf.config import RewardSection
@@ -201,6 +202,15 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
         "return": per_response(rollouts.rewards),
         "explained_variance": 1 - error / masked_var(rollouts.returns, mask).clamp_min(1e-8),
     }
+
+
+def sampler_gap(rollouts: Rollouts, drawn: Sequence[Sequence[Sample]]) -> Tensor:
+    """Mean over tokens of |log-probability by the engine that drew them - by the trainer|, both at its temperature.
+
+    Samples are those of the rollouts, in their order. In nats a token.
+    """
+    reported = torch.tensor([value for samples in drawn for sample in samples for value in sample.logprobs])
+    return (reported - rollouts.logprobs[rollouts.mask].cpu()).abs().mean()
 
 
 def tabulate(

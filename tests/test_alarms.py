@@ -9,7 +9,10 @@ from rlhf.alarms import Watch, alarms_of
 from rlhf.config import AlarmSection
 from rlhf.kl_control import adapted_beta
 
-HEALTHY = {"kl_k3": 3.0, "first_ratio_error": 0.0, "entropy": 2.0, "length": 40.0, "gated_unsafe_rate": 0.2}
+HEALTHY = {
+    "kl_k3": 3.0, "first_ratio_error": 0.0, "sampler_gap": 0.05, "entropy": 2.0, "length": 40.0,
+    "gated_unsafe_rate": 0.2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,7 @@ HEALTHY = {"kl_k3": 3.0, "first_ratio_error": 0.0, "entropy": 2.0, "length": 40.
     [
         ("kl", "kl_k3", 50.0, 50.1, "ppo.beta"),
         ("ratio", "first_ratio_error", 0.05, 0.051, "lora.dropout=0"),
+        ("sampler", "sampler_gap", 0.2, 0.201, "sampling.engine=torch"),
         ("entropy", "entropy", 0.4, 0.39, "Lower optim.lr"),
         ("length", "length", 80.0, 80.1, "reward_length_correlation"),
         ("length", "length", 20.0, 19.9, "reward_length_correlation"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 
 import torch
 from accelerate import PartialState
@@ -36,13 +36,26 @@ def open_sampler(
         SamplerError: vLLM cannot be imported or started, and `sampling.fall_back` is off.
     """
     dtype = compute_dtype(device, model.dtype)
-    if sampling.engine == "vllm" and (sampler := _start_vllm(model, sampling, dtype, max_prompt_length)):
-        with closing(sampler):
-            yield sampler
-        return
+    with open_vllm(model, sampling, dtype, max_prompt_length=max_prompt_length) as vllm:
+        if vllm is not None:
+            yield vllm
+            return
     loaded = load_chat_model(model.path, dtype=dtype, chat_template=model.chat_template)
     loaded.model.to(device)
     yield TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
+
+
+@contextmanager
+def open_vllm(
+    model: ModelSection, sampling: SamplingSection, dtype: torch.dtype, *, max_prompt_length: int
+) -> Iterator[VllmSampler | None]:
+    """vLLM on a model until the end of the block, or None: `sampling` names the torch engine or falls back to it.
+
+    Raises as `open_sampler` does.
+    """
+    sampler = _start_vllm(model, sampling, dtype, max_prompt_length) if sampling.engine == "vllm" else None
+    with nullcontext() if sampler is None else closing(sampler):
+        yield sampler
 
 
 def _start_vllm(
