@@ -26,12 +26,14 @@ from rlhf.config import RejectionSamplingConfig
 Asked = tuple[Prompt, list[int]]
 
 
-def distinct_prompts(chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, run_dir: Run) -> list[Asked]:
-    """The prompts that fit, those that are the same to the model once; what is left out is counted in the manifest.
+def distinct_prompts(
+    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, *, room: int, run_dir: Run
+) -> list[Asked]:
+    """The prompts of `fit_prompts`, those that are the same to the model once, which is counted in the manifest.
 
     Raises DataError where no prompt fits.
     """
-    fitting = fit_prompts(chat, prompts, section, run_dir)
+    fitting = fit_prompts(chat, prompts, section, room=room, run_dir=run_dir)
     distinct: dict[tuple[int, ...], Prompt] = {}
     for prompt, ids in fitting:
         distinct.setdefault(tuple(ids), prompt)

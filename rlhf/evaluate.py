@@ -64,7 +64,8 @@ def _sample_answers(config: EvalConfig, name: str, prompts: Sequence[Prompt], st
     """A policy's answers with, but for the first policy's, their log-probability under it less under the first."""
     section, sampling = config.policies[name], config.sampling
     chat, _ = load_chat_of(section.path, section.chat_template)
-    fitting = fit_prompts(chat, prompts, config.prompts)
+    contexts = (load_chat_of(policy.path, policy.chat_template)[1] for policy in config.policies.values())
+    fitting = fit_prompts(chat, prompts, config.prompts, room=min(contexts) - sampling.max_new_tokens)
     length = config.prompts.max_prompt_length
     with open_sampler(section, sampling, state.device, max_prompt_length=length) as sampler:
         samples = sample_prompts(sampler, fitting, sampling, seed=config.run.seed, title=f"eval: {name} answers")

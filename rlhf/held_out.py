@@ -29,11 +29,13 @@ class HeldOut:
         best_iteration: the one with the highest reward so far, the earliest of equals.
     """
 
-    def __init__(self, config: PPOConfig, data: Loaded[Prompt], chat: ChatFormat, state: PartialState) -> None:
-        """Raises DataError where no held-out prompt fits."""
+    def __init__(
+        self, config: PPOConfig, data: Loaded[Prompt], chat: ChatFormat, state: PartialState, *, room: int
+    ) -> None:
+        """Prompts have at most `room` tokens. Raises DataError where no held-out prompt fits."""
         self.section, self.config, self.chat, self.state = config.evaluation, config, chat, state
         prompts = choose_prompts(data, self.section.as_prompts(config.prompts), config.run.seed)
-        self._asked = fit_prompts(chat, prompts, config.prompts) if prompts else []
+        self._asked = fit_prompts(chat, prompts, config.prompts, room=room) if prompts else []
         self.history: list[dict[str, float]] = []
         self.best_iteration = 0
         self._best: dict[str, torch.Tensor] = {}

@@ -23,6 +23,7 @@ from alignment.dialogue import Prompt
 from alignment.distributed import mean_over_processes, whiten_over_processes
 from alignment.errors import ConfigError, DataError
 from alignment.logprobs import response_logprobs, response_stats, token_values
+from alignment.models import context_length
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
 from alignment.runs import Run
@@ -91,9 +92,16 @@ class PPOTrainer:
         model, optimizer = self.accelerator.prepare(model, optimizer)
         return Learner(model, optimizer, scheduler)
 
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt at most, so that every model's context holds it with its response."""
+        rewards = (self.rewards.helpfulness.context_length, self.rewards.safety.context_length)
+        return min(context_length(self.models.loaded.model.config), *rewards) - self.config.sampling.max_new_tokens
+
     def encode(self, prompts: Sequence[Prompt], run_dir: Run) -> list[EncodedPrompt]:
         """Prompts that fit, with their ids; the others are counted. Raises DataError where none fits."""
-        fitting = fit_prompts(self.models.loaded.chat, prompts, self.config.prompts, run_dir)
+        chat, room = self.models.loaded.chat, self.room
+        fitting = fit_prompts(chat, prompts, self.config.prompts, room=room, run_dir=run_dir)
         return [EncodedPrompt(prompt, ids) for prompt, ids in fitting]
 
     def prompts_of(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:

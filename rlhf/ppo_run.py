@@ -41,7 +41,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
 
         policy = trainer.learners["policy"]
         done, watch = 0, Watch(config.alarms)
-        held_out = HeldOut(config, held_out_data, trainer.models.loaded.chat, state)
+        held_out = HeldOut(config, held_out_data, trainer.models.loaded.chat, state, room=trainer.room)
         if resume and (checkpoint := newest_checkpoint(run_dir)):
             done, extra = load_checkpoint(checkpoint, trainer.learners)
             trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])

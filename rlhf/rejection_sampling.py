@@ -35,8 +35,9 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *earlier.sources, *baseline.sources])
 
-    chat, _ = load_chat_of(config.model.path, config.model.chat_template)
-    prompts = distinct_prompts(chat, choose_prompts(data, config.prompts, config.run.seed), config.prompts, run_dir)
+    chat, context = load_chat_of(config.model.path, config.model.chat_template)
+    chosen, room = choose_prompts(data, config.prompts, config.run.seed), context - config.sampling.max_new_tokens
+    prompts = distinct_prompts(chat, chosen, config.prompts, room=room, run_dir=run_dir)
     tried = try_temperatures(config, prompts, run_dir, state)
     temperature, by_temperature = choose_temperature(tried) if tried else (config.sampling.temperature, {})
     sampled = sample_candidates(config, {temperature: prompts}, run_dir, state)[temperature]

@@ -41,7 +41,7 @@ def drawn(
 ) -> list[Candidate]:
     config, state = settings(folder, **sampling), process_state("cpu")
     run_dir = open_run(config, resume=resume, state=state)
-    asked = distinct_prompts(load_chat_of("toy")[0], prompts, config.prompts, run_dir)
+    asked = distinct_prompts(load_chat_of("toy")[0], prompts, config.prompts, room=400, run_dir=run_dir)
     return sample_candidates(config, {temperature: asked}, run_dir, state)[temperature]
 
 

@@ -35,8 +35,9 @@ def sample_file(
     prompts = build_section(PromptSection, {"prompts": [source], "max_prompts": max_prompts})
     sampling = build_section(SamplingSection, settings)
     data = load_prompts([source])
-    chat, _ = load_chat_of(model)
-    fitting = fit_prompts(chat, choose_prompts(data, prompts, seed), prompts)
+    chat, context = load_chat_of(model)
+    chosen = choose_prompts(data, prompts, seed)
+    fitting = fit_prompts(chat, chosen, prompts, room=context - sampling.max_new_tokens)
     longest = max(len(ids) for _, ids in fitting)
     with open_sampler(ModelSection(path=model), sampling, PartialState().device, max_prompt_length=longest) as sampler:
         samples = sample_prompts(sampler, fitting, sampling, seed=seed, title="sample")

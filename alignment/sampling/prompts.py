@@ -43,16 +43,30 @@ def sample_prompts(
 
 
 def fit_prompts(
-    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, run_dir: Run | None = None
+    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, *, room: int, run_dir: Run | None = None
 ) -> list[tuple[Prompt, list[int]]]:
     """The prompts that fit with their token ids; the others are counted in the manifest.
 
-    Raises DataError where no prompt fits.
+    Args:
+        chat: the format of the model that answers.
+        prompts: what it is asked.
+        section: its `max_prompt_length` is the limit.
+        room: tokens that a model's context leaves for a prompt beside its response: a limit too.
+        run_dir: with a manifest to count in.
+
+    Raises:
+        DataError: no prompt fits.
     """
-    encoded = [fit_prompt(chat, prompt.messages, section.max_prompt_length) for prompt in prompts]
+    limit = min(section.max_prompt_length, room)
+    encoded = [fit_prompt(chat, prompt.messages, limit) for prompt in prompts]
     fitting = [(prompt, ids) for prompt, (ids, _) in zip(prompts, encoded, strict=True) if ids is not None]
     if not fitting:
-        raise DataError(f"prompts: none fits into prompts.max_prompt_length = {section.max_prompt_length} tokens.")
+        reason = (
+            "prompts.max_prompt_length"
+            if limit == section.max_prompt_length
+            else "what the model's context leaves beside sampling.max_new_tokens; lower that"
+        )
+        raise DataError(f"prompts: none fits into {limit} tokens ({reason}).")
     if run_dir is not None:
         cut = sum(was_cut for _, was_cut in encoded)
         run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})

@@ -1,0 +1,51 @@
+"""Which prompts a stage takes, and what fits into the models that read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignment.config import PromptSection
+from alignment.data import Loaded
+from alignment.dialogue import Message, Prompt
+from alignment.errors import DataError
+from alignment.models import load_chat_of
+from alignment.sampling.prompts import choose_prompts, fit_prompts
+
+
+def prompts_of(safety: int, other: int) -> Loaded[Prompt]:
+    return Loaded(
+        [Prompt(messages=(Message("user", str(n)),), is_safety=n < safety) for n in range(safety + other)], []
+    )
+
+
+@pytest.mark.parametrize(
+    ("safety", "other", "share", "expected"),
+    [
+        (50, 50, 0.5, 10), (50, 50, 0.25, 5), (50, 50, 0.0, 0), (50, 50, 1.0, 20),
+        (3, 50, 0.5, 3), (50, 4, 0.25, 16), (8, 8, 0.5, 8),
+    ],
+)  # fmt: skip
+def test_the_share_of_safety_prompts_where_there_are_enough_of_both(safety, other, share, expected):
+    section = PromptSection(prompts=["x"], max_prompts=20, safety_share=share)
+    data = prompts_of(safety, other)
+    chosen = choose_prompts(data, section, seed=0)
+    assert len(chosen) == min(20, safety + other) and sum(prompt.is_safety for prompt in chosen) == expected
+    assert chosen == sorted(chosen, key=data.rows.index) and len(set(chosen)) == len(chosen)
+    if safety + other > 60:
+        assert choose_prompts(data, section, seed=1) != chosen
+
+
+def test_a_prompt_must_leave_room_for_its_response_in_the_models_context():
+    chat, context = load_chat_of("toy")
+    texts = ("a" * 20, "a" * 60)
+    prompts = [Prompt(messages=(Message("user", text),), is_safety=False) for text in texts]
+    section = PromptSection(prompts=["x"], max_prompt_length=10_000)
+    [short, long] = (len(ids) for _, ids in fit_prompts(chat, prompts, section, room=context))
+    assert [p for p, _ in fit_prompts(chat, prompts, section, room=long)] == prompts
+    assert [p for p, _ in fit_prompts(chat, prompts, section, room=long - 1)] == prompts[:1]
+    lower = section.model_copy(update={"max_prompt_length": long - 1})
+    assert [p for p, _ in fit_prompts(chat, prompts, lower, room=context)] == prompts[:1]
+    with pytest.raises(DataError, match=rf"none fits into {short - 1} tokens \(what the model's context leaves"):
+        fit_prompts(chat, prompts, section, room=short - 1)
+    with pytest.raises(DataError, match=r"none fits into 3 tokens \(prompts\.max_prompt_length\)"):
+        fit_prompts(chat, prompts, section.model_copy(update={"max_prompt_length": 3}), room=context)
