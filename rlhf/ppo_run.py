@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from alignment.data import load_prompts
+from alignment.errors import ConfigError
 from alignment.hardware import process_state
 from alignment.models import save_model
 from alignment.progress import ProgressBar, console
@@ -26,6 +27,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     state = process_state(config.run.device)
     trackers = config.run.report_to or None
     accelerator = Accelerator(cpu=config.run.device == "cpu", log_with=trackers, project_dir=config.run.dir)
+    _check_whole_models(accelerator)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     held_out_data = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
     run_dir = open_run(config, resume=resume, state=state)
@@ -97,3 +99,12 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     )
     run_dir.clear_checkpoints()
     return result
+
+
+def _check_whole_models(accelerator: Accelerator) -> None:
+    """Raises ConfigError where processes would hold parts of the models: sampling and checkpoints take whole ones."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"ppo: {accelerator.distributed_type.value} splits the models over processes, and sampling needs them "
+            "whole. Launch it with accelerate launch --multi_gpu; lora.r=16 lets all models stand on one backbone."
+        )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from alignment.config import load_config
+from alignment.errors import ConfigError
 from alignment.models import load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
 from rlhf import ppo, ppo_run
@@ -153,6 +154,16 @@ def test_the_scale_of_scores_changes_nothing_that_is_learned(settings, monkeypat
     assert divergence > 1e-3  # so that the KL term has something to say
     for expected, found in zip(weights, scaled, strict=True):
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_models_split_over_processes_are_refused_before_any_is_loaded(settings, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType[kind]))
+    monkeypatch.setattr(ppo_run, "PPOTrainer", None)
+    config = load_config(PPOConfig, None, [*settings, f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=f"ppo: {kind} splits the models.*multi_gpu"):
+        ppo_run.run(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_reward_figures_by_hand():
