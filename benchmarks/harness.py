@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import date
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -156,6 +157,12 @@ def matrix_gflops(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(left, right)
         best = max(best, 2 * 2048 * 1536 * 576 / (time.perf_counter() - start) / 1e9)
     return best
+
+
+def peak_memory_gb() -> float:
+    """Most memory of this process so far; our package is not in the environment of every side."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024 / 1e9
 
 
 def _child(python: str, script: str, side: Side, arguments: Sequence[str]) -> dict[str, float] | None:

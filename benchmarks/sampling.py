@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Side, machine_line, run_in_turn
+from harness import Side, machine_line, peak_memory_gb, run_in_turn
 
 sys.path.remove(str(Path(__file__).resolve().parent))
 MODEL = "smollm2-135m-instruct"
@@ -141,7 +141,7 @@ def _sample_with_align(options: argparse.Namespace) -> dict[str, float]:
     lengths = [len(sample.token_ids) for sample in found]
     logprob = sum(sum(sample.logprobs) for sample in found)
     return {
-        **_figures(lengths, logprob, seconds, _peak_memory_gb()),
+        **_figures(lengths, logprob, seconds, peak_memory_gb()),
         "prefill_seconds": sum(prefill),
         "operations": 2 * computed,
     }
@@ -180,7 +180,7 @@ def _sample_with_generate(options: argparse.Namespace) -> dict[str, float]:
     lengths: list[int] = []
     for first in range(0, len(ordered), size):
         lengths += lengths_of_samples(ordered[first : first + size], options.max_new_tokens)
-    return _figures(lengths, None, time.perf_counter() - start, _peak_memory_gb())
+    return _figures(lengths, None, time.perf_counter() - start, peak_memory_gb())
 
 
 def _sample_with_vllm(options: argparse.Namespace) -> dict[str, float]:
@@ -217,7 +217,7 @@ def _sample_with_vllm(options: argparse.Namespace) -> dict[str, float]:
     found = sample(inputs["prompts"], options.max_new_tokens)
     seconds = time.perf_counter() - start
     logprob = sum(one.cumulative_logprob for one in found)
-    return _figures([len(one.token_ids) for one in found], logprob, seconds, _peak_memory_gb())
+    return _figures([len(one.token_ids) for one in found], logprob, seconds, peak_memory_gb())
 
 
 def _figures(lengths: list[int], logprob: float | None, seconds: float, memory: float) -> dict[str, float]:
@@ -230,12 +230,6 @@ def _figures(lengths: list[int], logprob: float | None, seconds: float, memory: 
         "mean_tokens": tokens / len(lengths),
         "mean_logprob": float("nan") if logprob is None else logprob / tokens,
     }
-
-
-def _peak_memory_gb() -> float:
-    """Most memory of this process so far; this package is not in the environment of every side."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024 / 1e9
 
 
 def _read(options: argparse.Namespace) -> dict[str, Any]:
