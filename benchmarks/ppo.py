@@ -119,12 +119,18 @@ def _operations(ours: dict[str, float], options: argparse.Namespace, prompt_toke
 def _inputs(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What both sides get: folders of the models, and the prompts' ids of every iteration, the warming-up first."""
     from alignment.chat import encode_prompt
+    from alignment.config import LoraSection
     from alignment.data import load_prompts, pick
-    from alignment.models import load_reward_model, model_folder, save_model
+    from alignment.models import add_lora, load_reward_model, model_folder, save_model
 
     for seed, name in enumerate(("helpfulness", "safety")):
         loaded = load_reward_model(MODEL, chat_template="chatml", new_head_seed=seed)
-        save_model(loaded.model, loaded, folder / name)
+        lora = LoraSection(r=options.lora, alpha=LORA_ALPHA)
+        model = add_lora(loaded.model, lora, is_reward_model=True, seed=seed)
+        for parameter in model.parameters():
+            if options.lora and parameter.requires_grad and not parameter.any():  # an adapter's second matrix
+                torch.nn.init.normal_(parameter, std=0.01)
+        save_model(model, loaded, folder / name)
     per_iteration = options.rollouts // options.rollouts_per_prompt
     wanted = per_iteration * (1 + options.iterations)
     rows = pick(load_prompts([options.data]).rows, 8 * wanted, 0)
@@ -161,8 +167,8 @@ def _iterate_with_align(options: argparse.Namespace) -> dict[str, float]:
     from accelerate import Accelerator
 
     from alignment.dialogue import Message, Prompt
-    from alignment.sampling.torch_engine import TorchSampler
     from rlhf.config import PPOConfig
+    from rlhf.policy_sampler import PolicySampler
     from rlhf.ppo import EncodedPrompt, PPOTrainer
 
     inputs = _read(options)
@@ -187,12 +193,10 @@ def _iterate_with_align(options: argparse.Namespace) -> dict[str, float]:
         }
     )
 
-    class EndlessTrainer(PPOTrainer):
-        def sampler(self) -> TorchSampler:
-            usual = super().sampler()
-            return TorchSampler(usual.model, stop_ids=[], max_rows=usual.max_rows)
-
-    trainer = EndlessTrainer(config, Accelerator(cpu=True), getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    trainer = PPOTrainer(config, Accelerator(cpu=True), dtype)
+    assert (trainer.models.separate is None) == bool(options.lora), trainer.models.separate
+    trainer.sampler = PolicySampler(trainer.policy, [], dtype, max_rows=config.sampling.max_rows)
     steps = _count_steps(trainer.learners["policy"].optimizer)
     asked = Prompt(messages=(Message("user", "unused"),))
     warm_up, *timed = [[EncodedPrompt(asked, ids) for ids in batch] for batch in inputs["prompts"]]

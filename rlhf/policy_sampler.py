@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from alignment.models import LoadedModel, merged_copy
+from alignment.models import merged_copy
 from alignment.sampling.engines import open_vllm
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
 from alignment.sampling.torch_engine import TorchSampler
@@ -39,7 +39,7 @@ class PolicySampler:
     def __init__(
         self,
         policy: nn.Module,
-        loaded: LoadedModel,
+        stop_ids: Sequence[int],
         dtype: torch.dtype,
         *,
         max_rows: int,
@@ -47,7 +47,7 @@ class PolicySampler:
     ) -> None:
         """Without vLLM the built-in engine samples in `dtype`, with at most `max_rows` side by side."""
         self._policy = policy.module if hasattr(policy, "module") else policy
-        self._stop_ids, self._dtype, self._max_rows = [loaded.chat.end_of_turn_id], dtype, max_rows
+        self._stop_ids, self._dtype, self._max_rows = stop_ids, dtype, max_rows
         self._vllm = vllm
         self._is_handed_over = False
 

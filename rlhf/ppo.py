@@ -81,7 +81,8 @@ class PPOTrainer:
         }
         self.policy, self.critic = (learner.model for learner in self.learners.values())
         rows = config.sampling.max_rows
-        self.sampler = PolicySampler(self.policy, self.models.loaded, dtype, max_rows=rows, vllm=vllm)
+        stop_ids = [self.models.loaded.chat.end_of_turn_id]
+        self.sampler = PolicySampler(self.policy, stop_ids, dtype, max_rows=rows, vllm=vllm)
 
     def _learner(self, model: nn.Module, lr: float) -> Learner:
         optim = self.config.optim
