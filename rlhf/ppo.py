@@ -226,14 +226,16 @@ class PPOTrainer:
             # DDP averages gradients over processes; the loss is a mean over the trained tokens of all of them.
             scale = accelerator.num_processes / accelerator.reduce(tokens.float(), reduction="sum").clamp_min(1)
             totals: dict[str, Tensor] = {}
-            for index, (batch, rows, columns) in enumerate(batches):
+            for index, micro_batch in enumerate(batches):
                 last = index == len(batches) - 1
-                parts = self._losses(batch, rollouts, rows, columns)
-                for model, name in ((self.policy, "policy_loss"), (self.critic, "value_loss")):
+                # One model after the other, so that the activations of one are held at a time. DDP looks at the
+                # forward pass for whether to exchange gradients; processes may have unlike numbers of micro-batches.
+                for model, losses in ((self.policy, self._policy_losses), (self.critic, self._value_losses)):
                     with nullcontext() if last else accelerator.no_sync(model):
-                        accelerator.backward(parts[name] * scale)
-                for name, value in parts.items():
-                    totals[name] = totals.get(name, 0.0) + value.detach()
+                        loss, *figures = losses(rollouts, *micro_batch)
+                        accelerator.backward(loss[1] * scale)
+                    for name, value in (loss, *figures):
+                        totals[name] = totals.get(name, 0.0) + value.detach()
             norms = {}
             for name, learner in self.learners.items():
                 norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.optim.max_grad_norm)
@@ -252,24 +254,29 @@ class PPOTrainer:
         first_ratio = sums.pop("first_ratio_error")
         return {name: value / num_updates for name, value in sums.items()} | {"first_ratio_error": first_ratio}
 
-    def _losses(self, batch: PrefixBatch, rollouts: Rollouts, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-        """Losses and diagnostics of a micro-batch, summed over its trained tokens."""
-        ppo = self.config.ppo
+    def _policy_losses(
+        self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor
+    ) -> list[tuple[str, Tensor]]:
+        """The policy's loss in a micro-batch and then figures of it, each summed over its trained tokens."""
         with self._autocast():
             logprobs = response_logprobs(self.policy, batch, temperature=self.config.sampling.temperature)
-            values = token_values(self.critic, batch)
-        trained = rollouts.trained[rows, columns]
+        clip_range, trained = self.config.ppo.clip_range, rollouts.trained[rows, columns]
         old, advantages = rollouts.logprobs[rows, columns], rollouts.advantages[rows, columns]
-        old_values, returns = rollouts.values[rows, columns], rollouts.returns[rows, columns]
-        policy_loss = clipped_policy_loss(logprobs, old, advantages, clip_range=ppo.clip_range)
-        value_loss = clipped_value_loss(values, old_values, returns, clip_range=ppo.value_clip_range)
-        parts = {
-            "policy_loss": policy_loss,
-            "value_loss": value_loss,
-            "clip_fraction": is_clipped(logprobs.detach(), old, advantages, clip_range=ppo.clip_range),
-            "ratio_error": torch.expm1(logprobs.detach() - old).abs(),
-        }
-        return {name: (part * trained).sum() for name, part in parts.items()}
+        loss = clipped_policy_loss(logprobs, old, advantages, clip_range=clip_range)
+        is_off = is_clipped(logprobs.detach(), old, advantages, clip_range=clip_range)
+        ratio_error = torch.expm1(logprobs.detach() - old).abs()
+        parts = {"policy_loss": loss, "clip_fraction": is_off, "ratio_error": ratio_error}
+        return [(name, (part * trained).sum()) for name, part in parts.items()]
+
+    def _value_losses(
+        self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor
+    ) -> list[tuple[str, Tensor]]:
+        """The critic's loss in a micro-batch, summed over its trained tokens."""
+        with self._autocast():
+            values = token_values(self.critic, batch)
+        old, returns = rollouts.values[rows, columns], rollouts.returns[rows, columns]
+        loss = clipped_value_loss(values, old, returns, clip_range=self.config.ppo.value_clip_range)
+        return [("value_loss", (loss * rollouts.trained[rows, columns]).sum())]
 
     def _minibatches(self, num_trees: int) -> Iterator[list[int]]:
         """Trees of each optimizer step on this process."""

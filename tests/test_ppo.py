@@ -57,9 +57,10 @@ def test_nothing_is_learned_from_masked_answers_and_whitening_leaves_them_out(se
         trainer.critic.zero_grad()
         tokens = 0
         for batch, table_rows, columns in trainer._micro_batches(rollouts, rows):
-            parts = trainer._losses(batch, rollouts, table_rows, columns)
             tokens += rollouts.trained[table_rows, columns].sum()
-            (parts["policy_loss"] + parts["value_loss"]).backward()
+            for losses in (trainer._policy_losses, trainer._value_losses):
+                (_, loss), *_ = losses(rollouts, batch, table_rows, columns)
+                loss.backward()
         assert tokens == 4
         both = (*trainer.policy.parameters(), *trainer.critic.parameters())
         return [parameter.grad.clone() for parameter in both if parameter.grad is not None]
