@@ -55,10 +55,6 @@ class LoadedModel:
     chat: ChatFormat
     folder: Path | str
 
-    def saved_adapter(self) -> Adapter | None:
-        """The adapter beside its weights, where it was fine-tuned with LoRA."""
-        return read_adapter(self.folder / ADAPTER_FOLDER) if isinstance(self.folder, Path) else None
-
 
 def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto") -> LoadedModel:
     """A causal language model in evaluation mode. Raises ModelError where it cannot be loaded."""
@@ -187,12 +183,17 @@ def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
 
 def _whole_adapter(model: PeftModel, loaded: LoadedModel) -> tuple[str, Adapter]:
     """The trained adapter on top of the one that the model began with, and the name of the model both belong on."""
-    earlier = loaded.saved_adapter()
+    earlier = saved_adapter(loaded.folder)
     if earlier is None:
         own = fingerprint(model.get_base_model().get_decoder())
         return str(loaded.folder), trained_adapter(model, own)
     config = LoraConfig.from_pretrained(str(Path(loaded.folder) / ADAPTER_FOLDER))
     return str(config.base_model_name_or_path), earlier + trained_adapter(model, earlier.backbone)
+
+
+def saved_adapter(folder: Path | str) -> Adapter | None:
+    """The adapter beside the weights in a folder of `model_folder`, where these were fine-tuned with LoRA."""
+    return read_adapter(folder / ADAPTER_FOLDER) if isinstance(folder, Path) else None
 
 
 def model_folder(name: str) -> Path | str:

@@ -15,7 +15,14 @@ from alignment.errors import ModelError
 from alignment.hardware import lent
 from alignment.logprobs import unwrap
 from alignment.model_workers import sharing_copy
-from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model
+from alignment.models import (
+    LoadedModel,
+    add_lora,
+    load_chat_model,
+    load_reward_model,
+    model_folder,
+    saved_adapter,
+)
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.rollout import RewardModels
@@ -99,24 +106,25 @@ def _on_one_backbone(
         for name, section in sections.items():
             if section.dtype not in ("auto", str(weights).removeprefix("torch.")):
                 raise ModelError(f"rewards.{name}: computes in {section.dtype}, the policy in another type.")
-        began = policy.saved_adapter() or Adapter(fingerprint(policy.model.get_decoder()), {})
-        found = []
-        for name, section in sections.items():
-            reward = load_reward_model(section.path, chat_template=section.chat_template)
-            adapter = reward.saved_adapter()
+        adapters = {name: saved_adapter(model_folder(section.path)) for name, section in sections.items()}
+        began = saved_adapter(policy.folder) or Adapter(fingerprint(policy.model.get_decoder()), {})
+        for name, adapter in adapters.items():
             if adapter is None:
                 raise ModelError(f"rewards.{name}: was not fine-tuned with LoRA, or by an older version.")
             if adapter.backbone != began.backbone:
                 raise ModelError(f"rewards.{name}: was fine-tuned from other weights than the policy.")
-            decoder = sharing_copy(policy.model.get_decoder())
-            attach_frozen(decoder, adapter + -began)
-            set_decoder(reward.model, decoder)
-            reward.model.to(policy.model.device).requires_grad_(False)
-            found.append(reward)
     except ModelError as error:
         if config.ppo.share_backbone == "always":
             raise ModelError(f"ppo.share_backbone=always: {error}") from error
         return None, str(error)
+    found = []
+    for name, section in sections.items():
+        reward = load_reward_model(section.path, chat_template=section.chat_template)
+        decoder = sharing_copy(policy.model.get_decoder())
+        attach_frozen(decoder, adapters[name] + -began)
+        set_decoder(reward.model, decoder)
+        reward.model.to(policy.model.device).requires_grad_(False)
+        found.append(reward)
     return found, None
 
 

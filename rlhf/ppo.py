@@ -27,7 +27,7 @@ from alignment.models import context_length
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
 from alignment.runs import Run
-from alignment.sampling.prompts import fit_prompts, sample_ids
+from alignment.sampling.prompts import fit_prompts, sample_shared
 from alignment.sampling.vllm_engine import VllmSampler
 from alignment.training import build_scheduler
 from rlhf.advantages import gae
@@ -119,12 +119,13 @@ class PPOTrainer:
     def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int) -> dict[str, float]:
         """One iteration: sample, score, gate, whiten, KL, advantages, updates; returns metrics over all processes."""
         accelerator, sampling, config = self.accelerator, self.config.sampling, self.config.ppo
-        mine = prompts[accelerator.process_index :: accelerator.num_processes]
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
         clock = PhaseClock()
 
-        # 1. Sample responses from the present policy.
-        silent = ProgressBar("", 0, shown=False)
-        drawn = sample_ids(self.sampler, [prompt.ids for prompt in mine], sampling, seed=seed, bar=silent)
+        # 1. Sample responses from the present policy; all prompts, so that equal ones have samples of their own.
+        silent, ids = ProgressBar("", 0, shown=False), [prompt.ids for prompt in prompts]
+        drawn = sample_shared(self.sampler, ids, sampling, seed=seed, bar=silent)[share]
+        mine = prompts[share]
         trees = [
             Tree(prompt.ids, [Branch(sample.token_ids) for sample in samples])
             for prompt, samples in zip(mine, drawn, strict=True)
@@ -226,16 +227,18 @@ class PPOTrainer:
             # DDP averages gradients over processes; the loss is a mean over the trained tokens of all of them.
             scale = accelerator.num_processes / accelerator.reduce(tokens.float(), reduction="sum").clamp_min(1)
             totals: dict[str, Tensor] = {}
-            for index, micro_batch in enumerate(batches):
-                last = index == len(batches) - 1
-                # One model after the other, so that the activations of one are held at a time. DDP looks at the
-                # forward pass for whether to exchange gradients; processes may have unlike numbers of micro-batches.
+            # Processes run equally many passes, which DDP counts on; the missing ones weigh nothing.
+            count = int(accelerator.gather(torch.tensor([len(batches)], device=accelerator.device)).max())
+            for index in range(count):
+                takes_part, last = index < len(batches), index == count - 1
+                micro_batch = batches[min(index, len(batches) - 1)]
+                # One model after the other, so that the activations of one are held at a time.
                 for model, losses in ((self.policy, self._policy_losses), (self.critic, self._value_losses)):
                     with nullcontext() if last else accelerator.no_sync(model):
-                        loss, *figures = losses(rollouts, *micro_batch)
-                        accelerator.backward(loss[1] * scale)
-                    for name, value in (loss, *figures):
-                        totals[name] = totals.get(name, 0.0) + value.detach()
+                        loss, figures = losses(rollouts, *micro_batch)
+                        accelerator.backward(loss * (scale if takes_part else 0.0))
+                    for name, value in figures.items():
+                        totals[name] = totals.get(name, 0.0) + value.detach() * takes_part
             norms = {}
             for name, learner in self.learners.items():
                 norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.optim.max_grad_norm)
@@ -256,8 +259,8 @@ class PPOTrainer:
 
     def _policy_losses(
         self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor
-    ) -> list[tuple[str, Tensor]]:
-        """The policy's loss in a micro-batch and then figures of it, each summed over its trained tokens."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy's loss in a micro-batch and figures of it, summed over its trained tokens."""
         with self._autocast():
             logprobs = response_logprobs(self.policy, batch, temperature=self.config.sampling.temperature)
         clip_range, trained = self.config.ppo.clip_range, rollouts.trained[rows, columns]
@@ -266,17 +269,19 @@ class PPOTrainer:
         is_off = is_clipped(logprobs.detach(), old, advantages, clip_range=clip_range)
         ratio_error = torch.expm1(logprobs.detach() - old).abs()
         parts = {"policy_loss": loss, "clip_fraction": is_off, "ratio_error": ratio_error}
-        return [(name, (part * trained).sum()) for name, part in parts.items()]
+        sums = {name: (part * trained).sum() for name, part in parts.items()}
+        return sums["policy_loss"], sums
 
     def _value_losses(
         self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor
-    ) -> list[tuple[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's loss in a micro-batch, summed over its trained tokens."""
         with self._autocast():
             values = token_values(self.critic, batch)
         old, returns = rollouts.values[rows, columns], rollouts.returns[rows, columns]
-        loss = clipped_value_loss(values, old, returns, clip_range=self.config.ppo.value_clip_range)
-        return [("value_loss", (loss * rollouts.trained[rows, columns]).sum())]
+        losses = clipped_value_loss(values, old, returns, clip_range=self.config.ppo.value_clip_range)
+        loss = (losses * rollouts.trained[rows, columns]).sum()
+        return loss, {"value_loss": loss}
 
     def _minibatches(self, num_trees: int) -> Iterator[list[int]]:
         """Trees of each optimizer step on this process."""

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, linear_layers, set_decoder
 from alignment.config import LoraSection
 from alignment.model_workers import sharing_copy
-from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, model_folder, save_model
+from alignment.models import (
+    LoadedModel,
+    add_lora,
+    load_chat_model,
+    load_reward_model,
+    model_folder,
+    save_model,
+    saved_adapter,
+)
 
 IDS = torch.arange(5, 25)[None]
 
@@ -52,7 +60,7 @@ def hidden(decoder: nn.Module) -> torch.Tensor:
 def on_policy(runs: dict[str, Path], target: str = "reward") -> tuple[LoadedModel, nn.Module, Adapter]:
     """The policy, and a decoder on its weights that is to be the target's."""
     policy = load_chat_model(str(runs["policy"]))
-    change = load_chat(runs, target).saved_adapter() + -policy.saved_adapter()
+    change = saved_adapter(runs[target]) + -saved_adapter(runs["policy"])
     decoder = sharing_copy(policy.model.get_decoder())
     attach_frozen(decoder, change)
     return policy, decoder, change
@@ -82,8 +90,8 @@ def test_peft_loads_a_reward_models_adapter_of_two_stages_with_its_head(runs):
 def test_a_model_trained_in_full_has_no_adapter(runs, tmp_path):
     loaded = load_chat_model(str(runs["sft"]))
     save_model(loaded.model, loaded, tmp_path / "full")
-    assert load_chat_model(str(tmp_path / "full")).saved_adapter() is None
-    assert load_chat_model("toy").saved_adapter() is None
+    assert saved_adapter(tmp_path / "full") is None
+    assert saved_adapter(model_folder("toy")) is None
 
 
 def test_one_adapter_minus_another_turns_one_model_into_the_other(runs):
@@ -99,7 +107,7 @@ def test_layers_with_an_adapter_in_one_of_the_models_only(runs):
     _, decoder, _ = on_policy(runs, "last")
     expected = hidden(load_chat(runs, "last").model.get_decoder())
     torch.testing.assert_close(hidden(decoder), expected, atol=1e-4, rtol=1e-4)
-    adapter = load_chat(runs, "last").saved_adapter()
+    adapter = saved_adapter(runs["last"])
     last = load_chat_model("toy").model.config.num_hidden_layers - 1
     assert adapter.layers and all(name.startswith(f"layers.{last}.") for name in adapter.layers)
 
@@ -117,7 +125,7 @@ def test_weights_are_told_apart_in_either_type_and_below_adapters(runs):
     own = fingerprint(toy.model.get_decoder())
     assert own == fingerprint(load_chat_model("toy", dtype=torch.bfloat16).model.get_decoder())
     assert own != fingerprint(load_chat_model(str(runs["sft"])).model.get_decoder())
-    assert {load_chat(runs, name).saved_adapter().backbone for name in ("sft", "reward", "policy")} == {own}
+    assert {saved_adapter(runs[name]).backbone for name in ("sft", "reward", "policy")} == {own}
     adapted = add_lora(toy.model, LoraSection(r=2), is_reward_model=False, seed=0)
     assert own == fingerprint(adapted.get_base_model().get_decoder())
 

@@ -136,7 +136,7 @@ def test_a_resumed_run_hands_over_the_checkpoints_weights_first(run, vllm, tmp_p
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", ["load_models", "sample_ids", "response_logprobs"])
+@pytest.mark.parametrize("name", ["load_models", "sample_shared", "response_logprobs"])
 def test_vllm_is_closed_where_a_run_breaks_down(run, vllm, monkeypatch, name):
     """While models are loaded, responses sampled, losses computed."""
 

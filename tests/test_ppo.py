@@ -59,7 +59,7 @@ def test_nothing_is_learned_from_masked_answers_and_whitening_leaves_them_out(se
         for batch, table_rows, columns in trainer._micro_batches(rollouts, rows):
             tokens += rollouts.trained[table_rows, columns].sum()
             for losses in (trainer._policy_losses, trainer._value_losses):
-                (_, loss), *_ = losses(rollouts, batch, table_rows, columns)
+                loss, _ = losses(rollouts, batch, table_rows, columns)
                 loss.backward()
         assert tokens == 4
         both = (*trainer.policy.parameters(), *trainer.critic.parameters())
@@ -85,7 +85,7 @@ def test_answers_cut_off_are_treated_as_the_settings_say(settings, truncation, m
         seen.update(rewards=rewards, is_trained=is_trained)
         raise StopIteration
 
-    monkeypatch.setattr(ppo, "sample_ids", drawn)
+    monkeypatch.setattr(ppo, "sample_shared", drawn)
     monkeypatch.setattr(trainer.rewards, "gate", lambda *_: torch.tensor([3.0, 1.0, 2.0, 2.0]))
     monkeypatch.setattr(trainer, "_measure", measure)
     with pytest.raises(StopIteration):

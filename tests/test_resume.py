@@ -310,9 +310,9 @@ def test_two_processes_take_the_same_step_as_one(stage, reward_model, tmp_path):
     name, *lora = stage.split("-")
     if name == "ppo":
         looks = ["evaluation.prompts=toy:prompts.heldout", "evaluation.max_prompts=5"]
-        # Micro-batches of a prompt or two each: not equally many in both processes.
         settings = [*ppo_settings(reward_model), f"lora.r={4 if lora else 0}", "train.max_steps=2", *looks]
-        settings += ["train.max_tokens_per_batch=60"]
+        # In three of the four minibatches one process has two micro-batches and the other one.
+        settings += ["train.max_tokens_per_batch=60", "train.batch_size=16", "train.minibatch_size=8"]
     else:
         settings = [*STAGE_SETTINGS[stage], "data.max_rows=44", *(["lora.dropout=0"] if lora else [])]
     run_here(name, settings, tmp_path / "one", resume=False)
