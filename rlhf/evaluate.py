@@ -34,13 +34,15 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
     prompts = choose_prompts(data, config.prompts, config.run.seed)
+    contexts = (load_chat_of(policy.path, policy.chat_template)[1] for policy in config.policies.values())
+    room = min(contexts) - config.sampling.max_new_tokens  # the smallest, so that all have the same prompts
     answers: dict[str, list[Candidate]] = {}
     for name in config.policies:
         done = run_dir.path / f"answers-{name}.jsonl"
         if resume and done.exists():
             answers[name] = [Candidate.from_json(json.loads(line)) for line in done.open(encoding="utf-8")]
             continue
-        answers[name] = _sample_answers(config, name, prompts, state)
+        answers[name] = _sample_answers(config, name, prompts, state, room=room)
         if state.is_main_process:
             write_rows(done, (candidate.to_json() for candidate in answers[name]))
     models = RewardModels.load(config.rewards, state.device)
@@ -60,12 +62,13 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     return run_dir.finish({"stage": "eval", "prompts": len(first), "policies": table})
 
 
-def _sample_answers(config: EvalConfig, name: str, prompts: Sequence[Prompt], state: PartialState) -> list[Candidate]:
+def _sample_answers(
+    config: EvalConfig, name: str, prompts: Sequence[Prompt], state: PartialState, *, room: int
+) -> list[Candidate]:
     """A policy's answers with, but for the first policy's, their log-probability under it less under the first."""
     section, sampling = config.policies[name], config.sampling
     chat, _ = load_chat_of(section.path, section.chat_template)
-    contexts = (load_chat_of(policy.path, policy.chat_template)[1] for policy in config.policies.values())
-    fitting = fit_prompts(chat, prompts, config.prompts, room=min(contexts) - sampling.max_new_tokens)
+    fitting = fit_prompts(chat, prompts, config.prompts, room=room)
     length = config.prompts.max_prompt_length
     with open_sampler(section, sampling, state.device, max_prompt_length=length) as sampler:
         samples = sample_prompts(sampler, fitting, sampling, seed=config.run.seed, title=f"eval: {name} answers")

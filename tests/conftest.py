@@ -71,6 +71,41 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def save_tuned() -> Callable[..., Path]:
+    """`save_tuned(loaded, folder, rank=2, seed=1)`: random adapters on a model, saved as a run with LoRA saves them."""
+    from alignment.config import LoraSection
+    from alignment.models import add_lora, save_model
+
+    def save(loaded: Any, folder: Path, *, rank: int, seed: int, std: float = 0.1, **lora: Any) -> Path:
+        section = LoraSection(r=rank, **lora)
+        adapted = add_lora(loaded.model, section, is_reward_model=not loaded.model.can_generate(), seed=0)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        save_model(adapted, loaded, folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def save_judges() -> Callable[..., list[str]]:
+    """`save_judges(folder, model="toy")`: two reward models with fresh heads, and the settings that name them."""
+    from alignment.models import load_reward_model, save_model
+
+    def save(folder: Path, model: str = "toy") -> list[str]:
+        names = ("helpfulness", "safety")
+        for seed, name in enumerate(names):
+            reward = load_reward_model(model, new_head_seed=seed)
+            save_model(reward.model, reward, folder / name)
+        return [f"rewards.{name}={{path: {folder / name}, dtype: float32}}" for name in names]
+
+    return save
+
+
 def _llama_config(vocab: int, **extra: object) -> LlamaConfig:
     # Weights ten times the usual size: context then moves the outputs far beyond any tolerance used here.
     return LlamaConfig(

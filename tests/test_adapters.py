@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,24 +28,10 @@ from alignment.models import (
 IDS = torch.arange(5, 25)[None]
 
 
-def fine_tune(loaded: LoadedModel, folder: Path, *, rank: int, seed: int, last_layers: int | None = None) -> Path:
-    """Trained with LoRA, as far as this file is concerned, and saved as a run saves it."""
-    is_reward_model = not loaded.model.can_generate()
-    lora = LoraSection(r=rank, alpha=3.0, last_layers=last_layers)
-    adapted = add_lora(loaded.model, lora, is_reward_model=is_reward_model, seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    save_model(adapted, loaded, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
+def runs(tmp_path_factory, save_tuned) -> dict[str, Path]:
     """SFT from the toy model, a reward model from that, and another chat model from the toy model."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, fine_tune = tmp_path_factory.mktemp("runs"), partial(save_tuned, std=0.2, alpha=3.0)
     sft = fine_tune(load_chat_model("toy"), folder / "sft", rank=2, seed=1)
     reward = fine_tune(load_reward_model(str(sft), new_head_seed=0), folder / "reward", rank=3, seed=2)
     policy = fine_tune(load_chat_model("toy"), folder / "policy", rank=4, seed=3)

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from alignment.config import load_config
 from alignment.errors import ConfigError, SamplerError
-from alignment.models import load_reward_model, merged_copy, save_model
+from alignment.models import merged_copy
 from alignment.prefix_batch import Branch, Tree
 from alignment.sampling import Sample, SamplingParams, engines
 from alignment.sampling.torch_engine import TorchSampler
@@ -65,12 +65,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> list[FakeVllm]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("rewards")
-    for seed, name in enumerate(("helpfulness", "safety")):
-        reward = load_reward_model("toy", new_head_seed=seed)
-        save_model(reward.model, reward, folder / name)
-    judges = [f"rewards.{name}={{path: {folder / name}, dtype: float32}}" for name in ("helpfulness", "safety")]
+def settings(tmp_path_factory: pytest.TempPathFactory, save_judges) -> list[str]:
+    judges = save_judges(tmp_path_factory.mktemp("rewards"))
     return [
         *judges, "model={path: toy, dtype: float32}", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=16",
         "sampling.max_new_tokens=6", "train.batch_size=4", "train.minibatch_size=2", "train.max_steps=2",

@@ -11,7 +11,6 @@ from accelerate import Accelerator, DistributedType
 
 from alignment.config import load_config
 from alignment.errors import ConfigError
-from alignment.models import load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
 from rlhf import ppo, ppo_run
 from rlhf.config import PPOConfig
@@ -22,12 +21,8 @@ DOCUMENTATION = Path(__file__).parents[1] / "docs" / "ppo.md"
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("rewards")
-    for seed, name in enumerate(("helpfulness", "safety")):
-        reward = load_reward_model("toy", new_head_seed=seed)
-        save_model(reward.model, reward, folder / name)
-    judges = [f"rewards.{name}={{path: {folder / name}, dtype: float32}}" for name in ("helpfulness", "safety")]
+def settings(tmp_path_factory, save_judges) -> list[str]:
+    judges = save_judges(tmp_path_factory.mktemp("rewards"))
     return [
         *judges, "model={path: toy, dtype: float32}", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=16",
         "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",

@@ -7,34 +7,24 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from alignment.config import LoraSection, load_config
+from alignment.config import load_config
 from alignment.data import load_prompts
 from alignment.errors import ModelError
 from alignment.hardware import lent
-from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, save_model
+from alignment.models import load_chat_model, load_reward_model, save_model
 from rlhf import rollout
 from rlhf.config import PPOConfig
 from rlhf.policy import PPOModels, load_models
 from rlhf.ppo import EncodedPrompt, PPOTrainer
 
 
-def save_tuned(loaded: LoadedModel, folder, seed: int, rank: int) -> None:
-    adapted = add_lora(loaded.model, LoraSection(r=rank), is_reward_model=not loaded.model.can_generate(), seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    save_model(adapted, loaded, folder)
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, save_tuned):
     """The way of a pipeline: reward models from SFT, the policy from the base model; and one tuned in full."""
     folder = tmp_path_factory.mktemp("runs")
     save_tuned(load_chat_model("toy"), folder / "sft", seed=1, rank=2)
     for seed, name in enumerate(("helpfulness", "safety"), start=2):
-        save_tuned(load_reward_model(str(folder / "sft"), new_head_seed=seed), folder / name, seed, rank=2)
+        save_tuned(load_reward_model(str(folder / "sft"), new_head_seed=seed), folder / name, seed=seed, rank=2)
     save_tuned(load_chat_model("toy"), folder / "rs", seed=4, rank=3)
     in_full = load_reward_model("toy", new_head_seed=5)
     save_model(in_full.model, in_full, folder / "full")
@@ -109,7 +99,7 @@ def test_what_cannot_share_a_backbone_is_separate_or_refused(runs, options, reas
         models_of(config_of(runs, *extra, "ppo.share_backbone=always", **options))
 
 
-def test_a_model_tuned_from_other_weights_is_separate(runs, tmp_path):
+def test_a_model_tuned_from_other_weights_is_separate(runs, tmp_path, save_tuned):
     other = load_reward_model("toy", new_head_seed=5)
     with torch.no_grad():
         other.model.get_decoder().norm.weight.mul_(1.5)

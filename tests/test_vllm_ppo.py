@@ -16,7 +16,7 @@ from alignment.config import load_config
 from alignment.data import load_prompts
 from alignment.errors import SamplerError
 from alignment.logprobs import response_logprobs
-from alignment.models import load_chat_model, load_reward_model, merged_copy, save_model
+from alignment.models import load_chat_model, merged_copy, save_model
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import Sample, SamplingParams
 from alignment.sampling.vllm_engine import VllmSampler
@@ -33,7 +33,7 @@ IDS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [5, 6]]
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def settings(tmp_path_factory: pytest.TempPathFactory, save_judges) -> list[str]:
     """Of a random Llama with heads of a size that vLLM's CPU kernels have, and reward models with its body."""
     toy = load_chat_model("toy")
     config = LlamaConfig(
@@ -44,10 +44,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_model(LlamaForCausalLM(config), toy, folder / "policy")
-    for seed, name in enumerate(("helpfulness", "safety")):
-        reward = load_reward_model(str(folder / "policy"), new_head_seed=seed)
-        save_model(reward.model, reward, folder / name)
-    judges = [f"rewards.{name}={{path: {folder / name}, dtype: float32}}" for name in ("helpfulness", "safety")]
+    judges = save_judges(folder, str(folder / "policy"))
     return [
         *judges, f"model.path={folder / 'policy'}", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=8",
         "sampling.engine=vllm", "sampling.max_new_tokens=8", "train.batch_size=4", "train.minibatch_size=2",
