@@ -74,7 +74,7 @@ def print_comparison(
     unit: str,
     share: float,
 ) -> None:
-    """The table of both sides, and ours (side `align`) against every other and against the fastest other.
+    """The table of both sides, and ours (sides `align...`) against every other and against the fastest other.
 
     Args:
         found: figures of every side, `peak_memory_gb` and `figure` among them.
@@ -88,14 +88,14 @@ def print_comparison(
         if row is None:
             print(f"{names[side]:34} {'does not fit into memory':>24}")
             continue
-        needed = f"{share * row[figure]:.0%}" if side[0] == "align" else ""
+        needed = f"{share * row[figure]:.0%}" if _is_ours(side) else ""
         print(f"{names[side]:34} {row[figure]:10.3f} {row['peak_memory_gb']:8.2f} {needed:>13}")
     measured = {side: row for side, row in found.items() if row is not None}
-    ours = [row for side, row in measured.items() if side[0] == "align"]
+    ours = [row for side, row in measured.items() if _is_ours(side)]
     fast = max(ours, key=lambda row: row[figure])
     lean = min(ours, key=lambda row: row["peak_memory_gb"])
     print()
-    theirs = {side: row for side, row in measured.items() if side[0] != "align"}
+    theirs = {side: row for side, row in measured.items() if not _is_ours(side)}
     for side, row in theirs.items():
         speed = fast[figure] / row[figure]
         memory, least = (each["peak_memory_gb"] / row["peak_memory_gb"] for each in (fast, lean))
@@ -105,6 +105,10 @@ def print_comparison(
     if theirs:
         best = max(row[figure] for row in theirs.values())
         print(f"against its best: {fast[figure] / best:.2f}x the {unit} a second")
+
+
+def _is_ours(side: Side) -> bool:
+    return side[0].startswith("align")
 
 
 def parser(

@@ -22,7 +22,8 @@ TRL is helped where its users would have to help themselves:
     once a micro-batch in the last iteration of every pass over the prompts. It is made to take one a minibatch;
   - with LoRA its value model gets adapters too, and the reference is the policy without its own.
 `trl` samples and measures all 16 rollouts at once, its default; `trl-split` as many as there are in a micro-batch;
-`trl-bf16` also trains weights of bfloat16, which lose small updates, so that nothing is computed in float32.
+`trl-bf16` also trains weights of bfloat16, which lose small updates, so that nothing is computed in float32;
+`trl-compiled` is told torch_compile=True. Ours runs with train.compile and without.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ NAMES = {
     "trl": "TRL, batch {}",
     "trl-split": "TRL, batch {}, rollouts as well",
     "trl-bf16": "TRL, batch {}, bfloat16 weights",
+    "trl-compiled": "TRL, batch {}, torch_compile",
     "align": "ours, {} tokens",
+    "align-compiled": "ours, {} tokens, train.compile",
 }
 
 
@@ -59,11 +62,11 @@ def main() -> None:
     """Runs the children in turn and prints the table."""
     options = _arguments()
     if options.side:
-        run_side = _iterate_with_align if options.side == "align" else _iterate_with_trl
+        run_side = _iterate_with_align if options.side.startswith("align") else _iterate_with_trl
         sys.stdout.write("\n" + json.dumps(run_side(options)) + "\n")
         return
     sides = [(name, batch) for name in options.trl for batch in options.trl_batch]
-    sides += [("align", tokens) for tokens in options.tokens]
+    sides += [(name, tokens) for name in options.align for tokens in options.tokens]
     with tempfile.TemporaryDirectory() as folder:
         inputs = _inputs(options, Path(folder))
         (Path(folder) / "inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
@@ -84,7 +87,7 @@ def _print_results(options: argparse.Namespace, prompts: list[list[list[int]]], 
     print(f"({options.rollouts_per_prompt} a prompt), {options.minibatch} a minibatch, {options.data}, seed 0,")
     print(f"{machine}\n")
     names = {side: NAMES[side[0]].format(side[1]) for side in found}
-    ours = {side: row for side, row in found.items() if side[0] == "align" and row}
+    ours = {side: row for side, row in found.items() if side[0].startswith("align") and row}
     timed = [[len(ids) for ids in batch] for batch in prompts[1:]]
     lengths = [length for batch in timed for length in batch]
     mean, longest = sum(lengths) / len(lengths), sum(map(max, timed)) / len(timed)
@@ -188,6 +191,7 @@ def _iterate_with_align(options: argparse.Namespace) -> dict[str, float]:
                 "batch_size": options.rollouts,
                 "minibatch_size": options.minibatch,
                 "max_tokens_per_batch": options.size,
+                "compile": options.side == "align-compiled",
             },
             "run": {"dir": "unused", "device": "cpu"},
         }
@@ -250,6 +254,7 @@ def _iterate_with_trl(options: argparse.Namespace) -> dict[str, float]:
             bf16=options.dtype == "bfloat16",
             use_cpu=True,
             gradient_checkpointing=False,
+            torch_compile=options.side == "trl-compiled",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -347,8 +352,10 @@ def _arguments() -> argparse.Namespace:
     found.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     found.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
     found.add_argument(
-        "--trl", nargs="*", choices=[name for name in NAMES if name != "align"], default=["trl", "trl-split"]
+        "--trl", nargs="*", choices=[name for name in NAMES if name.startswith("trl")], default=["trl", "trl-split"]
     )
+    ours = [name for name in NAMES if name.startswith("align")]
+    found.add_argument("--align", nargs="*", choices=ours, default=ours, help="ways of running ours")
     found.add_argument("--trl-batch", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="per-device batches of TRL")
     found.add_argument("--trl-python", help=f"interpreter of an environment with TRL {TRL_VERSION}")
     found.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096], help="our max_tokens_per_batch")

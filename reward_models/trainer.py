@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from alignment.compilation import compile_layers
 from alignment.data import write_rows
 from alignment.errors import TrainingError
 from alignment.hardware import process_state
@@ -55,6 +56,8 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
         new_head_seed=seed,
     )
     model = add_lora(loaded.model, config.lora, is_reward_model=True, seed=seed).to(device)
+    if config.train.compile:
+        compile_layers(model)
     budget = config.train.max_tokens_per_batch
     checkpoint = newest_checkpoint(run_dir) if resume else None
     arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)

@@ -66,7 +66,7 @@ def alarms_of(now: Figures, first: Figures, section: AlarmSection) -> dict[str, 
             f"kl_k3 is {now['kl_k3']:.1f} nats a response, over alarms.max_kl = {section.max_kl:g}: the policy runs "
             "away from the reference. Raise ppo.beta or set ppo.target_kl, or lower optim.lr."
         )
-    if now["first_ratio_error"] > section.max_ratio_error:
+    if now.get("first_ratio_error", 0.0) > section.max_ratio_error:
         found["ratio"] = (
             f"first_ratio_error is {now['first_ratio_error']:.4f}, over alarms.max_ratio_error = "
             f"{section.max_ratio_error:g}: before any step old and new log-probabilities must be the same. Turn "

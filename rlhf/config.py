@@ -168,6 +168,11 @@ class PPOSection(Section):
     lam: Fraction = 0.95
     """GAE's lambda. Our choice: 0.95."""
 
+    critic_warmup: NonNegativeInt = 0
+    """First iterations in which the critic alone learns, without `value_clip_range`. It starts from the helpfulness
+    model, whose scores are not on the scale of the whitened reward: while its values are off by a constant, ending a
+    response looks good or bad whatever was said. Our choice: 0; a few where `explained_variance` starts below 0."""
+
     critic_lr: PositiveFloat = 1e-5
     """Learning rate of the critic. Our choice: ten times the policy's, since its head is new."""
 
@@ -268,6 +273,11 @@ class PPOConfig(StageConfig):
             raise ValueError(
                 f"train.minibatch_size = {train.minibatch_size} does not divide train.batch_size = "
                 f"{train.batch_size}. Choose a divisor (the paper uses 64 of 512)."
+            )
+        if self.ppo.critic_warmup >= train.max_steps:
+            raise ValueError(
+                f"ppo.critic_warmup = {self.ppo.critic_warmup} leaves none of train.max_steps = {train.max_steps} "
+                "iterations to the policy. Lower it."
             )
         if train.minibatch_size % sampling.num_candidates:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, set_decoder
+from alignment.compilation import compile_layers
 from alignment.errors import ModelError
 from alignment.hardware import lent
 from alignment.logprobs import unwrap
@@ -90,7 +91,11 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> 
         for model in (policy, critic):
             unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
             unwrap(model).enable_input_require_grads()
-    return PPOModels(loaded, policy.to(device), critic.to(device), reference, rewards, separate)
+    policy, critic = policy.to(device), critic.to(device)
+    if config.train.compile:
+        for model in (policy, critic):
+            compile_layers(model)
+    return PPOModels(loaded, policy, critic, reference, rewards, separate)
 
 
 def _on_one_backbone(

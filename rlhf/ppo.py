@@ -7,13 +7,16 @@ Where it departs from textbook PPO or the paper is silent (see docs/deviations.m
   4. Advantages are whitened over the global batch; a response is an episode (gamma 1) and ends with its last token.
   5. Answers cut off at the length limit keep their reward unless `ppo.truncation` says otherwise.
   6. beta is fixed unless `ppo.target_kl` is given.
+  7. In the first `ppo.critic_warmup` iterations the critic alone learns, without a clip.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +79,7 @@ class PPOTrainer:
                 f"with {config.sampling.num_candidates} rollouts a prompt. Choose a multiple of their product."
             )
         self.learners = {
-            "policy": self._learner(self.models.policy, config.optim.lr),
+            "policy": self._learner(self.models.policy, config.optim.lr, without=config.ppo.critic_warmup),
             "critic": self._learner(self.models.critic, config.ppo.critic_lr),
         }
         self.policy, self.critic = (learner.model for learner in self.learners.values())
@@ -84,11 +87,12 @@ class PPOTrainer:
         stop_ids = [self.models.loaded.chat.end_of_turn_id]
         self.sampler = PolicySampler(self.policy, stop_ids, dtype, max_rows=rows, vllm=vllm)
 
-    def _learner(self, model: nn.Module, lr: float) -> Learner:
+    def _learner(self, model: nn.Module, lr: float, *, without: int = 0) -> Learner:
+        """A model with its optimizer and a schedule over all iterations but the first `without`."""
         optim = self.config.optim
         groups = parameter_groups(model, optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps)
-        num_updates = self.config.train.max_steps * self._updates_per_iteration()
+        num_updates = (self.config.train.max_steps - without) * self._updates_per_iteration()
         scheduler = build_scheduler(optimizer, optim, num_steps=num_updates)
         model, optimizer = self.accelerator.prepare(model, optimizer)
         return Learner(model, optimizer, scheduler)
@@ -116,8 +120,11 @@ class PPOTrainer:
             chosen.append(prompts[int(order[position % len(prompts)])])
         return chosen
 
-    def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int) -> dict[str, float]:
-        """One iteration: sample, score, gate, whiten, KL, advantages, updates; returns metrics over all processes."""
+    def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int, critic_only: bool = False) -> dict[str, float]:
+        """One iteration: sample, score, gate, whiten, KL, advantages, updates; returns metrics over all processes.
+
+        With `critic_only` the policy stays as it is, and there are no metrics of its update.
+        """
         accelerator, sampling, config = self.accelerator, self.config.sampling, self.config.ppo
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         clock = PhaseClock()
@@ -153,7 +160,7 @@ class PPOTrainer:
         clock.lap("measure")
 
         # 5. One gradient step a minibatch, policy and critic.
-        update = self._update(rollouts)
+        update = self._update(rollouts, critic_only=critic_only)
         self.sampler.weights_changed()
         clock.lap("update")
 
@@ -214,12 +221,16 @@ class PPOTrainer:
             returns=returns,
         )
 
-    def _update(self, rollouts: Rollouts) -> dict[str, float]:
+    def _update(self, rollouts: Rollouts, *, critic_only: bool) -> dict[str, float]:
         """Minibatches in order, micro-batches inside; losses are means over the tokens of the global minibatch."""
         config, accelerator = self.config, self.accelerator
+        clip_range = math.inf if critic_only else config.ppo.value_clip_range
+        losses_of = {"policy": self._policy_losses, "critic": partial(self._value_losses, clip_range=clip_range)}
+        learners = {name: learner for name, learner in self.learners.items() if name == "critic" or not critic_only}
         self.policy.train()
         self.critic.train()
         sums: dict[str, float] = {}
+        first: dict[str, float] = {}
         num_updates = 0
         for trees in self._minibatches(len(rollouts.trees)):
             batches = list(self._micro_batches(rollouts, trees))
@@ -233,14 +244,14 @@ class PPOTrainer:
                 takes_part, last = index < len(batches), index == count - 1
                 micro_batch = batches[min(index, len(batches) - 1)]
                 # One model after the other, so that the activations of one are held at a time.
-                for model, losses in ((self.policy, self._policy_losses), (self.critic, self._value_losses)):
-                    with nullcontext() if last else accelerator.no_sync(model):
+                for learner, losses in ((learner, losses_of[name]) for name, learner in learners.items()):
+                    with nullcontext() if last else accelerator.no_sync(learner.model):
                         loss, figures = losses(rollouts, *micro_batch)
                         accelerator.backward(loss * (scale if takes_part else 0.0))
                     for name, value in figures.items():
                         totals[name] = totals.get(name, 0.0) + value.detach() * takes_part
             norms = {}
-            for name, learner in self.learners.items():
+            for name, learner in learners.items():
                 norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.optim.max_grad_norm)
                 norms[f"{name}_grad_norm"] = float(norm)
                 learner.optimizer.step()
@@ -248,14 +259,13 @@ class PPOTrainer:
                 learner.scheduler.step()
             means = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum") * scale
             step = dict(zip(totals, (means / accelerator.num_processes).tolist(), strict=True)) | norms
-            if num_updates == 0:
-                sums["first_ratio_error"] = step.pop("ratio_error")
-            step.pop("ratio_error", None)
+            ratio_error = step.pop("ratio_error", None)
+            if num_updates == 0 and ratio_error is not None:
+                first = {"first_ratio_error": ratio_error}
             for name, value in step.items():
                 sums[name] = sums.get(name, 0.0) + value
             num_updates += 1
-        first_ratio = sums.pop("first_ratio_error")
-        return {name: value / num_updates for name, value in sums.items()} | {"first_ratio_error": first_ratio}
+        return {name: value / num_updates for name, value in sums.items()} | first
 
     def _policy_losses(
         self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor
@@ -273,13 +283,13 @@ class PPOTrainer:
         return sums["policy_loss"], sums
 
     def _value_losses(
-        self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor
+        self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor, *, clip_range: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's loss in a micro-batch, summed over its trained tokens."""
         with self._autocast():
             values = token_values(self.critic, batch)
         old, returns = rollouts.values[rows, columns], rollouts.returns[rows, columns]
-        losses = clipped_value_loss(values, old, returns, clip_range=self.config.ppo.value_clip_range)
+        losses = clipped_value_loss(values, old, returns, clip_range=clip_range)
         loss = (losses * rollouts.trained[rows, columns]).sum()
         return loss, {"value_loss": loss}
 

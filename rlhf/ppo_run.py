@@ -61,7 +61,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
         total = config.train.max_steps
         with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=done) as bar:
             while done < total and watch.stopped is None and not held_out.has_stopped:
-                metrics = trainer.iterate(trainer.prompts_of(done, prompts), seed=iteration_seed(config.run.seed, done))
+                seed, critic_only = iteration_seed(config.run.seed, done), done < config.ppo.critic_warmup
+                metrics = trainer.iterate(trainer.prompts_of(done, prompts), seed=seed, critic_only=critic_only)
                 done += 1
                 values = {f"ppo/{name}": value for name, value in {**metrics, **look()}.items()}
                 run_dir.log(done, values)

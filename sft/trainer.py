@@ -10,6 +10,7 @@ import torch
 import trl
 
 from alignment.chat import EncodedDialogue
+from alignment.compilation import compile_layers
 from alignment.data import load_dialogues, pick
 from alignment.errors import DataError
 from alignment.hardware import process_state
@@ -55,6 +56,8 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         chat_template=config.model.chat_template,
     )
     model = add_lora(loaded.model, config.lora, is_reward_model=False, seed=seed).to(device)
+    if config.train.compile:
+        compile_layers(model)
     schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     batching = {
         "max_tokens": config.train.max_tokens_per_batch,
