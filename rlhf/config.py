@@ -169,9 +169,7 @@ class PPOSection(Section):
     """GAE's lambda. Our choice: 0.95."""
 
     critic_warmup: NonNegativeInt = 0
-    """First iterations in which the critic alone learns, without `value_clip_range`. It starts from the helpfulness
-    model, whose scores are not on the scale of the whitened reward: while its values are off by a constant, ending a
-    response looks good or bad whatever was said. Our choice: 0; a few where `explained_variance` starts below 0."""
+    """First iterations in which the critic alone learns, without `value_clip_range`. Our choice: 0."""
 
     critic_lr: PositiveFloat = 1e-5
     """Learning rate of the critic. Our choice: ten times the policy's, since its head is new."""

@@ -61,8 +61,9 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> 
 
     With LoRA, models that differ from the policy's start by adapters are put on its weights, which all then share.
 
-    The critic starts from the helpfulness model. Our choice: the paper does not say where its critic comes from; that
-    model already predicts most of the return (Stiennon et al. 2020, arXiv:2009.01325, do the same).
+    The critic starts from the helpfulness model, with a head of zeros. Our choice: the paper does not say where its
+    critic comes from. Stiennon et al. 2020 (arXiv:2009.01325) keep the head too; but a reward model's scores have
+    another scale than the whitened reward, and before an answer's end they predict it worse than its mean does.
 
     Raises:
         ModelError: a model cannot be loaded, a reward model is none or reads other token ids than the policy writes,
@@ -82,6 +83,8 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> 
         scorers = (Scorer(model, max_tokens=config.rewards.max_tokens_per_batch) for model in on_backbone)
         rewards = RewardModels(*scorers, threshold=config.rewards.threshold, device=device)
         value = sharing_copy(on_backbone[0].model)
+    # A weight of its own: the helpfulness model may share the old one.
+    value.score.weight = nn.Parameter(torch.zeros_like(value.score.weight))
     rewards.check_vocabulary(loaded)
     reference = None if lora.r else copy.deepcopy(loaded.model).to(home).requires_grad_(False)
     policy = add_lora(loaded.model, lora, is_reward_model=False, seed=config.run.seed)
