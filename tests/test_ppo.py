@@ -266,3 +266,25 @@ def test_a_run_whose_held_out_reward_does_not_rise_stops_and_saves_the_best_poli
 
     start, saved = (load_chat_model(path).model.state_dict() for path in ("toy", str(folder)))
     assert all(torch.equal(start[name], saved[name]) for name in start)
+
+
+def test_the_critic_starts_at_zero_and_learns_alone_at_first(settings):
+    """Its error falls below that of a constant although nothing of the policy changes, and no clip holds it back."""
+    extra = ("ppo.critic_warmup=1", "ppo.critic_lr=1e-3", "ppo.value_clip_range=1e-6", "optim.weight_decay=0")
+    trainer = trainer_of(settings, *extra)
+    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    policy = [parameter.clone() for parameter in trainer.policy.parameters()]
+    score = trainer.rewards.helpfulness.model.score.weight
+    alone = [trainer.iterate(prompts, seed=0, critic_only=True) for _ in range(8)]
+    assert alone[0]["explained_variance"] == pytest.approx(0, abs=1e-4) and score.any()
+    assert all(torch.equal(old, new) for old, new in zip(policy, trainer.policy.parameters(), strict=True))
+    assert not {"policy_loss", "policy_grad_norm", "clip_fraction", "first_ratio_error"} & alone[0].keys()
+    assert alone[7]["value_loss"] < 0.8 * alone[0]["value_loss"] and alone[7]["explained_variance"] > 0.2
+    both = trainer.iterate(prompts, seed=0)
+    assert not all(torch.equal(old, new) for old, new in zip(policy, trainer.policy.parameters(), strict=True))
+    assert both["policy_grad_norm"] > 0 and both["first_ratio_error"] < 1e-5
+
+
+def test_an_iteration_is_left_for_the_policy(settings):
+    with pytest.raises(ConfigError, match="critic_warmup = 2 leaves none of train.max_steps = 2"):
+        trainer_of(settings, "ppo.critic_warmup=2")
