@@ -122,6 +122,8 @@ def parser(
     found.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     found.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
     found.add_argument("--trl-batch", type=int, nargs="+", default=list(trl_batch), help="per-device batches of TRL")
+    ours = [name for name in sides if name.startswith("align")]
+    found.add_argument("--align", nargs="*", choices=ours, default=ours, help="ways of running ours")
     found.add_argument("--rounds", type=int, default=1)
     found.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
     found.add_argument("--size", type=int, help=argparse.SUPPRESS)

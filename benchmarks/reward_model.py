@@ -7,6 +7,7 @@ Each measurement is a child process of its own, so that its peak memory is its o
 optimizer step of 16 pairs warms up, the following ones are timed. Both sides run with the same allocator settings, the
 same arithmetic type and AdamW; trained weights are float32, those that LoRA freezes are of the arithmetic type. Prints
 pairs a second, peak memory, ratios, and the share of the machine's matrix throughput that our side's tokens need.
+`trl-compiled` is told torch_compile=True; ours runs without and with train.compile, compiled within the first step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ import torch
 from harness import StepClock, machine_line, parser, print_comparison, rows_in_order, run_in_turn
 
 STEP_PAIRS = 16
+NAMES = {
+    "trl": "TRL, batch {}",
+    "trl-compiled": "TRL, batch {}, torch_compile",
+    "align": "ours, {} tokens",
+    "align-compiled": "ours, {} tokens, train.compile",
+}
 
 
 def main() -> None:
@@ -30,7 +37,8 @@ def main() -> None:
     if options.side:
         sys.stdout.write(json.dumps(run_side(options)) + "\n")
         return
-    sides = [("trl", batch) for batch in options.trl_batch] + [("align", tokens) for tokens in options.tokens]
+    sides = [(name, batch) for name in options.trl for batch in options.trl_batch]
+    sides += [(name, tokens) for name in options.align for tokens in options.tokens]
     arguments = ["--lora", str(options.lora), "--pairs", str(options.pairs), "--data", options.data]
     arguments += ["--dtype", options.dtype, "--max-length", str(options.max_length)]
     arguments += ["--trl-attention", options.trl_attention]
@@ -40,8 +48,8 @@ def main() -> None:
     kind = f"LoRA r={options.lora}" if options.lora else "full fine-tuning"
     print(f"\nReward model, {kind}, SmolLM2-135M, {options.dtype}, {options.pairs} pairs of {options.data}, max length")
     print(f"{options.max_length}, {STEP_PAIRS} pairs a step, seed 0, {machine}\n")
-    names = {side: f"TRL, batch {side[1]}" if side[0] == "trl" else f"ours, {side[1]} tokens" for side in sides}
-    ours = next(row for side, row in found.items() if side[0] == "align" and row)
+    names = {side: NAMES[side[0]].format(side[1]) for side in sides}
+    ours = next(row for side, row in found.items() if side[0].startswith("align") and row)
     # Forward, gradients of activations and, where weights are trained, of weights: 2 operations each.
     operations = (4 if options.lora else 6) * ours["backbone_parameters"] * ours["tokens_per_pair"]
     print_comparison(found, names, figure="pairs_per_second", unit="pairs", share=operations / (peak * 1e9))
@@ -70,9 +78,10 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     encoded = fitting[: STEP_PAIRS + options.pairs]
     assert len(encoded) == STEP_PAIRS + options.pairs, "too few pairs fit into max_length"
     with tempfile.TemporaryDirectory() as folder:
-        if options.side == "trl":
+        if options.side.startswith("trl"):
             loaded.model.set_attn_implementation(options.trl_attention)
-        trainer = {"trl": _trl_trainer, "align": _align_trainer}[options.side](options, loaded, encoded, Path(folder))
+        make_trainer = _trl_trainer if options.side.startswith("trl") else _align_trainer
+        trainer = make_trainer(options, loaded, encoded, Path(folder))
         clock = StepClock()
         trainer.add_callback(clock)
         trainer.train()
@@ -106,6 +115,7 @@ def _trl_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], f
         bf16=options.dtype == "bfloat16",
         use_cpu=True,
         gradient_checkpointing=False,
+        torch_compile=options.side == "trl-compiled",
         save_strategy="no",
         logging_steps=1000,
         report_to="none",
@@ -126,6 +136,7 @@ def _trl_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], f
 def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], folder: Path) -> Any:
     from transformers import TrainingArguments
 
+    from alignment.compilation import compile_layers
     from alignment.config import LoraSection
     from alignment.models import add_lora
     from reward_models.config import RewardModelConfig
@@ -143,6 +154,8 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
     )
     schedule, arguments = rows_in_order(config, len(encoded), getattr(torch, options.dtype))
     model = add_lora(loaded.model, LoraSection(r=options.lora, alpha=16), is_reward_model=True, seed=0)
+    if options.side == "align-compiled":
+        compile_layers(model)
     trainer = RewardTrainer(model=model, args=TrainingArguments(**arguments), processing_class=loaded.tokenizer)
     batcher = lambda rows: pair_batches(encoded, rows, max_tokens=options.size)  # noqa: E731
     trainer.use_steps(schedule, batcher, pair_loss(safety_weight=0.0, centering_weight=0.0))
@@ -151,8 +164,9 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
 
 def _arguments() -> argparse.Namespace:
     found = parser(
-        __doc__, data="pref_helpful_hh.train", unit="pairs", count=48, trl_batch=[2, 4, 8, 16], sides=["trl", "align"]
+        __doc__, data="pref_helpful_hh.train", unit="pairs", count=48, trl_batch=[2, 4, 8, 16], sides=list(NAMES)
     )
+    found.add_argument("--trl", nargs="*", default=["trl"], help="ways of running TRL")
     found.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="our max_tokens_per_batch")
     found.add_argument("--trl-attention", choices=["sdpa", "eager"], default="sdpa", help="sdpa is what users get")
     return found.parse_args()

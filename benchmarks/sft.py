@@ -7,10 +7,11 @@ Each measurement is a child process of its own, so that its peak memory is its o
 optimizer step of 16 dialogues warms up, the following ones are timed. TRL gets ready ids with a completion mask and
 computes the loss on completions only. Besides its defaults it is tried with the rows of every step sorted by length, so
 that its micro-batches hold as little padding as they can (`trl-sorted`), and without padding (`trl-flat`, its
-padding_free, which it documents for FlashAttention and which transformers' mask makes exact with SDPA as well). Both
-sides run with the same allocator settings, the same arithmetic type and AdamW; trained weights are float32, those that
-LoRA freezes are of the arithmetic type. The mean loss of each side is printed: it must be nearly the same (the learning
-rates' schedules differ).
+padding_free, which it documents for FlashAttention and which transformers' mask makes exact with SDPA as well) or told
+torch_compile=True (`trl-compiled`); ours runs without and with train.compile, compiled within the step that warms up.
+Both sides run with the same allocator settings, the same arithmetic type and AdamW; trained weights are float32, those
+that LoRA freezes are of the arithmetic type. The mean loss of each side is printed: it must be nearly the same (the
+learning rates' schedules differ).
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ from harness import StepClock, machine_line, parser, print_comparison, rows_in_o
 sys.path.remove(str(Path(__file__).resolve().parent))  # where this file would hide the package of its name
 STEP_ROWS = 16
 MODEL = "smollm2-135m-instruct"
+NAMES = {
+    "trl": "TRL, batch {}",
+    "trl-sorted": "TRL, batch {}, sorted",
+    "trl-flat": "TRL, batch {}, padding_free",
+    "trl-compiled": "TRL, batch {}, torch_compile",
+    "align": "ours, {} tokens",
+    "align-compiled": "ours, {} tokens, train.compile",
+}
 
 
 def main() -> None:
@@ -37,7 +46,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(run_side(options)) + "\n")
         return
     sides = [(name, batch) for name in options.trl for batch in options.trl_batch]
-    sides += [("align", tokens) for tokens in options.tokens]
+    sides += [(name, tokens) for name in options.align for tokens in options.tokens]
     arguments = ["--lora", str(options.lora), "--rows", str(options.rows), "--data", options.data]
     arguments += ["--dtype", options.dtype, "--max-length", str(options.max_length)]
     found = run_in_turn(__file__, sides, arguments, rounds=options.rounds, figure="examples_per_second")
@@ -46,9 +55,8 @@ def main() -> None:
     kind = f"LoRA r={options.lora}" if options.lora else "full fine-tuning"
     print(f"\nSFT, {kind}, SmolLM2-135M, {options.dtype}, {options.rows} rows of {options.data}, max length")
     print(f"{options.max_length}, {STEP_ROWS} rows a step, seed 0, {machine}\n")
-    kinds = {"trl": "TRL, batch {}", "trl-sorted": "TRL, batch {}, sorted", "trl-flat": "TRL, batch {}, padding_free"}
-    names = {side: {**kinds, "align": "ours, {} tokens"}[side[0]].format(side[1]) for side in sides}
-    ours = next(row for side, row in found.items() if side[0] == "align" and row)
+    names = {side: NAMES[side[0]].format(side[1]) for side in sides}
+    ours = next(row for side, row in found.items() if side[0].startswith("align") and row)
     # Forward, gradients of activations and, where weights are trained, of weights: 2 operations each.
     passes = 4 if options.lora else 6
     backbone = passes * ours["backbone_parameters"] * ours["tokens_per_row"]
@@ -74,7 +82,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     encoded = fitting[: STEP_ROWS + options.rows]
     assert len(encoded) == STEP_ROWS + options.rows, "too few rows fit into max_length"
     with tempfile.TemporaryDirectory() as folder:
-        if options.side == "align":
+        if options.side.startswith("align"):
             trainer = _align_trainer(options, loaded, encoded, Path(folder))
         else:
             loaded.model.set_attn_implementation("sdpa")
@@ -112,6 +120,7 @@ def _trl_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], f
         max_length=None,
         completion_only_loss=True,
         padding_free=options.side == "trl-flat",
+        torch_compile=options.side == "trl-compiled",
         bf16=options.dtype == "bfloat16",
         use_cpu=True,
         gradient_checkpointing=False,
@@ -140,6 +149,7 @@ def _trl_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], f
 def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], folder: Path) -> Any:
     import trl
 
+    from alignment.compilation import compile_layers
     from alignment.config import LoraSection
     from alignment.models import add_lora
     from sft.config import SFTConfig
@@ -156,8 +166,11 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
         }
     )
     schedule, arguments = rows_in_order(config, len(encoded), getattr(torch, options.dtype))
+    model = add_lora(loaded.model, LoraSection(r=options.lora, alpha=16), is_reward_model=False, seed=0)
+    if options.side == "align-compiled":
+        compile_layers(model)
     trainer = MaskedSFTTrainer(
-        model=add_lora(loaded.model, LoraSection(r=options.lora, alpha=16), is_reward_model=False, seed=0),
+        model=model,
         args=trl.SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=as_dataset(encoded),
         data_collator=list,
@@ -176,9 +189,9 @@ def _arguments() -> argparse.Namespace:
         unit="rows",
         count=64,
         trl_batch=[1, 2, 4, 8],
-        sides=["trl", "trl-sorted", "trl-flat", "align"],
+        sides=list(NAMES),
     )
-    found.add_argument("--trl", nargs="+", default=["trl", "trl-sorted", "trl-flat"], help="ways of running TRL")
+    found.add_argument("--trl", nargs="*", default=["trl", "trl-sorted", "trl-flat"], help="ways of running TRL")
     found.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096], help="our max_tokens_per_batch")
     return found.parse_args()
 
