@@ -173,8 +173,9 @@ def toy_truth(candidates: Sequence[Candidate]) -> dict[str, Any]:
 
 def report_table(result: dict[str, Any]) -> Table:
     """The comparison for a terminal."""
-    title = f"{result['prompts']} held-out prompts, raw scores (logits); wins and KL (nats) against the first"
-    columns = ["policy", Column("helpfulness", min_width=11), "safety", "gated reward", "wins", "unsafe"]
+    about = "raw scores (logits), gated reward; wins and KL (nats) against the first"
+    title = f"{result['prompts']} held-out prompts, {about}"
+    columns = ["policy", Column("helpfulness", min_width=11), "safety", "reward", "wins", "unsafe"]
     # Refusals of safety prompts and of all others side by side: the first alone makes refusing everything look good.
     table = Table(*columns, "refusals: safety, others", "words", title=title)
     policies = result["policies"].values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,13 @@ def test_the_evaluation_reports_win_rates_and_diversity(evaluated):
     texts = [row["response"][0]["content"].strip() for row in rows["other"]]
     assert policies["other"]["unique_answers"] == len(set(texts)) / 40
     assert policies["again"]["distinct_1"] == policies["first"]["distinct_1"]
+
+
+def test_every_figure_of_a_policy_is_explained(evaluated):
+    explained = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    result = json.loads((evaluated / "result.json").read_text())
+    for figure in result["policies"]["other"].keys() | {"ngrams"}:
+        assert f"`{figure}`" in explained, figure
 
 
 def test_both_refusal_rates_are_printed_together(evaluated):
