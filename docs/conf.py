@@ -15,6 +15,8 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3  # links such as ppo.md#alarms, with the anchors that GitHub gives headings
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 html_show_sphinx = False
 

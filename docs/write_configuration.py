@@ -94,15 +94,17 @@ def _classes(annotation: object) -> list[type]:
 
 
 def _table(prefix: str, rows: list[tuple[str, Row]]) -> str:
-    lines = ["| setting | type | default | meaning | paper |", "|---|---|---|---|---|"]
+    """A Markdown table of settings; without a column for the paper's values where it gives none."""
+    cells = []
     for key, (kind, default, text) in rows:
         found = _PAPER.search(text)
-        paper = found.group(1) if found else ""
-        meaning = _PAPER.sub("", text).strip()
         shown = default if default in ("", "required") else f"`{default}`"
-        cells = [f"`{prefix}{key}`", f"`{kind}`", shown, meaning, paper]
-        lines.append(f"| {' | '.join(cell.replace('|', ESCAPED_BAR) for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        meaning = _PAPER.sub("", text).strip()
+        cells.append([f"`{prefix}{key}`", f"`{kind}`", shown, meaning, found.group(1) if found else ""])
+    names = ["setting", "type", "default", "meaning", "paper"]
+    width = len(names) if any(row[-1] for row in cells) else len(names) - 1
+    lines = [names, ["---"] * len(names), *cells]
+    return "".join(f"| {' | '.join(cell.replace('|', ESCAPED_BAR) for cell in row[:width])} |\n" for row in lines)
 
 
 if __name__ == "__main__":
