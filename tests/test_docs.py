@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.cli.pipeline import load_pipeline
 from alignment.converters import STRENGTHS
 from alignment.data_report import KINDS, parse_row
 from alignment.layouts import CONVERTERS, Options
@@ -128,6 +129,17 @@ def test_every_layout_has_an_example_that_converts():
         bins = dict.fromkeys(STRENGTHS.get(layout, ()), (1.0, 2.0, 3.0))
         converted = list(CONVERTERS[layout](json.loads(example), Options(rating_bins=bins)))
         assert [parse_row(row) for row in converted], layout
+
+
+def test_the_example_pipeline_with_its_rounds_is_in_order(tmp_path, monkeypatch):
+    first, rounds = re.findall(r"```yaml\n(.*?)```", text_of("pipelines.md"), re.S)
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r"[\w-]+\.jsonl", first + rounds):
+        (tmp_path / name).touch()
+    (tmp_path / "mine.yaml").write_text(first + rounds, encoding="utf-8")
+    plan = load_pipeline(tmp_path / "mine.yaml", [])
+    names = [stage.name for stage in plan.stages]
+    assert names[:5] == ["sft", "rm-helpfulness", "rm-safety", "distil", "sft-safe"] and names[-1] == "rs-4"
 
 
 def test_the_figures_of_stages_without_steps_are_explained():
