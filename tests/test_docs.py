@@ -99,6 +99,21 @@ def test_files_of_the_repository_that_a_page_names_exist(page):
     assert not missing
 
 
+def anchors(page: Path) -> set[str]:
+    """Anchors of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_from_outside_the_site_lead_somewhere(name):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert links or name != "README.md"
+    for path, anchor in links:
+        assert (ROOT / path).is_file(), path
+        assert not anchor or anchor in anchors(ROOT / path), f"{path}#{anchor}"
+
+
 def examples_below(heading: str) -> list[dict]:
     """The JSON examples of a section of data-formats.md."""
     section = re.search(rf"^## {heading}$(.*?)(?=^## )", text_of("data-formats.md"), re.M | re.S).group(1)
