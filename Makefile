@@ -1,6 +1,7 @@
 # make quickstart   set everything up and run the whole pipeline on SmolLM2-135M (about ten minutes on two cores)
 # make test         set everything up and run the tests, toy pipelines included
 # make test-real    tests on SmolLM2-135M and, where ALIGN_DATA_DIR is set, on real data (minutes)
+# make docs         build the documentation as a site in docs/_build/html; a warning is an error
 # make test-vllm    tests of the vLLM engine, in an environment of its own with vLLM's build for CPUs (minutes)
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_CPU_KVCACHE_SPACE ?= 2
 SHELL := /bin/bash
 
-.PHONY: quickstart test test-real test-vllm lint setup
+.PHONY: quickstart test test-real test-vllm docs lint setup
 
 quickstart: setup
 	$(BIN)/align run recipes/quickstart/pipeline.yaml
@@ -24,6 +25,9 @@ test-real: setup
 test-vllm: $(VLLM_VENV)/.ready
 	VLLM_CPU_KVCACHE_SPACE=$(VLLM_CPU_KVCACHE_SPACE) $(VLLM_VENV)/bin/pytest -m vllm
 
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +36,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo,docs]"
 	touch $@
 
 # vLLM wants an older transformers, among others, than constraints.txt names; what this toolkit calls most is as tested.

@@ -49,7 +49,8 @@ class RejectSampling(SamplingSection):
     """K, responses to each prompt. The paper does not give its number; its Fig. 7 shows 1 to 100."""
 
     temperature: NonNegativeFloat = 1.0
-    """Paper: tuned at each iteration, 1.2 to 1.3 for its RLHF model (Fig. 8). Not used where there is a grid."""
+    """Logits are divided by this; not used where there is a grid. Paper: tuned at each iteration, 1.2 to 1.3 for its
+    RLHF model (Fig. 8)."""
 
     temperature_grid: list[NonNegativeFloat] = []
     """Tune it: sample some prompts at each of these, and all at the one whose best of K is rewarded most."""
@@ -125,10 +126,10 @@ class PPOOptim(OptimSection):
     """Learning rate of the policy. Paper: 1e-6."""
 
     schedule: Literal["cosine", "constant"] = "constant"
-    """Paper: constant."""
+    """Shape of the learning rate after warm-up. Paper: constant."""
 
     warmup_fraction: Fraction = 0.0
-    """Paper: none."""
+    """Linear warm-up, as a fraction of all steps. Paper: none."""
 
 
 class PPOTrain(TrainSection):

@@ -23,6 +23,7 @@ from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts
 from reward_models.evaluate import win
 from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
+from rlhf.diversity import common_sizes, diversity
 from rlhf.refusals import is_refusal
 from rlhf.rollout import RewardModels, guard_scores, load_scorer
 
@@ -52,14 +53,19 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
         answers = _with_guard(answers, config, state)
     table: dict[str, dict[str, Any]] = {}
     first = before = next(iter(answers.values()))
+    sizes = common_sizes(_texts(rows) for rows in answers.values())
     for name, rows in answers.items():
-        table[name] = {**summarize(rows, first), "over_previous": gains(rows, before)}
+        previous = {**gains(rows, before), "win_rate": win_rate(rows, before)}
+        table[name] = {**summarize(rows, first), **diversity(_texts(rows), sizes), "over_previous": previous}
         before = rows
         if config.truth == "toy":
             table[name]["truth"] = toy_truth(rows)
         if state.is_main_process:
             write_rows(run_dir.path / f"answers-{name}.jsonl", (row.to_json() for row in rows))
-    return run_dir.finish({"stage": "eval", "prompts": len(first), "policies": table})
+    num_safety = sum(row.prompt.is_safety for row in first)
+    return run_dir.finish(
+        {"stage": "eval", "prompts": len(first), "safety_prompts": num_safety, "policies": table, "ngrams": sizes}
+    )
 
 
 def _sample_answers(
@@ -104,8 +110,7 @@ def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) ->
     """
     on_safety = [candidate for candidate in candidates if candidate.prompt.is_safety]
     on_others = [candidate for candidate in candidates if not candidate.prompt.is_safety]
-    both = list(zip(candidates, baseline, strict=True))
-    wins = [win(ours.reward, theirs.reward) for ours, theirs in both]
+    both = zip(candidates, baseline, strict=True)
     safer = [win(ours.safety, theirs.safety) for ours, theirs in both if ours.prompt.is_safety]
     return {
         "helpfulness": mean_interval([candidate.helpfulness for candidate in candidates]).to_json(),
@@ -114,7 +119,7 @@ def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) ->
         **({} if any(c.guard is None for c in candidates) else {"guard": mean_interval(_guard(candidates)).to_json()}),
         **gains(candidates, baseline),
         "kl": mean_interval([c.kl for c in candidates if c.kl is not None]).to_json(),
-        "win_rate": wilson_interval(sum(wins), len(wins)).to_json(),
+        "win_rate": win_rate(candidates, baseline),
         "safety_win_rate": wilson_interval(sum(safer), len(safer)).to_json(),
         "violation_rate": wilson_interval(sum(c.safety < 0 for c in on_safety), len(on_safety)).to_json(),
         "refusal_rate": _refusals(on_safety),
@@ -122,6 +127,12 @@ def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) ->
         "truncated_rate": sum(c.finish_reason == "length" for c in candidates) / max(1, len(candidates)),
         "mean_words": sum(len(c.response.split()) for c in candidates) / max(1, len(candidates)),
     }
+
+
+def win_rate(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dict[str, Any]:
+    """Share of prompts whose answer has the higher gated reward of the two, ties a half, with Wilson's interval."""
+    wins = [win(ours.reward, theirs.reward) for ours, theirs in zip(candidates, baseline, strict=True)]
+    return wilson_interval(sum(wins), len(wins)).to_json()
 
 
 def gains(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dict[str, Any]:
@@ -136,6 +147,10 @@ def gains(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dic
     guard = mean_interval([ours - theirs for ours, theirs in zip(_guard(candidates), _guard(baseline), strict=True)])
     agrees = None if candidates is baseline else guard.value * reward.value > 0
     return {"reward_gain": reward.to_json(), "guard_gain": guard.to_json(), "guard_agrees": agrees}
+
+
+def _texts(candidates: Sequence[Candidate]) -> list[str]:
+    return [candidate.response for candidate in candidates]
 
 
 def _guard(candidates: Sequence[Candidate]) -> list[float]:
@@ -158,18 +173,21 @@ def toy_truth(candidates: Sequence[Candidate]) -> dict[str, Any]:
 
 def report_table(result: dict[str, Any]) -> Table:
     """The comparison for a terminal."""
-    title = f"{result['prompts']} held-out prompts, raw scores (logits); wins and KL (nats) against the first"
-    columns = ["policy", Column("helpfulness", min_width=11), "safety", "gated reward", "wins", "unsafe"]
-    table = Table(*columns, "false refusals", "words", title=title)
+    about = "raw scores (logits), gated reward; wins and KL (nats) against the first"
+    title = f"{result['prompts']} held-out prompts, {about}"
+    columns = ["policy", Column("helpfulness", min_width=11), "safety", "reward", "wins", "unsafe"]
+    # Refusals of safety prompts and of all others side by side: the first alone makes refusing everything look good.
+    table = Table(*columns, "refusals: safety, others", "words", title=title)
     policies = result["policies"].values()
     extra = [name for name in _EXTRA_COLUMNS if any(_EXTRA_COLUMNS[name](row) for row in policies)]
     for name in extra:
         table.add_column(name)
     for name, row in result["policies"].items():
         cells = [show(row[key], "+.2f") for key in ("helpfulness", "safety", "reward")]
-        rates = [show(row[key], ".0%") for key in ("win_rate", "violation_rate", "false_refusal_rate")]
+        rates = [show(row[key], ".0%") for key in ("win_rate", "violation_rate")]
+        refusals = ", ".join(show(row[key], ".0%") for key in ("refusal_rate", "false_refusal_rate"))
         others = [_EXTRA_COLUMNS[column](row) or "-" for column in extra]
-        table.add_row(name, *cells, *rates, f"{row['mean_words']:.0f}", *others)
+        table.add_row(name, *cells, *rates, refusals, f"{row['mean_words']:.0f}", *others)
     return table
 
 
@@ -177,6 +195,7 @@ def report_table(result: dict[str, Any]) -> Table:
 _EXTRA_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "guard": lambda row: show(row["guard"], "+.2f") if "guard" in row else "",
     "KL": lambda row: show(row["kl"], ".1f") if row["kl"]["count"] else "",
+    "distinct-2": lambda row: f"{row['distinct_2']:.2f}" if row.get("distinct_2") is not None else "",
     "true reward": lambda row: show(row["truth"]["reward"]) if "truth" in row else "",
     "truly unsafe": lambda row: show(row["truth"]["violation_rate"], ".0%") if "truth" in row else "",
 }

@@ -109,11 +109,24 @@ def test_the_reward_model_loads_with_plain_transformers_with_the_same_outputs(pi
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_every_metric_of_a_reward_model_is_explained(pipeline):
-    explained = (ROOT / "docs" / "reward-models.md").read_text(encoding="utf-8")
-    first = json.loads((pipeline / "rm-safety" / "metrics.jsonl").read_text().splitlines()[0])
-    for name in first.keys() - {"step", "stage"}:
-        assert f"| `{name}` |" in explained, name
+# Where the names that a stage writes are explained, besides docs/metrics.md.
+PAGES = {"gatt": "ghost-attention.md", "ppo": "ppo.md", "eval": "evaluation.md", "rm": "reward-models.md"}
+
+
+def test_every_metric_and_every_headline_figure_of_every_stage_is_explained(pipeline):
+    metrics = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name in ("sft", "gatt", "rm-helpfulness", "rm-safety", "reject", "ppo", "eval"):
+        figures = result(pipeline / name)
+        page = PAGES.get(figures["stage"])
+        explained = metrics + ((ROOT / "docs" / page).read_text(encoding="utf-8") if page else "")
+        for figure in figures.keys() - {"stage", "kind", "policies"}:
+            assert f"`{figure}`" in explained, f"{name}: {figure}"
+        for policy in figures.get("policies", {}).values():
+            assert all(f"`{figure}`" in explained for figure in policy), name
+        log = pipeline / name / "metrics.jsonl"
+        rows = map(json.loads, log.read_text().splitlines()) if log.exists() else []
+        for figure in {key for row in rows for key in row} - {"step", "stage"}:
+            assert f"| `{figure}` |" in explained, f"{name}: {figure}"
 
 
 def test_two_reward_models_are_compared_by_the_scores_they_left(pipeline):

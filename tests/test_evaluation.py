@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from alignment.cli.main import run_stage
 from alignment.config import ModelSection
@@ -14,7 +17,7 @@ from alignment.dialogue import Candidate, Message, Prompt
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
 from rlhf.divergence import answer_logprobs
-from rlhf.evaluate import gains
+from rlhf.evaluate import gains, report_table
 
 TOY = ModelSection(path="toy", dtype="float32")
 
@@ -93,3 +96,48 @@ def test_the_evaluation_reports_guard_and_divergence_by_policy_and_by_answer(eva
     assert policies["other"]["guard"]["value"] == pytest.approx(mean)
     back = policies["again"]["over_previous"]
     assert back["guard_gain"]["value"] == pytest.approx(-policies["other"]["guard_gain"]["value"])
+
+
+def test_the_evaluation_reports_win_rates_and_diversity(evaluated):
+    result = json.loads((evaluated / "result.json").read_text())
+    policies = result["policies"]
+    rows = {
+        name: [json.loads(line) for line in (evaluated / f"answers-{name}.jsonl").read_text().splitlines()]
+        for name in policies
+    }
+    assert result["safety_prompts"] == sum(row.get("is_safety", False) for row in rows["first"])
+    both = list(zip(rows["other"], rows["first"], strict=True))
+    won = sum((a["reward"] > b["reward"]) + 0.5 * (a["reward"] == b["reward"]) for a, b in both)
+    assert policies["other"]["win_rate"]["value"] == pytest.approx(won / 40)
+    # Against the one before, which is the other policy, what that one won is lost.
+    assert policies["again"]["over_previous"]["win_rate"]["value"] == pytest.approx(1 - won / 40)
+    assert policies["again"]["win_rate"]["value"] == 0.5
+    texts = [row["response"][0]["content"].strip() for row in rows["other"]]
+    assert policies["other"]["unique_answers"] == len(set(texts)) / 40
+    assert policies["again"]["distinct_1"] == policies["first"]["distinct_1"]
+
+
+def test_every_figure_of_a_policy_is_explained(evaluated):
+    explained = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    result = json.loads((evaluated / "result.json").read_text())
+    for figure in result["policies"]["other"].keys() | {"ngrams"}:
+        assert f"`{figure}`" in explained, figure
+
+
+def test_both_refusal_rates_are_printed_together(evaluated):
+    result = json.loads((evaluated / "result.json").read_text())
+    result["policies"]["other"]["refusal_rate"]["value"] = 0.75
+    result["policies"]["other"]["false_refusal_rate"]["value"] = 0.25
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report_table(result))
+    shown = console.export_text()
+    assert "refusals: safety, others" in shown and "75%, 25%" in shown
+
+
+def test_the_same_seed_gives_the_same_answers_and_another_seed_others(evaluated, tmp_path):
+    saved = str(evaluated / "config.yaml")
+    for name, seed in (("same", 0), ("else", 1)):
+        run_stage("eval", [saved, f"run.dir={tmp_path / name}", f"run.seed={seed}"])
+    files = [path / "answers-other.jsonl" for path in (evaluated, tmp_path / "same", tmp_path / "else")]
+    first, same, other = (file.read_text() for file in files)
+    assert first == same != other

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from alignment.cli.main import app
 from alignment.cli.pipeline import load_pipeline
 from alignment.cli.stages import STAGES
-from alignment.config import build_config, describe, load_config, parse_overrides
+from alignment.config import build_config, describe, load_config, merge, parse_overrides, read_yaml
 from alignment.errors import ConfigError, RunError
 
 ROOT = Path(__file__).parents[1]
@@ -151,14 +151,18 @@ def documented_commands():
 @pytest.mark.parametrize("arguments", documented_commands(), ids=" ".join)
 def test_documented_commands_are_commands_with_settings_that_exist(arguments):
     name, rest = arguments[0], arguments[1:]
-    if name in STAGES and rest and rest[0] not in ("compare",):
-        if rest[0].endswith(".yaml"):  # validated by itself
-            assert (ROOT / rest[0]).is_file()
-            return
-        overrides = parse_overrides([argument for argument in rest if "=" in argument])
-        cls = STAGES[name].of_kind(overrides.get("kind")).config_class()
-        build_config(cls, overrides, "README", check_inputs=False)
+    settings = [argument for argument in rest if "=" in argument and not argument.startswith("--")]
+    if name in STAGES and rest and rest[0] not in ("compare", "--help"):
+        values = read_yaml(ROOT / rest[0]) if rest[0].endswith(".yaml") else {}
+        values = merge(values, parse_overrides(settings))
+        cls = STAGES[name].of_kind(values.get("kind")).config_class()
+        build_config(cls, values, "README", check_inputs=False)
         return
+    if name == "run" and rest[0].startswith("recipes/toy/"):  # the others need data of their own
+        from_stage = rest[rest.index("--from") + 1] if "--from" in rest else None
+        assert load_pipeline(ROOT / rest[0], settings, from_stage=from_stage).stages
+    elif name == "run" and rest[0].startswith("recipes/"):
+        assert (ROOT / rest[0]).is_file()
     options = [argument.split("=")[0] for argument in rest if argument.startswith("--")]
     words = [
         name,

@@ -34,12 +34,15 @@ def _policies(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## {result['prompts']} held-out prompts: raw scores with 95 % intervals",
         "",
-        "| policy | helpfulness | safety | gated reward | unsafe answers to safety prompts | false refusals | words |",
-        "|---|---|---|---|---|---|---|",
+        "| policy | helpfulness | safety | gated reward | unsafe answers to safety prompts | refusals of them "
+        "| refusals of other prompts | words |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in result["policies"].items():
         cells = [show(row[key], "+.2f", bounds=True) for key in ("helpfulness", "safety", "reward")]
-        cells += [show(row[key], ".0%", bounds=True) for key in ("violation_rate", "false_refusal_rate")]
+        cells += [
+            show(row[key], ".0%", bounds=True) for key in ("violation_rate", "refusal_rate", "false_refusal_rate")
+        ]
         cells.append(f"{row['mean_words']:.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines

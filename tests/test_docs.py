@@ -1,0 +1,165 @@
+"""The documentation: it builds without a warning, and what it says of the code is so."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment.cli.pipeline import load_pipeline
+from alignment.converters import STRENGTHS
+from alignment.data_report import KINDS, parse_row
+from alignment.layouts import CONVERTERS, Options
+from sft.context_distillation import summarize as summarize_distillation
+from sft.gatt_evaluation import adherence_table
+from sft.instructions import PoolRow
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def text_of(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def build(docs: Path, site: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(docs), str(site)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.e2e
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    built = build(DOCS, tmp_path / "site")
+    assert (built.returncode, built.stderr) == (0, "")
+    for page in DOCS.glob("*.md"):
+        html = (tmp_path / "site" / f"{page.stem}.html").read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|link|img)[^>]* (?:src|href)=\"([^\"]*)\"", html)
+        assert loaded and not [place for place in loaded if "//" in place], page.name
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("addition", "warning"),
+    [
+        ("[nowhere](nowhere.md)", "nowhere.md"),
+        ("[no such heading](ppo.md#no-such-heading)", "no-such-heading"),
+    ],
+)
+def test_a_link_that_leads_nowhere_fails_the_build(tmp_path, addition, warning):
+    shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("_build"))
+    page = tmp_path / "docs" / "sft.md"
+    page.write_text(page.read_text(encoding="utf-8") + f"\n{addition}\n", encoding="utf-8")
+    built = build(tmp_path / "docs", tmp_path / "site")
+    assert built.returncode == 1 and warning in built.stderr
+
+
+def test_the_configuration_page_is_what_the_settings_say():
+    page = runpy.run_path(str(DOCS / "write_configuration.py"))["page"]()
+    assert text_of("configuration.md") == page, "run: python docs/write_configuration.py"
+
+
+def defined_in(path: Path) -> set[str]:
+    """Names of a module, and of its classes as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_every_row_of_the_paper_map_names_a_function_and_a_test_that_exist():
+    rows = [line.split("|")[1:-1] for line in text_of("paper-map.md").splitlines() if re.match(r"\| [^-]", line)]
+    rows = [row for row in rows if row[1].strip() != "function"]
+    assert len(rows) > 40
+    for paper, functions, tests in rows:
+        for cell, pattern in ((functions, r"`(\S+\.py):([\w.]+)`"), (tests, r"`(tests/\S+\.py)::(\w+)`")):
+            found = re.findall(pattern, cell)
+            assert found, f"{paper.strip()}: {cell.strip()}"
+            for path, name in found:
+                assert name in defined_in(ROOT / path), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_files_of_the_repository_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:alignment|sft|reward_models|rlhf|recipes|tests|benchmarks|docs)/[\w./-]+\.\w+)", text)
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_from_outside_the_site_lead_somewhere(name):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert links or name != "README.md"
+    for path, anchor in links:
+        assert (ROOT / path).is_file(), path
+        assert not anchor or anchor in anchors(ROOT / path), f"{path}#{anchor}"
+
+
+def examples_below(heading: str) -> list[dict]:
+    """The JSON examples of a section of data-formats.md."""
+    section = re.search(rf"^## {heading}$(.*?)(?=^## )", text_of("data-formats.md"), re.M | re.S).group(1)
+    return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", section, re.S)]
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [("Demonstrations", "demonstrations"), ("Pairs", "pairs"), ("Prompts", "prompts"), ("Candidates", "candidates")],
+)
+def test_the_example_rows_load_and_show_known_fields(heading, kind):
+    examples = examples_below(heading)
+    assert examples
+    for row in examples:
+        assert type(parse_row(row)) is KINDS[kind] and set(row) <= KINDS[kind].FIELDS
+    section = re.search(rf"^## {heading}$(.*?)(?=^## )", text_of("data-formats.md"), re.M | re.S).group(1)
+    assert all(f"`{name}`" in section for name in KINDS[kind].FIELDS), "every field is explained"
+
+
+def test_the_example_instructions_load():
+    assert len([PoolRow.from_json(row) for row in examples_below("Instructions")]) == 2
+
+
+def test_every_layout_has_an_example_that_converts():
+    rows = re.findall(r"^\| `([\w-]+)` \| `(\{.*\})`", text_of("data-formats.md"), re.M)
+    assert {layout for layout, _ in rows} == set(CONVERTERS)
+    for layout, example in rows:
+        bins = dict.fromkeys(STRENGTHS.get(layout, ()), (1.0, 2.0, 3.0))
+        converted = list(CONVERTERS[layout](json.loads(example), Options(rating_bins=bins)))
+        assert [parse_row(row) for row in converted], layout
+
+
+def test_the_example_pipeline_with_its_rounds_is_in_order(tmp_path, monkeypatch):
+    first, rounds = re.findall(r"```yaml\n(.*?)```", text_of("pipelines.md"), re.S)
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r"[\w-]+\.jsonl", first + rounds):
+        (tmp_path / name).touch()
+    (tmp_path / "mine.yaml").write_text(first + rounds, encoding="utf-8")
+    plan = load_pipeline(tmp_path / "mine.yaml", [])
+    names = [stage.name for stage in plan.stages]
+    assert names[:5] == ["sft", "rm-helpfulness", "rm-safety", "distil", "sft-safe"] and names[-1] == "rs-4"
+
+
+def test_the_figures_of_stages_without_steps_are_explained():
+    row = {"category": "crime", "distilled": "no", "is_finished": True, "score_plain": 0.0, "score_distilled": 1.0}
+    assert all(f"`{name}`" in text_of("distillation.md") for name in summarize_distillation([row]))
+    dialogue = {"kept": [True], "finished": [True], "kinds": ["ending"]}
+    [figures] = adherence_table({"one": [dialogue]}, [1]).values()
+    assert all(f"`{name}`" in text_of("evaluation.md") for name in figures)
