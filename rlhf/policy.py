@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -105,26 +105,13 @@ def _on_one_backbone(
     config: PPOConfig, policy: LoadedModel, weights: torch.dtype
 ) -> tuple[list[LoadedModel] | None, str | None]:
     """Both reward models as frozen adapters on the policy's weights, or None and the reason why not."""
-    if config.ppo.share_backbone == "never":
-        return None, "ppo.share_backbone=never"
     sections = {"helpfulness": config.rewards.helpfulness, "safety": config.rewards.safety}
-    try:
-        if not config.lora.r:
-            raise ModelError("the policy is trained in full (lora.r=0).")
-        for name, section in sections.items():
-            if section.dtype not in ("auto", str(weights).removeprefix("torch.")):
-                raise ModelError(f"rewards.{name}: computes in {section.dtype}, the policy in another type.")
-        adapters = {name: saved_adapter(model_folder(section.path)) for name, section in sections.items()}
-        began = saved_adapter(policy.folder) or Adapter(fingerprint(policy.model.get_decoder()), {})
-        for name, adapter in adapters.items():
-            if adapter is None:
-                raise ModelError(f"rewards.{name}: was not fine-tuned with LoRA, or by an older version.")
-            if adapter.backbone != began.backbone:
-                raise ModelError(f"rewards.{name}: was fine-tuned from other weights than the policy.")
-    except ModelError as error:
+    adapters = {name: saved_adapter(model_folder(section.path)) for name, section in sections.items()}
+    began = saved_adapter(policy.folder) or Adapter(fingerprint(policy.model.get_decoder()), {})
+    if reason := _why_separate(config, began, adapters, weights):
         if config.ppo.share_backbone == "always":
-            raise ModelError(f"ppo.share_backbone=always: {error}") from error
-        return None, str(error)
+            raise ModelError(f"ppo.share_backbone=always: {reason}")
+        return None, reason
     found = []
     for name, section in sections.items():
         reward = load_reward_model(section.path, chat_template=section.chat_template)
@@ -134,6 +121,26 @@ def _on_one_backbone(
         reward.model.to(policy.model.device).requires_grad_(False)
         found.append(reward)
     return found, None
+
+
+def _why_separate(
+    config: PPOConfig, began: Adapter, adapters: Mapping[str, Adapter | None], weights: torch.dtype
+) -> str | None:
+    """Why the reward models cannot stand on the weights under the policy's adapter `began`; None where they can."""
+    if config.ppo.share_backbone == "never":
+        return "ppo.share_backbone=never"
+    if not config.lora.r:
+        return "the policy is trained in full (lora.r=0)."
+    sections = {"helpfulness": config.rewards.helpfulness, "safety": config.rewards.safety}
+    for name, section in sections.items():
+        if section.dtype not in ("auto", str(weights).removeprefix("torch.")):
+            return f"rewards.{name}: computes in {section.dtype}, the policy in another type."
+    for name, adapter in adapters.items():
+        if adapter is None:
+            return f"rewards.{name}: was not fine-tuned with LoRA, or by an older version."
+        if adapter.backbone != began.backbone:
+            return f"rewards.{name}: was fine-tuned from other weights than the policy."
+    return None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

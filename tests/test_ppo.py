@@ -286,5 +286,5 @@ def test_the_critic_starts_at_zero_and_learns_alone_at_first(settings):
 
 
 def test_an_iteration_is_left_for_the_policy(settings):
-    with pytest.raises(ConfigError, match="critic_warmup = 2 leaves none of train.max_steps = 2"):
+    with pytest.raises(ConfigError, match=r"critic_warmup = 2 leaves none of train\.max_steps = 2"):
         trainer_of(settings, "ppo.critic_warmup=2")

@@ -38,7 +38,7 @@ def config_of(runs, *extra: str, policy: str = "rs", helpfulness: str = "helpful
         f"rewards.safety={{path: {runs / 'safety'}, dtype: float32}}",
         f"model={{path: {model}, dtype: float32}}", "prompts.prompts=toy:prompts.train", "lora.r=2",
         "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",
-        "optim.lr=1e-3", "run.device=cpu", "run.dir=unused", *extra,
+        "optim.lr=1e-3", "ppo.critic_lr=1e-3", "run.device=cpu", "run.dir=unused", *extra,
     ])  # fmt: skip
 
 
