@@ -288,3 +288,13 @@ def test_the_critic_starts_at_zero_and_learns_alone_at_first(settings):
 def test_an_iteration_is_left_for_the_policy(settings):
     with pytest.raises(ConfigError, match=r"critic_warmup = 2 leaves none of train\.max_steps = 2"):
         trainer_of(settings, "ppo.critic_warmup=2")
+
+
+def test_the_policys_schedule_counts_its_own_updates_only(settings):
+    trainer = trainer_of(settings, "ppo.critic_warmup=1", "optim.schedule=cosine", "optim.final_lr_fraction=0.25")
+    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    prompts = prompts * 2  # two minibatches an iteration
+    for critic_only in (True, False):
+        trainer.iterate(prompts, seed=0, critic_only=critic_only)
+    rates = {name: learner.scheduler.get_last_lr()[0] for name, learner in trainer.learners.items()}
+    assert rates == pytest.approx({"policy": 0.25 * 1e-3, "critic": 0.25 * 1e-5})
