@@ -117,10 +117,10 @@ def test_a_resumed_run_hands_over_the_checkpoints_weights_first(run, vllm, tmp_p
     whole = run(*extra, name="whole")
     iterate = PPOTrainer.iterate
 
-    def killed(trainer: PPOTrainer, prompts: Sequence[object], *, seed: int) -> dict[str, float]:
+    def killed(trainer: PPOTrainer, prompts: Sequence[object], *, seed: int, **options: bool) -> dict[str, float]:
         if seed == ppo.iteration_seed(0, 2):
             raise KeyboardInterrupt
-        return iterate(trainer, prompts, seed=seed)
+        return iterate(trainer, prompts, seed=seed, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PPOTrainer, "iterate", killed)

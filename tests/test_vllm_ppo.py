@@ -23,7 +23,7 @@ from alignment.sampling.vllm_engine import VllmSampler
 from rlhf import ppo_run
 from rlhf.config import PPOConfig
 from rlhf.policy_sampler import open_policy_vllm
-from rlhf.ppo import EncodedPrompt, PPOTrainer
+from rlhf.ppo import EncodedPrompt, PPOTrainer, iteration_seed
 
 pytestmark = [
     pytest.mark.vllm,
@@ -89,6 +89,36 @@ def test_vllm_samples_from_the_policy_as_it_stands_after_every_update(settings, 
     assert min(each.mean() for each in earlier) > 1e-2
     with pytest.raises(SamplerError, match="closed"):
         trainer.sampler.sample(IDS, params)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_resumed_run_samples_from_the_checkpoints_policy(settings, rank, tmp_path, monkeypatch):
+    """The engine of the second start holds the model that the run began with until it is given the newest weights."""
+    extra = [f"lora.r={rank}", "model.dtype=float32", "train.max_steps=3", "train.save_every=1"]
+
+    def rows(name: str, *, resume: bool = False) -> list[dict[str, float]]:
+        ppo_run.run(load_config(PPOConfig, None, [*settings, *extra, f"run.dir={tmp_path / name}"]), resume=resume)
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [{key: row[key] for key in row if "second" not in key} for row in map(json.loads, lines)]
+
+    whole = rows("whole")
+    iterate = PPOTrainer.iterate
+
+    def killed(trainer, prompts, *, seed, **options):
+        if seed == iteration_seed(0, 2):
+            raise InterruptedError
+        return iterate(trainer, prompts, seed=seed, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "iterate", killed)
+        with pytest.raises(InterruptedError):
+            rows("killed")
+    resumed = rows("killed", resume=True)
+    assert len(resumed) == len(whole) == 3
+    assert resumed[2]["ppo/sampler_gap"] < 1e-4 and resumed[2]["ppo/kl_k3"] > 1e-3
+    for name, value in whole[2].items():
+        if name.startswith("ppo/"):
+            assert resumed[2][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
 def test_the_stage_trains_and_looks_at_held_out_prompts_in_bfloat16(settings, tmp_path):
