@@ -153,12 +153,12 @@ def _answer_script(conversation: Conversation, text: str, *, as_json: bool) -> N
     answer = conversation.ask(text) if as_json else conversation.ask(text, _write)
     if answer.candidate.finish_reason == INTERRUPTED:
         raise KeyboardInterrupt
-    judged = conversation.judge(answer)
     if as_json:
-        _write(json.dumps(judged.candidate.to_json(), ensure_ascii=False))
-    elif conversation.judges:
-        _note(_scores(judged))
+        _write(json.dumps(conversation.judge(answer).candidate.to_json(), ensure_ascii=False) + "\n")
+        return
     _write("\n")
+    if conversation.judges:
+        _note(_scores(conversation.judge(answer)))
 
 
 def _scores(answer: Answer) -> str:
