@@ -244,7 +244,7 @@ def test_a_person_at_a_terminal_can_stop_an_answer_and_save_it(tmp_path):
     pexpect = pytest.importorskip("pexpect")
     path = tmp_path / "talk.jsonl"
     arguments = ["-m", "alignment.cli.main", "chat", "toy", "--max-new-tokens", "480", "--top-k", "1"]
-    child = pexpect.spawn(sys.executable, arguments, cwd=str(ROOT), timeout=120, encoding="utf-8")
+    child = pexpect.spawn(sys.executable, arguments, cwd=str(ROOT), timeout=600, encoding="utf-8")
     child.expect_exact("/help lists commands")
     child.expect_exact("> ")
     child.sendline("/sav x")
