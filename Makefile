@@ -1,5 +1,6 @@
 # make quickstart   set everything up and run the whole pipeline on SmolLM2-135M (about ten minutes on two cores)
 # make test         set everything up and run the tests, toy pipelines included
+# make notebooks    set everything up and run the notebooks (minutes)
 # make test-real    tests on SmolLM2-135M and, where ALIGN_DATA_DIR is set, on real data (minutes)
 # make docs         build the documentation as a site in docs/_build/html; a warning is an error
 # make test-vllm    tests of the vLLM engine, in an environment of its own with vLLM's build for CPUs (minutes)
@@ -11,13 +12,16 @@ VLLM_VENV ?= .venv-vllm
 VLLM_CPU_KVCACHE_SPACE ?= 2
 SHELL := /bin/bash
 
-.PHONY: quickstart test test-real test-vllm docs lint setup
+.PHONY: quickstart test notebooks test-real test-vllm docs lint setup
 
 quickstart: setup
 	$(BIN)/align run recipes/quickstart/pipeline.yaml
 
 test: setup lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+notebooks: setup
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --nbmake --nbmake-timeout=600 --durations=0 notebooks
 
 test-real: setup
 	$(BIN)/pytest -m real

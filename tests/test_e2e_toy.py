@@ -160,7 +160,7 @@ def test_score_sample_and_chat_work_on_the_results(pipeline, tmp_path):
 
     talk = align("chat", pipeline / "ppo", "--safety", pipeline / "rm-safety", stdin="give c\nmore d\n", **cache)
     assert talk.returncode == 0, talk.stderr
-    assert talk.stdout.count("P(safe)") == 2
+    assert talk.stderr.count("P(safe)") == 2 and "P(safe)" not in talk.stdout
 
 
 def test_a_users_mistake_ends_with_exit_code_2_and_no_traceback(tmp_path):

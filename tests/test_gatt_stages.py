@@ -18,7 +18,7 @@ from alignment.data import load_dialogues
 from alignment.dialogue import Message
 from alignment.errors import ConfigError, DataError
 from alignment.progress import ProgressBar
-from alignment.sampling.prompts import sample_ids
+from alignment.sampling.prompts import sampling_params
 from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import score
 from rlhf.config import EvalConfig
@@ -283,7 +283,7 @@ def test_a_speaker_gives_each_context_its_candidates_and_leaves_out_long_ones(ma
     assert set(found) == {7, 5} and all(len(answers) == 2 for answers in found.values())
     assert missing == {2: "too_long"}
     ids = [encode_prompt(chat, contexts[key]) for key in (7, 5)]
-    expected = sample_ids(sampler, ids, section, seed=4, bar=bar)  # the seed and the turn
+    expected = sampler.sample(ids, sampling_params(section, seed=4))  # the seed and the turn
     assert found[7][0].text == decode_response(chat, expected[0][0].token_ids)
 
 

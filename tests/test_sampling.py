@@ -207,6 +207,25 @@ def test_entries_without_weight_are_never_drawn_in_float32():
     assert set(found.tolist()) <= {300, 511, 512}
 
 
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_stream_is_the_candidate_of_that_number(exact_llama, index):
+    sampler = TorchSampler(exact_llama, stop_ids=[3])
+    params = SamplingParams(num_candidates=3, max_new_tokens=40, seed=5)
+    [drawn] = sampler.sample([PROMPTS[0]], params)
+    assert list(sampler.stream(PROMPTS[0], params, index=index)) == drawn[index].token_ids
+    short = SamplingParams(max_new_tokens=1)
+    assert len(list(sampler.stream(PROMPTS[0], short))) == 1
+
+
+def test_a_stream_that_is_left_leaves_the_model_as_it_was(llama):
+    llama.train()
+    stream = TorchSampler(llama, stop_ids=[]).stream(PROMPTS[0], SamplingParams(max_new_tokens=9))
+    next(stream)
+    assert torch.is_grad_enabled() and not llama.training
+    stream.close()
+    assert llama.training and llama.config._attn_implementation == "sdpa"
+
+
 # ------------------------------------------------------------------------------------------ what must not matter
 
 

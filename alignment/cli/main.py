@@ -206,24 +206,38 @@ def sample(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A chat model: folder, run, Hub id or built-in name.")],
+    message: Annotated[
+        list[str] | None,
+        typer.Option("--message", "-m", metavar="TEXT", help="Answer this and end; repeat it for further turns."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each answer as a row of candidates, with its prompt and raw scores.")
+    ] = False,
     helpfulness: Annotated[str | None, typer.Option(help="Show this reward model's score of each answer.")] = None,
     safety: Annotated[str | None, typer.Option(help="Show this reward model's P(safe) of each answer.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer at most.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
 ) -> None:
-    """Talk to a model. Lines from a pipe work too; an empty line or Ctrl-D ends."""
-    from alignment.cli.inference import chat_loop
+    """Talk to a model: /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.
+
+    Without a terminal every line of standard input is a turn.
+    """
+    from alignment.cli.chat import chat as talk
 
     prepare_libraries()
-    chat_loop(
+    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    talk(
         model,
+        settings,
+        messages=message or [],
+        as_json=as_json,
         helpfulness=helpfulness,
         safety=safety,
         system=system,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
         seed=seed,
     )
 

@@ -73,17 +73,10 @@ def fit_prompts(
     return fitting
 
 
-def sample_ids(
-    sampler: Sampler, prompts: Sequence[Sequence[int]], section: SamplingSection, *, seed: int, bar: ProgressBar
-) -> list[list[Sample]]:
-    """Samples with a configuration section's settings, in this process."""
-    return sampler.sample(prompts, sampling_params(section, seed), on_progress=bar.advance)
-
-
 def sample_shared(
     sampler: Sampler, prompts: Sequence[Sequence[int]], section: SamplingSection, *, seed: int, bar: ProgressBar
 ) -> list[list[Sample]]:
-    """As `sample_ids`, with every process at a share; prompts and results are the same in all.
+    """Samples with a configuration section's settings, every process at a share; all get the same results.
 
     Equal prompts stay together, since each goes on with the random streams of the one before.
     """

@@ -72,6 +72,25 @@ class TorchSampler:
                         on_prompt(row.index, [each.sample for each in results[row.index]])
         return [[row.sample for row in rows] for rows in results]
 
+    @torch.no_grad()
+    def stream(self, prompt: Sequence[int], params: SamplingParams, *, index: int = 0) -> Iterator[int]:
+        """The tokens of one response as they are drawn, to its end.
+
+        They are what `sample` draws as this prompt's candidate number `index`, from the same random numbers; for the
+        first candidate alone token for token, else as far as rounding in larger batches allows. The model is in
+        evaluation mode until the end; a generator that is left before has to be closed.
+
+        Raises as `sample` does.
+        """
+        row = _Row(0, uniforms_of(prompt, index, params))
+        self._check_window([prompt], params)
+        with _evaluation(self.model):
+            running = self._start([_Unit(tuple(prompt), [row])], params)
+            yield row.token_ids[-1]
+            while not running.finish():
+                self._step([running], params)
+                yield row.token_ids[-1]
+
     def _next_units(self, queue: deque[_Unit], taken: int) -> list[_Unit]:
         """The prompts that enter now: none while too few rows are free for it to pay."""
         free = self.max_rows - taken

@@ -1,0 +1,170 @@
+"""A conversation with a chat model: its history, answers that come piece by piece, their scores, a file of it.
+
+What is promised: the first answer to a prompt is the response that `align sample` gives to that history with the same
+model, seed and sampling settings where it samples nothing else beside it (in a larger batch, bfloat16 may round to
+another token). A prompt that is asked again, after an undo, gets what would be its next candidate there, so a
+conversation is a function of its seed and of what is said.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from alignment.chat import ChatFormat, decode_response, fit_prompt
+from alignment.data import write_rows
+from alignment.dialogue import Candidate, Dialogue, Message, Messages, Prompt, RowError, parse_messages
+from alignment.errors import ConfigError, DataError, RunError
+from alignment.models import LoadedModel, context_length
+from alignment.sampling.protocol import SamplingParams
+from alignment.sampling.torch_engine import TorchSampler
+from reward_models.score import Scorer
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with its prompt, and whether the model read that prompt without its oldest turns, which did not fit.
+
+    `candidate.finish_reason` is "stop", "length", or "interrupted".
+    """
+
+    candidate: Candidate
+    is_history_cut: bool
+
+
+class Conversation:
+    """Turns so far, and the model that answers the next one. `turns` alternate, a user's first, an assistant's last."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        params: SamplingParams,
+        *,
+        system: str = "",
+        judges: Mapping[str, Scorer] | None = None,
+    ) -> None:
+        """`judges` are reward models by what they judge: `helpfulness`, `safety`.
+
+        Raises ConfigError where the answers' length leaves no room for a prompt in the model's context.
+        """
+        self.chat, self.params, self.system, self.judges = loaded.chat, params, system, dict(judges or {})
+        self.turns: Messages = ()
+        self._sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=1)
+        self._room = context_length(loaded.model.config) - params.max_new_tokens
+        self._times_asked: Counter[tuple[int, ...]] = Counter()
+        if self._room <= 0:
+            raise ConfigError(
+                f"--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's context. "
+                "Lower it."
+            )
+
+    @property
+    def messages(self) -> Messages:
+        """The system message, where there is one, and the turns."""
+        return (*([Message("system", self.system)] if self.system else []), *self.turns)
+
+    def ask(self, text: str, show: Callable[[str], None] = lambda _piece: None) -> Answer:
+        """The answer to one more user turn; `show` gets it piece by piece, in whole characters.
+
+        KeyboardInterrupt ends the answer there. It is kept, as any other that has text; without text the turn is
+        forgotten, since no dialogue can have an empty turn.
+
+        Raises DataError where the turn does not fit into the context, is empty, or the chat format refuses it, and
+        ModelError where the template does; the conversation is then as it was.
+        """
+        messages = _checked((*self.messages, Message("user", text)))
+        ids, is_cut = fit_prompt(self.chat, messages, self._room)
+        if ids is None:
+            raise DataError(
+                f"that is more than the {self._room} tokens that the model's context has room for. Shorten it."
+            )
+        asked = tuple(ids)
+        index = self._times_asked[asked]
+        self._times_asked[asked] += 1
+        response, finish_reason = self._draw(ids, index, show)
+        if response:
+            self.turns = (*self.turns, Message("user", text), Message("assistant", response))
+        candidate = Candidate(
+            prompt=Prompt(messages=messages),
+            response=response,
+            index=index,
+            finish_reason=finish_reason,
+            seed=self.params.seed,
+            temperature=self.params.temperature,
+        )
+        return Answer(candidate, is_cut)
+
+    def judge(self, answer: Answer) -> Answer:
+        """The answer with the raw scores (logits) of the judges. Raises DataError where it is too long for one."""
+        candidate = answer.candidate
+        scores = {
+            name: scorer.score([candidate.prompt.messages], [[candidate.response]])[0][0]
+            for name, scorer in self.judges.items()
+        }
+        return replace(answer, candidate=replace(candidate, **scores))
+
+    def undo(self) -> None:
+        """Takes back the last user turn and its answer. Raises DataError where there is none."""
+        if not self.turns:
+            raise DataError("there is no turn to take back.")
+        self.turns = self.turns[:-2]
+
+    def reset(self) -> None:
+        """Forgets all turns; the system message stays."""
+        self.turns = ()
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Writes the conversation as a demonstration, a row that `align sft` trains on.
+
+        Raises DataError where nothing was said, and RunError where the file exists or cannot be written.
+        """
+        if not self.turns:
+            raise DataError("there is nothing to save yet.")
+        if path.exists() and not overwrite:
+            raise RunError(f"{path}: exists. Name another file; `/save! {path}` writes over it.")
+        row = Dialogue(messages=_checked(self.messages), source="chat").to_json()
+        try:
+            write_rows(path, [row])
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written ({error.strerror}). Name another file.") from error
+
+    def _draw(self, ids: Sequence[int], index: int, show: Callable[[str], None]) -> tuple[str, str]:
+        """The text of a response and why it ended."""
+        drawn: list[int] = []
+        shown = ""
+        try:
+            with closing(self._sampler.stream(ids, self.params, index=index)) as tokens:
+                for token in tokens:
+                    drawn.append(token)
+                    text = whole_characters(self.chat, drawn)
+                    if len(text) > len(shown):
+                        show(text[len(shown) :])
+                        shown = text
+        except KeyboardInterrupt:
+            return shown.strip(), INTERRUPTED
+        text = decode_response(self.chat, drawn)
+        if len(text) > len(shown):
+            show(text[len(shown) :])
+        return text, "stop" if drawn[-1] == self.chat.end_of_turn_id else "length"
+
+
+def whole_characters(chat: ChatFormat, ids: Sequence[int]) -> str:
+    """The text of the first tokens of a response, without a last character of which bytes are still to come.
+
+    Decoders write U+FFFD for them, one for up to three bytes or one for each.
+    """
+    text = decode_response(chat, ids)
+    return text[: max(len(text.rstrip("\ufffd")), len(text) - 3)]
+
+
+def _checked(messages: Messages) -> Messages:
+    """Raises DataError where a dialogue has what no data file may have."""
+    try:
+        return parse_messages([message.to_json() for message in messages], "turns", last_role=messages[-1].role)
+    except RowError as error:
+        raise DataError(error.problem) from None
