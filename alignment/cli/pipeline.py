@@ -21,9 +21,10 @@ from typing import Any
 from alignment.cli.report import write_report
 from alignment.cli.rounds import expand_rounds
 from alignment.cli.stages import STAGES
-from alignment.cli.summary import one_line, print_summary
+from alignment.cli.summary import print_summary
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
 from alignment.errors import AlignError, ConfigError, RunError
+from alignment.headlines import one_line
 from alignment.progress import console
 from alignment.runs import changed_settings, is_finished, read_manifest, read_result, upstream_runs, write_json
 
