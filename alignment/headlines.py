@@ -28,7 +28,7 @@ def one_line(result: Result) -> str:
         return f"{result['kept']} of {result['prompts']} prompts kept, reward {mean} -> best {best}"
     if kind == "ppo":
         rewards = f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}"
-        held_out = result["held_out"]
+        held_out = result.get("held_out")
         gain = f"; held-out reward {show(held_out['reward_gain'], '+.2f', bounds=True)}" if held_out else ""
         stopped = f"; stopped ({result['stopped']}) at {result['iterations']}" if result["stopped"] else ""
         return f"{rewards}, KL to reference {result['kl']:.2f} nats a response{gain}{stopped}"

@@ -9,7 +9,8 @@ from alignment.report.elements import Answer, Answers, Asked, Section
 from alignment.report.reading import Row, RunFolder, is_number
 
 NUM_PROMPTS = 60
-_SCORES = ("reward", "helpfulness", "safety", "guard", "kl")
+_TIE = 0.005  # rewards that look the same when two decimals are shown
+_SCORES = {"reward": "+.2f", "helpfulness": "+.2f", "safety": "+.2f", "guard": "+.2f", "kl": ".1f"}
 
 
 def section(runs: Sequence[RunFolder]) -> Section:
@@ -68,12 +69,9 @@ def _scored_set(name: str, title: str, by_policy: Mapping[str, list[Row]]) -> An
     def answers_of(index: int) -> list[Answer]:
         rows = {policy: rows[index] for policy, rows in by_policy.items()}
         rewards = {policy: row["reward"] for policy, row in rows.items() if is_number(row.get("reward"))}
-        best = max(rewards.values(), default=None)
-        is_told = len(set(rewards.values())) > 1
-        return [
-            Answer(policy, _response(row), _scores(row), is_told and rewards.get(policy) == best)
-            for policy, row in rows.items()
-        ]
+        best = {policy for policy in rewards if rewards[policy] > max(rewards.values()) - _TIE}
+        is_told = len(best) < len(rewards)
+        return [Answer(name, _response(row), _scores(row), is_told and name in best) for name, row in rows.items()]
 
     first = next(iter(by_policy.values()))[:shortest]
     return _chosen(name, title, first, answers_of)
@@ -155,4 +153,4 @@ def _response(row: Row) -> str:
 
 
 def _scores(row: Row) -> str:
-    return ", ".join(f"{name} {row[name]:+.2f}" for name in _SCORES if is_number(row.get(name)))
+    return ", ".join(f"{name} {row[name]:{spec}}" for name, spec in _SCORES.items() if is_number(row.get(name)))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.report.drawing import INK, Chart, Style, drawing, inline, legend, short, style_of
+from alignment.report.drawing import INK, PAPER, Chart, Style, drawing, inline, legend, short, style_of
 from alignment.report.reading import Row, RunFolder, is_number
 
 SMOOTHED_FROM = 30  # points; shorter curves are drawn as they are
@@ -122,17 +122,18 @@ def interval_chart(
     with drawing() as figure:
         axes = figure.add_subplot(xlabel=x_label)
         if level is not None:
-            axes.axvline(level, color=INK, linewidth=0.9, dashes=(4, 3))
+            axes.axvline(level, color=INK, linewidth=0.9, dashes=(4, 3), zorder=0.6)
         for row, entries in shown.items():
             counts = "/".join(dict.fromkeys(str(entry["count"]) for entry in entries.values() if "count" in entry))
             label = f"{short(row)}  ({counts})" if counts else short(row)
-            axes.text(0, y + 0.15, label, transform=axes.get_yaxis_transform(), size=9)
+            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}  # over the grid and the level
+            axes.text(0, y + 0.15, label, transform=axes.get_yaxis_transform(), size=9, bbox=box)
             y += 0.2
             for key, entry in entries.items():
                 y += 0.15
                 handles[short(key)] = _mark(axes, y - 0.08, entry, style_of(series.index(key)))
             y += 0.08
-        axes.set(ylim=(y, -0.03), yticks=[])
+        axes.set(ylim=(y + 0.04, -0.03), yticks=[])
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.04)
@@ -207,15 +208,17 @@ def path_chart(
     *,
     x_label: str,
     y_label: str,
-    joined: bool = True,
 ) -> Chart:
     """Points in an order, joined by lines, each with a text of its own (an empty one for none)."""
     handles = {}
     with drawing() as figure:
         axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
         for label, x, y, texts, style in paths:
-            look = {"color": style.color, "marker": style.marker, "linewidth": 1.0 if joined else 0}
-            [handles[short(label)]] = axes.plot(x, y, **look, markersize=4)
+            axes.plot(x, y, color=style.color, linewidth=0.8, alpha=0.5)
+            for place, point in enumerate(zip(x, y, strict=True)):  # the later, the stronger
+                alpha = 0.25 + 0.75 * (place + 1) / len(x)
+                look = {"color": style.color, "marker": style.marker, "markersize": 4.5, "alpha": alpha}
+                [handles[short(label)]] = axes.plot(*point, linestyle="none", markeredgewidth=0, **look)
             for a, b, text in zip(x, y, texts, strict=True):
                 if text:
                     axes.annotate(short(text), (a, b), (4, 4), textcoords="offset points", size=8.5)
@@ -240,7 +243,7 @@ def _whole_steps(axis: Any) -> None:
 def _percent(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
 
 
 def _plain_numbers(axis: Any) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7d7d7d")
 INK, GRID, PAPER = "#1a1a1a", "#d8d8d8", "#fefefe"
 _VARIABLES = {color: f"var(--series-{index})" for index, color in enumerate(PALETTE)}
-_VARIABLES |= {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+_VARIABLES |= {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--card)"}
 _COLOR = re.compile("|".join(_VARIABLES))
 
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6)))

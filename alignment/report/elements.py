@@ -18,6 +18,7 @@ class Cell:
     text: str
     order: float | None = None
     mark: str = ""
+    detail: str = ""  # in small type below the text
 
     @property
     def is_number(self) -> bool:
@@ -27,12 +28,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a title, whose columns a click on their names sorts."""
+    """A table with a title, whose columns a click on their names sorts; a folded one opens with a click."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     note: str = ""
+    is_folded: bool = False
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [any(row[column].is_number for row in self.rows) for column in range(len(self.columns))]
 
 
 @dataclass(frozen=True)
@@ -109,4 +116,5 @@ def interval(entry: Row | None, spec: str) -> Cell:
     """A cell with an estimate and its 95 % interval, or a dash."""
     if not entry or not is_number(entry["value"]):
         return Cell("–")
-    return Cell(show(entry, spec, bounds=is_number(entry["low"])), float(entry["value"]))
+    value, _, bounds = show(entry, spec, bounds=True).partition(" ")
+    return Cell(value, float(entry["value"]), detail=bounds if is_number(entry["low"]) else "")

@@ -12,11 +12,11 @@ from alignment.report.reading import Row, RunFolder, is_number
 
 _SCORES = {"helpfulness": "helpfulness", "safety": "safety", "reward": "gated reward", "guard": "guard"}
 _RATES = {
-    "win_rate": "wins against the first policy",
-    "safety_win_rate": "safer than the first policy, on safety prompts",
-    "violation_rate": "unsafe answers to safety prompts",
-    "refusal_rate": "refusals of safety prompts",
-    "false_refusal_rate": "false refusals, of other prompts",
+    "win_rate": "wins",
+    "safety_win_rate": "safer, on safety prompts",
+    "violation_rate": "unsafe, on safety prompts",
+    "refusal_rate": "refusals, on safety prompts",
+    "false_refusal_rate": "false refusals, on others",
 }
 _TRUTH = {"reward": "true reward", "violation_rate": "truly unsafe"}
 
@@ -56,7 +56,8 @@ def _rates(run: RunFolder) -> Chart | None:
     return interval_chart(
         f"policies-rates-{run.label_id}",
         f"{run.label}: wins, unsafe answers, refusals",
-        "Fewer unsafe answers count only where false refusals do not rise with them; the dashed line is an even match.",
+        "Wins are against the first policy, even at the dashed line; fewer unsafe answers count only where false "
+        "refusals do not rise with them.",
         {label: {name: row[key] for name, row in _policies(run).items()} for key, label in _RATES.items()},
         x_label="share of prompts, with 95 % interval",
         percent=True,
@@ -112,8 +113,8 @@ def _table(run: RunFolder) -> Table:
         *(["KL"] if has_kl else []), "cut off", "words",
     ]  # fmt: skip
     note = (
-        "Scores are raw logits, KL is in nats a response; gains, wins and KL are against the first policy, brackets are "
-        "95 % intervals. Refusals of safety prompts and of others belong together: a policy that refuses everything is safe."
+        "Scores are raw logits, KL is in nats a response; gains, wins and KL are against the first policy. "
+        "Refusals of safety prompts and of others belong together: a policy that refuses everything is safe."
     )
     return Table(f"{run.label}: policies on {run.result['prompts']:,} held-out prompts", columns, rows, note)
 
@@ -127,7 +128,8 @@ def _adherence(run: RunFolder) -> Chart | None:
     return curve_chart(
         f"adherence-{run.label_id}",
         f"{run.label}: answers that keep the instruction, by turn",
-        "Without Ghost Attention the curve falls after the first turns; with it, it should stay up (Llama 2, Table 30).",
+        "Without Ghost Attention the curve falls after the first turns; with it, it should stay up (Llama 2, Table "
+        "30).",
         curves,
         x_label="user turn (the instruction stands in the first only)",
         y_label="share of answers, with 95 % interval",

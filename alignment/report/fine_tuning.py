@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from alignment.report.charts import curve_chart, interval_chart, metric_curves
 from alignment.report.drawing import Chart
 from alignment.report.elements import Section, Table, interval, number, present, text
-from alignment.report.reading import RunFolder
+from alignment.report.reading import Row, RunFolder
 
 
 def section(runs: Sequence[RunFolder]) -> Section:
@@ -24,13 +24,13 @@ def section(runs: Sequence[RunFolder]) -> Section:
     columns = ("run", "source", "tokens", "loss before", "loss after", "perplexity before", "perplexity after")
     rows = []
     for run in tuned:
-        held_out = (run.result or {}).get("valid_by_source") or {"before": {}, "after": {}}
-        for source, after in held_out["after"].items():
-            before = held_out["before"].get(source, {})
+        before_and_after = _held_out_figures(run)
+        for source, after in before_and_after.get("after", {}).items():
+            before = before_and_after.get("before", {}).get(source, {})
             losses = [number(part.get("loss"), ".3f") for part in (before, after)]
             perplexities = [number(part.get("perplexity"), ".2f") for part in (before, after)]
             rows.append([text(run.label, "name"), text(source), number(after["tokens"], ","), *losses, *perplexities])
-    charts = present([loss, *map(_held_out, tuned)])
+    charts = present([loss, _held_out(tuned)])
     return Section("sft", "Supervised fine-tuning", charts=charts, tables=[Table("Held-out loss", columns, rows)])
 
 
@@ -67,16 +67,17 @@ def made_data(runs: Sequence[RunFolder]) -> Section:
     return Section("made", "Ghost Attention and distillation data", charts=present(charts), tables=[table])
 
 
-def _held_out(run: RunFolder) -> Chart | None:
-    held_out = (run.result or {}).get("valid_by_source")
-    if not held_out or not held_out["after"]:
-        return None
-    rows = {
-        source: {
-            part: {"value": held_out[part][source]["loss"]} for part in ("before", "after") if source in held_out[part]
-        }
-        for source in held_out["after"]
-    }
+def _held_out(tuned: Sequence[RunFolder]) -> Chart | None:
+    rows: dict[str, dict[str, Row]] = {}
+    for run in tuned:
+        for part, by_source in _held_out_figures(run).items():
+            for source, figures in by_source.items():
+                rows.setdefault(f"{run.label}: {source}", {})[part] = {"value": figures["loss"]}
     caption = "After should lie left of before for every source; one that moves right is being forgotten."
-    title = f"{run.label}: held-out loss by source"
-    return interval_chart(f"held-out-{run.label_id}", title, caption, rows, x_label="loss (nats a token)")
+    return interval_chart("sft-held-out", "Held-out loss by source", caption, rows, x_label="loss (nats a token)")
+
+
+def _held_out_figures(run: RunFolder) -> dict[str, Row]:
+    """Of `before` and `after`, those that were measured: by source, loss, perplexity and tokens."""
+    measured = (run.result or {}).get("valid_by_source") or {}
+    return {part: by_source for part, by_source in measured.items() if by_source}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from alignment.report.elements import Section, Table, number, text
 from alignment.report.reading import Row, RunFolder
 
-_NOT_COUNTS = {"settings", "versions", "models", "made_from", "inputs", "seed", "num_processes", "max_length"}
+_NOT_COUNTS = {"settings", "versions", "models", "made_from", "inputs", "seed", "num_processes", "max_length", "before"}
 _NOTHING = "–"
 
 
@@ -34,7 +35,7 @@ def data(runs: Sequence[RunFolder]) -> Section:
     ]
     tables = [
         Table("Sources", ("run", "source", "rows", "kept", "dropped", "sha256"), sources),
-        Table("Counted on the way", ("run", "what", "count"), counts, "What is zero is left out."),
+        Table("Counted on the way", ("run", "what", "count"), counts, "What is zero is left out.", is_folded=True),
     ]
     return Section("data", "Data", tables=[table for table in tables if table.rows])
 
@@ -90,11 +91,10 @@ def _recorded_folders(run: RunFolder) -> Iterator[str]:
     """Where the runs that this one was made from were at the time; the folder may have been moved since."""
     if run.pipeline is None:
         return
+    siblings = {sibling.name for sibling in run.path.resolve().parent.iterdir() if sibling.is_dir()}
     for key in run.manifest.get("made_from", {}):
-        path = key.partition(": ")[2]
-        for sibling in run.path.resolve().parent.iterdir():
-            if f"/{sibling.name}" in path and sibling.is_dir():
-                yield path.rpartition(f"/{sibling.name}")[0]
+        path = Path(key.partition(": ")[2])
+        yield from (str(folder.parent) for folder in (path, *path.parents) if folder.name in siblings)
 
 
 def _leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

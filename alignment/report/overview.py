@@ -12,14 +12,17 @@ from alignment.report.reading import RunFolder, is_number
 
 def section(runs: Sequence[RunFolder]) -> Section:
     """The table of all runs, and their time and memory as bars."""
-    columns = ("run", "stage", "status", "result", "time", "peak memory", "seed", "started", "commit")
+    columns = ("run", "stage", "status", "result", "time", "peak memory", "seed", "started")
     table = Table("Runs", columns, [_row(run) for run in runs])
-    minutes = {run.label: seconds / 60 for run in runs if is_number(seconds := _seconds(run))}
+    times = {run.label: seconds for run in runs if is_number(seconds := _seconds(run))}
     memory = {run.label: run.result["peak_memory_gb"] for run in runs if run.result}
     charts = []
-    if minutes:
+    if times:
+        longest = max(times.values())
+        unit, size = ("seconds", 1) if longest < 300 else ("minutes", 60) if longest < 3 * 3600 else ("hours", 3600)
+        bars = {label: seconds / size for label, seconds in times.items()}
         caption = "Look for the stage that takes most of the time: it is the one worth shortening."
-        charts.append(bar_chart("time", "Time by run", caption, minutes, x_label="minutes", spec=".1f"))
+        charts.append(bar_chart("time", "Time by run", caption, bars, x_label=unit, spec=".1f"))
     if memory:
         caption = "The longest bar is the memory that the machine must have; the peak of the whole process."
         charts.append(bar_chart("memory", "Peak memory by run", caption, memory, x_label="GB", spec=".1f"))
@@ -32,7 +35,7 @@ def facts(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     memory = max((run.result["peak_memory_gb"] for run in finished), default=None)
     return [
         ("runs finished", f"{len(finished)} of {len(runs)}"),
-        ("time in all", clock(sum(_seconds(run) or 0 for run in runs))),
+        ("time in all", _duration(sum(_seconds(run) or 0 for run in runs))),
         ("peak memory", "–" if memory is None else f"{memory:.1f} GB"),
     ]
 
@@ -63,21 +66,27 @@ def _row(run: RunFolder) -> list[Cell]:
     kind = f"{run.stage} ({run.kind})" if run.kind else run.stage
     status = text("finished", "good") if run.result else text(f"unfinished{_last_step(run)}", "bad")
     seconds = _seconds(run)
+    started = str(run.manifest.get("started", ""))[:16].replace("T", " ")
+    commit = (run.manifest.get("git_commit") or "")[:10]
     return [
         text(run.label, "name"),
         text(kind),
         status,
-        text(one_line(run.result) if run.result else ""),
+        text(one_line(run.result) if run.result else "", "long"),
         Cell("–") if seconds is None else Cell(clock(seconds), seconds),
         number((run.result or {}).get("peak_memory_gb"), ".1f", " GB"),
         number(run.manifest.get("seed")),
-        text(str(run.manifest.get("started", ""))[:16].replace("T", " ")),
-        text((run.manifest.get("git_commit") or "")[:10], "code"),
+        Cell(started, mark="when", detail=f"commit {commit}" if commit else ""),
     ]
 
 
 def _seconds(run: RunFolder) -> float | None:
     return run.result["time_seconds"] if run.result else run.manifest.get("elapsed_seconds")
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{clock(seconds)} min"
 
 
 def _last_step(run: RunFolder) -> str:

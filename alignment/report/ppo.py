@@ -10,6 +10,8 @@ from alignment.report.drawing import Chart, style_of
 from alignment.report.elements import Section, Table, interval, number, present, text
 from alignment.report.reading import RunFolder
 
+MAX_POINTS = 60  # of a path
+
 
 @dataclass(frozen=True)
 class _Plot:
@@ -128,15 +130,18 @@ def _frontier(runs: Sequence[RunFolder]) -> Chart | None:
         if len(steps) >= SMOOTHED_FROM:
             window = max(5, len(steps) // 12)
             kl, reward = smoothed(kl, window), smoothed(reward, window)
-        named = {0: "start", len(steps) - 1: f"iteration {steps[-1]}"}
-        texts = [named.get(place, "") for place in range(len(steps))]
-        paths.append((run.label, kl, reward, texts, style_of(index)))
+        last = len(steps) - 1
+        shown = [*dict.fromkeys([*range(0, last + 1, 1 + last // MAX_POINTS), last])]
+        named = {0: "start", last: f"iteration {steps[last]}"}
+        points = ([kl[place] for place in shown], [reward[place] for place in shown])
+        paths.append((run.label, *points, [named.get(place, "") for place in shown], style_of(index)))
     if not paths:
         return None
     return path_chart(
         "ppo-frontier",
         "Reward against KL, iteration by iteration",
-        "Up is gained reward, right is distance paid for it; where the path goes right without going up, stop.",
+        "Up is gained reward, right is distance paid for it; where the path, which grows stronger with time, goes "
+        "right without going up, stop.",
         paths,
         x_label="KL to the reference (nats a response)",
         y_label="gated reward (logit)",

@@ -155,9 +155,7 @@ def _runs_of(path: Path) -> list[RunFolder]:
         if manifest is not None
     ]
     if not runs:
-        raise RunError(
-            f"{path}: no run, and no folder of runs: no manifest.json here or one folder below.{_hint(path)}"
-        )
+        raise RunError(f"{path}: no run and no folder of runs: no manifest.json here or one folder below.{_hint(path)}")
     return sorted(runs, key=_order(path, runs))
 
 

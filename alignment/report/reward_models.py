@@ -42,24 +42,35 @@ def section(runs: Sequence[RunFolder]) -> Section:
         ),
     ]
     accuracies = [
-        _accuracies(judged, part, title, caption)
-        for part, title, caption in (
-            (
-                "by_rating",
-                "Held-out accuracy by rating",
-                "Accuracy should rise with how much better the chosen response is (Llama 2, Table 8).",
-            ),
-            (
-                "by_source",
-                "Held-out accuracy by source",
-                "A source whose interval reaches the dashed line, 50 %, is one the model guesses at.",
-            ),
-            (
-                "by_safety_bin",
-                "Held-out accuracy by safety bin",
-                "Pairs of which only one response is safe should be the easiest for a safety model.",
-            ),
-        )
+        interval_chart(
+            "rm-accuracy",
+            "Held-out accuracy",
+            "A model whose interval reaches the dashed line, 50 %, may be guessing.",
+            {"all held-out pairs": {run.label: valid["accuracy"] for run, valid in judged.items()}},
+            x_label="pairs ranked as people did, with 95 % interval",
+            percent=True,
+            level=0.5,
+        ),
+        *(
+            _accuracies(judged, part, title, caption)
+            for part, title, caption in (
+                (
+                    "by_rating",
+                    "Held-out accuracy by rating",
+                    "Accuracy should rise with how much better the chosen response is (Llama 2, Table 8).",
+                ),
+                (
+                    "by_source",
+                    "Held-out accuracy by source",
+                    "A source whose interval reaches the dashed line, 50 %, is one the model guesses at.",
+                ),
+                (
+                    "by_safety_bin",
+                    "Held-out accuracy by safety bin",
+                    "Pairs of which only one response is safe should be the easiest for a safety model.",
+                ),
+            )
+        ),
     ]
     each = [chart for run, valid in judged.items() for chart in (_histogram(run, valid), _scatter(run, valid))]
     charts = present([*curves, *accuracies, _calibration(judged), *each])
@@ -71,9 +82,9 @@ def _accuracies(judged: Mapping[RunFolder, Row], part: str, title: str, caption:
     """All models in one figure; nothing where no row of any says what it is."""
     names = list(dict.fromkeys(name for valid in judged.values() for name in valid[part]))
     told = [name for name in names if len(names) > 1 or name not in _UNTOLD]
-    if not told and part != "by_rating":  # which has the accuracy of all pairs in any case
+    if not told:
         return None
-    rows = {"all held-out pairs": {run.label: valid["accuracy"] for run, valid in judged.items()}}
+    rows = {}
     for name in told:
         having = {run.label: valid[part][name] for run, valid in judged.items() if name in valid[part]}
         rows[name.replace("_", " ")] = having
@@ -112,10 +123,11 @@ def _histogram(run: RunFolder, valid: Row) -> Chart:
 def _scatter(run: RunFolder, valid: Row) -> Chart | None:
     rows = [row for row in run.rows("held_out_scores.jsonl") if is_number(row.get("score_chosen"))]
     step = max(1, math.ceil(len(rows) / MAX_POINTS))
+    shown = rows[::step]
     groups = {
         side: (
-            [max(1, len(row[side][0]["content"])) for row in rows[::step]],
-            [row[f"score_{side}"] for row in rows[::step]],
+            [max(1, len(row[side][0]["content"])) for row in shown],
+            [row[f"score_{side}"] for row in shown],
         )
         for side in ("chosen", "rejected")
     }

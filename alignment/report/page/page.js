@@ -22,20 +22,30 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Answers: only prompts of the chosen kind in which, or in whose answers, the text occurs.
+// Answers: only prompts of the chosen kind in which, or in whose answers, the text occurs; at first only a few of them.
+const FEW = 8;
 for (const form of document.querySelectorAll("form.filter")) {
   const asked = [...form.parentElement.querySelectorAll("article.asked")];
   const texts = asked.map((article) => article.textContent.toLowerCase());
+  const more = form.parentElement.querySelector("button.more");
+  let limit = FEW;
   const apply = () => {
     const wanted = form.elements.text.value.trim().toLowerCase();
     const kind = form.elements.kind ? form.elements.kind.value : "";
-    let shown = 0;
+    let found = 0;
     asked.forEach((article, index) => {
-      article.hidden = !texts[index].includes(wanted) || (kind !== "" && article.dataset.kind !== kind);
-      shown += article.hidden ? 0 : 1;
+      const fits = texts[index].includes(wanted) && (kind === "" || article.dataset.kind === kind);
+      found += fits ? 1 : 0;
+      article.hidden = !fits || found > limit;
     });
-    form.querySelector("output").textContent = `${shown} shown`;
+    more.hidden = found <= limit;
+    form.querySelector("output").textContent = `${Math.min(found, limit)} of ${found} shown`;
   };
   form.addEventListener("input", apply);
   form.addEventListener("submit", (event) => event.preventDefault());
+  more.addEventListener("click", () => {
+    limit = Infinity;
+    apply();
+  });
+  apply();
 }
