@@ -35,8 +35,8 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
         DataError: a run's rows are damaged.
     """
     out = out or ((paths[0] if len(paths) == 1 else Path()) / "report.html")
-    _check_replaceable(out)
     runs = read_runs(paths)
+    _check_replaceable(out)
     title = ", ".join(dict.fromkeys(run.pipeline or run.label for run in runs))
     page = render(runs, title)
     # Half a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark.
@@ -64,7 +64,7 @@ def render(runs: Sequence[RunFolder], title: str) -> str:
 
 
 def sections_of(runs: Sequence[RunFolder]) -> list[Section]:
-    """All sections that have something to show, in the order of the pipeline."""
+    """All sections that have something to show, the outcome first, then the stages in order."""
     made = [
         overview.section(runs),
         evaluation.section(runs),
