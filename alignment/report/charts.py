@@ -103,16 +103,18 @@ def interval_chart(
     x_label: str,
     percent: bool = False,
     level: float | None = None,
+    series: Sequence[str] = (),
 ) -> Chart | None:
     """Estimates with their 95 % intervals, one row a thing and one mark a series, the row's name above its marks.
 
     Args:
         rows: by row and series, `{"value", "low", "high", "count"}`; entries without a number are left out.
         level: a vertical line to compare with, e.g. 0.5 for guessing.
+        series: all series in order where not every figure has all, so that each looks the same in all of them.
     """
     found = {row: {key: e for key, e in entries.items() if is_number(e["value"])} for row, entries in rows.items()}
     found = {row: entries for row, entries in list(found.items()) if entries}
-    series = list(dict.fromkeys(key for entries in rows.values() for key in entries))
+    series = list(dict.fromkeys([*series, *(key for entries in rows.values() for key in entries)]))
     shown = dict(list(found.items())[:MAX_ROWS])
     if not shown:
         return None
@@ -140,7 +142,7 @@ def interval_chart(
         if percent:
             _percent(axes.xaxis)
         figure.set_figheight(y + 0.62)
-        legend(figure, handles if len(series) > 1 else {})
+        legend(figure, handles if len(handles) > 1 else {})
         return inline(figure, name, title, caption)
 
 

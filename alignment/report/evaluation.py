@@ -25,7 +25,11 @@ def section(runs: Sequence[RunFolder]) -> Section:
     """Figures and a table for every evaluation of answers."""
     evaluated = [run for run in runs if run.stage == "eval" and run.kind != "gatt" and run.result]
     charts = present(chart for run in evaluated for chart in (_scores(run), _rates(run), _gains(run)))
-    return Section("eval", "Evaluation", charts=charts, tables=list(map(_table, evaluated)))
+    intro = (
+        "Scores are raw logits, KL is in nats a response; gains, wins and KL are against the first policy. Refusals of "
+        "safety prompts and of others belong together: a policy that refuses everything is safe."
+    )
+    return Section("eval", "Evaluation", intro, charts=charts, tables=list(map(_table, evaluated)))
 
 
 def ghost_attention(runs: Sequence[RunFolder]) -> Section:
@@ -112,11 +116,7 @@ def _table(run: RunFolder) -> Table:
         "policy", *scores.values(), *gains.values(), *_RATES.values(), *truth.values(),
         *(["KL"] if has_kl else []), "cut off", "words",
     ]  # fmt: skip
-    note = (
-        "Scores are raw logits, KL is in nats a response; gains, wins and KL are against the first policy. "
-        "Refusals of safety prompts and of others belong together: a policy that refuses everything is safe."
-    )
-    return Table(f"{run.label}: policies on {run.result['prompts']:,} held-out prompts", columns, rows, note)
+    return Table(f"{run.label}: policies on {run.result['prompts']:,} held-out prompts", columns, rows)
 
 
 def _adherence(run: RunFolder) -> Chart | None:

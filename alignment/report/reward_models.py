@@ -19,6 +19,7 @@ _UNTOLD = {"unrated", "unknown", "unlabelled"}
 def section(runs: Sequence[RunFolder]) -> Section:
     """Curves and estimates of all reward models together, scores and lengths of each."""
     models = [run for run in runs if run.stage == "rm"]
+    names = [run.label for run in models]
     judged = {run: run.result["valid"] for run in models if run.result and run.result.get("valid")}
     curves = [
         curve_chart(
@@ -50,9 +51,10 @@ def section(runs: Sequence[RunFolder]) -> Section:
             x_label="pairs ranked as people did, with 95 % interval",
             percent=True,
             level=0.5,
+            series=names,
         ),
         *(
-            _accuracies(judged, part, title, caption)
+            _accuracies(judged, part, title, caption, names)
             for part, title, caption in (
                 (
                     "by_rating",
@@ -73,12 +75,14 @@ def section(runs: Sequence[RunFolder]) -> Section:
         ),
     ]
     each = [chart for run, valid in judged.items() for chart in (_histogram(run, valid), _scatter(run, valid))]
-    charts = present([*curves, *accuracies, _calibration(judged), *each])
+    charts = present([*curves, *accuracies, _calibration(judged, names), *each])
     tables = [_agreement(judged), _unsafe_detection(judged)]
     return Section("rm", "Reward models", charts=charts, tables=[table for table in tables if table.rows])
 
 
-def _accuracies(judged: Mapping[RunFolder, Row], part: str, title: str, caption: str) -> Chart | None:
+def _accuracies(
+    judged: Mapping[RunFolder, Row], part: str, title: str, caption: str, series: Sequence[str]
+) -> Chart | None:
     """All models in one figure; nothing where no row of any says what it is."""
     names = list(dict.fromkeys(name for valid in judged.values() for name in valid[part]))
     told = [name for name in names if len(names) > 1 or name not in _UNTOLD]
@@ -88,19 +92,21 @@ def _accuracies(judged: Mapping[RunFolder, Row], part: str, title: str, caption:
     for name in told:
         having = {run.label: valid[part][name] for run, valid in judged.items() if name in valid[part]}
         rows[name.replace("_", " ")] = having
-    label = "pairs ranked as people did, with 95 % interval"
-    return interval_chart(f"rm-{part.replace('_', '-')}", title, caption, rows, x_label=label, percent=True, level=0.5)
+    look = {"x_label": "pairs ranked as people did, with 95 % interval", "percent": True, "level": 0.5}
+    return interval_chart(f"rm-{part.replace('_', '-')}", title, caption, rows, **look, series=series)
 
 
-def _calibration(judged: Mapping[RunFolder, Row]) -> Chart | None:
+def _calibration(judged: Mapping[RunFolder, Row], series: Sequence[str]) -> Chart | None:
     curves = [Curve("perfect", [0.5, 1.0], [0.5, 1.0], style_of(6, dash=2))]
-    for number_, (run, valid) in enumerate(judged.items()):
+    for run, valid in judged.items():
         bins = valid["calibration"]["bins"]
         estimates = [wilson_interval(entry["accuracy"] * entry["count"], entry["count"]) for entry in bins]
         bounds = [e.low for e in estimates], [e.high for e in estimates]
         sure = [entry["confidence"] for entry in bins]
         label = f"{run.label} (error {valid['calibration']['ece']:.3f})" if bins else run.label
-        curves.append(Curve(label, sure, [e.value for e in estimates], style_of(number_), *bounds, markers=True))
+        curves.append(
+            Curve(label, sure, [e.value for e in estimates], style_of(series.index(run.label)), *bounds, markers=True)
+        )
     return curve_chart(
         "rm-calibration",
         "Calibration",
