@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,11 @@ def _policies(run: RunFolder) -> dict[str, Row]:
     return dict(run.result["policies"])
 
 
+def _kl(row: Row) -> float | None:
+    """Distance from the first policy; of that one itself, and where it was not measured, None."""
+    return (row.get("kl") or {}).get("value")
+
+
 def _scores(run: RunFolder) -> Chart | None:
     return interval_chart(
         f"policies-scores-{run.label_id}",
@@ -62,7 +68,10 @@ def _rates(run: RunFolder) -> Chart | None:
         f"{run.label}: wins, unsafe answers, refusals",
         "Wins are against the first policy, even at the dashed line; fewer unsafe answers count only where false "
         "refusals do not rise with them.",
-        {label: {name: row[key] for name, row in _policies(run).items()} for key, label in _RATES.items()},
+        {
+            label: {name: row[key] for name, row in _policies(run).items() if key in row}
+            for key, label in _RATES.items()
+        },
         x_label="share of prompts, with 95 % interval",
         percent=True,
         level=0.5,
@@ -74,9 +83,9 @@ def _gains(run: RunFolder) -> Chart | None:
     paths: list[Any] = []
     for index, (key, label) in enumerate((("reward_gain", "gated reward"), ("guard_gain", "guard"))):
         points = [
-            (row["kl"]["value"], row[key]["value"], name)
+            (_kl(row), row[key]["value"], name)
             for name, row in _policies(run).items()
-            if key in row and is_number(row["kl"]["value"])
+            if key in row and is_number(_kl(row))
         ]
         if points:
             kl, gain, names = (list(column) for column in zip(*points, strict=True))
@@ -98,17 +107,17 @@ def _table(run: RunFolder) -> Table:
     scores = {key: label for key, label in _SCORES.items() if any(key in row for row in policies.values())}
     gains = {"reward_gain": "reward gained", "guard_gain": "guard gained"}
     gains = {key: label for key, label in gains.items() if any(key in row for row in policies.values())}
-    has_kl = any(row["kl"]["count"] for row in policies.values())
+    has_kl = any(is_number(_kl(row)) for row in policies.values())
     truth = _TRUTH if any("truth" in row for row in policies.values()) else {}
     rows = [
         [
             text(name, "name"),
             *(interval(row.get(key), "+.2f") for key in [*scores, *gains]),
-            *(interval(row[key], ".0%") for key in _RATES),
+            *(interval(row.get(key), ".0%") for key in _RATES),
             *(interval(row.get("truth", {}).get(key), ".0%" if "rate" in key else ".3f") for key in truth),
-            *([interval(row["kl"], ".1f")] if has_kl else []),
-            number(100 * row["truncated_rate"], ".0f", " %"),
-            number(row["mean_words"], ".0f"),
+            *([interval(row.get("kl"), ".1f")] if has_kl else []),
+            number(100 * row.get("truncated_rate", math.nan), ".0f", " %"),
+            number(row.get("mean_words"), ".0f"),
         ]
         for name, row in policies.items()
     ]

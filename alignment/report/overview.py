@@ -72,12 +72,21 @@ def _row(run: RunFolder) -> list[Cell]:
         text(run.label, "name"),
         text(kind),
         status,
-        text(one_line(run.result) if run.result else "", "long"),
+        text(_reached(run), "long"),
         Cell("–") if seconds is None else Cell(clock(seconds), seconds),
         number((run.result or {}).get("peak_memory_gb"), ".1f", " GB"),
         number(run.manifest.get("seed")),
         Cell(started, mark="when", detail=f"commit {commit}" if commit else ""),
     ]
+
+
+def _reached(run: RunFolder) -> str:
+    if run.result is None:
+        return ""
+    try:
+        return one_line(run.result)
+    except KeyError as missing:  # a report of old runs shows what they have
+        return f"result of another version, without {missing}"
 
 
 def _seconds(run: RunFolder) -> float | None:

@@ -20,10 +20,10 @@ def section(runs: Sequence[RunFolder]) -> Section:
     rows = [
         [
             text(run.label, "name"),
-            *(number(run.result[key], ",") for key in ("prompts", "candidates", "kept")),
-            number(run.result["temperature"], "g"),
+            *(number(run.result.get(key), ",") for key in ("prompts", "candidates", "kept")),
+            number(run.result.get("temperature"), "g"),
             *(
-                interval(run.result[key], "+.2f")
+                interval(run.result.get(key), "+.2f")
                 for key in ("mean_reward", "mean_best_reward", "gain_over_median", "gain_over_baseline")
             ),
         ]
@@ -56,19 +56,21 @@ def _potential(rounds: Sequence[RunFolder]) -> Chart | None:
 
 
 def _temperatures(rounds: Sequence[RunFolder]) -> Chart | None:
-    curves = []
+    curves, chosen = [], []
     for index, run in enumerate(rounds):
-        tried = {float(t): row["best"] for t, row in (run.result.get("temperatures") or {}).items()}
+        if not run.result.get("temperatures"):
+            continue
+        tried = {float(t): row["best"] for t, row in run.result["temperatures"].items()}
         tried = {t: entry for t, entry in sorted(tried.items()) if is_number(entry["value"])}
         values, low, high = ([entry[key] for entry in tried.values()] for key in ("value", "low", "high"))
         band = (low, high) if None not in [*low, *high] else (None, None)
-        label = f"{run.label} (chosen: {run.result['temperature']:g})"
+        chosen.append(f"{run.result['temperature']:g}")
+        label = f"{run.label} (chosen: {chosen[-1]})"
         curves.append(Curve(label, list(tried), values, style_of(index), *band, markers=True))
-    chosen = ", ".join(f"{run.result['temperature']:g}" for run in rounds)
     return curve_chart(
         "temperatures",
         "Temperature choice",
-        f"The chosen temperature ({chosen}) should be a peak of the best reward, not an end of the grid; bands are "
+        f"The chosen temperature ({', '.join(chosen)}) should be a peak of the best reward, not an end of the grid; bands are "
         "95 % intervals over prompts (Llama 2, Fig. 8).",
         curves,
         x_label="sampling temperature",

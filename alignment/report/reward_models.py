@@ -158,7 +158,7 @@ def _agreement(judged: Mapping[RunFolder, Row]) -> Table:
             number(valid["pairs"], ","),
             interval(valid["accuracy"], ".1%"),
             interval(valid.get("safety_label_accuracy"), ".1%"),
-            interval(valid["longer_wins"], ".1%"),
+            interval(valid.get("longer_wins"), ".1%"),
             number(valid["length_correlation"]["responses"], "+.2f"),
             number(valid["calibration"]["ece"], ".3f"),
             number(valid["mean_chosen"], "+.2f"),
