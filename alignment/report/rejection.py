@@ -70,8 +70,8 @@ def _temperatures(rounds: Sequence[RunFolder]) -> Chart | None:
     return curve_chart(
         "temperatures",
         "Temperature choice",
-        f"The chosen temperature ({', '.join(chosen)}) should be a peak of the best reward, not an end of the grid; bands are "
-        "95 % intervals over prompts (Llama 2, Fig. 8).",
+        f"The chosen temperature ({', '.join(chosen)}) should be a peak of the best reward, not an end of the "
+        "grid; bands are 95 % intervals over prompts (Llama 2, Fig. 8).",
         curves,
         x_label="sampling temperature",
         y_label="best reward of a prompt (logit)",
