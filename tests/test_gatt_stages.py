@@ -12,11 +12,11 @@ from alignment.cli import distil
 from alignment.cli.main import run_stage
 from alignment.cli.pipeline import load_pipeline
 from alignment.cli.stages import STAGES
-from alignment.cli.summary import one_line
 from alignment.config import load_config
 from alignment.data import load_dialogues
 from alignment.dialogue import Message
 from alignment.errors import ConfigError, DataError
+from alignment.headlines import one_line
 from alignment.progress import ProgressBar
 from alignment.sampling.prompts import sampling_params
 from alignment.sampling.torch_engine import TorchSampler

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from alignment.cli.pipeline import load_pipeline, run_stages
 from alignment.cli.stages import STAGES
-from alignment.cli.summary import one_line
 from alignment.config import load_config
 from alignment.errors import RunError
+from alignment.headlines import one_line
 from alignment.runs import Run
 
 pytestmark = pytest.mark.e2e

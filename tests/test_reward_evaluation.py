@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from alignment.cli.summary import one_line, print_result
+from alignment.cli.summary import print_result
 from alignment.dialogue import Message, PreferencePair
+from alignment.headlines import one_line
 from reward_models.calibration import histogram, length_bias, reliability, sigmoid
 from reward_models.evaluate import compare, evaluate_pairs, label_accuracy, mcnemar_p_value, pair_accuracy
 from reward_models.tables import comparison_table, report_tables

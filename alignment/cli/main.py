@@ -242,6 +242,19 @@ def chat(
     )
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs: one, a pipeline's, several.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="F.html", help="The page; report.html in the only RUN, or here.")
+    ] = None,
+) -> None:
+    """Show runs side by side in one HTML page: curves, accuracies, scores, answers, data, differences in settings."""
+    from alignment.report.page import write_report
+
+    typer.echo(f"Figures, tables and answers side by side:  {write_report(runs, out)}", err=True)
+
+
 def main() -> None:
     """Entry point: the user's mistakes end with a message and exit code 2."""
     try:

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.cli.report import write_report
 from alignment.cli.rounds import expand_rounds
 from alignment.cli.stages import STAGES
-from alignment.cli.summary import one_line, print_summary
+from alignment.cli.summary import print_summary
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
 from alignment.errors import AlignError, ConfigError, RunError
+from alignment.headlines import one_line
 from alignment.progress import console
+from alignment.report.page import write_report
 from alignment.runs import changed_settings, is_finished, read_manifest, read_result, upstream_runs, write_json
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -118,7 +119,7 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
 
 
 def run_stages(plan: Pipeline) -> None:
-    """Runs what is not finished, prints the summary, and writes `summary.json` beside the runs."""
+    """Runs what is not finished, prints the summary, and writes `summary.json` and `report.html` beside the runs."""
     from accelerate import PartialState
 
     from alignment.hardware import reset_peak_memory
@@ -152,7 +153,7 @@ def run_stages(plan: Pipeline) -> None:
         results = {stage.name: read_result(stage.path) for stage in plan.stages}
         write_json(plan.runs / "summary.json", results)
         print_summary(results, plan.runs)
-        console.print(f"Tables and answers side by side:  {write_report(results, plan.runs)}")
+        console.print(f"Figures, tables and answers side by side:  {write_report([plan.runs])}")
 
 
 def _check_unchanged(stage: PlannedStage) -> None:

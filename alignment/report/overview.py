@@ -1,0 +1,102 @@
+"""The runs at a glance: what each reached, its time and memory, and what to be careful about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from alignment.headlines import clock, one_line
+from alignment.report.charts import bar_chart
+from alignment.report.elements import Cell, Section, Table, number, text
+from alignment.report.reading import RunFolder, is_number
+
+
+def section(runs: Sequence[RunFolder]) -> Section:
+    """The table of all runs, and their time and memory as bars."""
+    columns = ("run", "stage", "status", "result", "time", "peak memory", "seed", "started")
+    table = Table("Runs", columns, [_row(run) for run in runs])
+    times = {run.label: seconds for run in runs if is_number(seconds := _seconds(run))}
+    memory = {run.label: run.result["peak_memory_gb"] for run in runs if run.result}
+    charts = []
+    if times:
+        longest = max(times.values())
+        unit, size = ("seconds", 1) if longest < 300 else ("minutes", 60) if longest < 3 * 3600 else ("hours", 3600)
+        bars = {label: seconds / size for label, seconds in times.items()}
+        caption = "Look for the stage that takes most of the time: it is the one worth shortening."
+        charts.append(bar_chart("time", "Time by run", caption, bars, x_label=unit, spec=".1f"))
+    if memory:
+        caption = "The longest bar is the memory that the machine must have; the peak of the whole process."
+        charts.append(bar_chart("memory", "Peak memory by run", caption, memory, x_label="GB", spec=".1f"))
+    return Section("overview", "Overview", charts=charts, tables=[table])
+
+
+def facts(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
+    """What stands at the top of the page: names and figures."""
+    finished = [run for run in runs if run.result]
+    memory = max((run.result["peak_memory_gb"] for run in finished), default=None)
+    return [
+        ("runs finished", f"{len(finished)} of {len(runs)}"),
+        ("time in all", _duration(sum(_seconds(run) or 0 for run in runs))),
+        ("peak memory", "–" if memory is None else f"{memory:.1f} GB"),
+    ]
+
+
+def warnings(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
+    """Run and sentence: unfinished runs, alarms, early stops, gains that the guard does not see."""
+    return [(run.label, sentence) for run in runs for sentence in _warnings(run)]
+
+
+def _warnings(run: RunFolder) -> Iterator[str]:
+    if run.result is None:
+        yield f"Unfinished{_last_step(run)}: its figures are those written so far."
+        return
+    for name, iteration in (run.result.get("alarms") or {}).items():
+        yield f"The alarm “{name}” rang at iteration {iteration}; docs/ppo.md says what it means and what helps."
+    if stopped := run.result.get("stopped"):
+        yield f"Stopped early ({stopped}) at iteration {run.result['iterations']}."
+    policies = (run.result.get("policies") or {}) if run.stage == "eval" else {}
+    doubted = [name for name, row in policies.items() if row.get("guard_agrees") is False]
+    if doubted:
+        yield (
+            f"The guard, a reward model of other pairs, does not confirm the change in reward of {', '.join(doubted)}: "
+            "it may be learned from the reward models' errors."
+        )
+
+
+def _row(run: RunFolder) -> list[Cell]:
+    kind = f"{run.stage} ({run.kind})" if run.kind else run.stage
+    status = text("finished", "good") if run.result else text(f"unfinished{_last_step(run)}", "bad")
+    seconds = _seconds(run)
+    started = str(run.manifest.get("started", ""))[:16].replace("T", " ")
+    commit = (run.manifest.get("git_commit") or "")[:10]
+    return [
+        text(run.label, "name"),
+        text(kind),
+        status,
+        text(_reached(run), "long"),
+        Cell("–") if seconds is None else Cell(clock(seconds), seconds),
+        number((run.result or {}).get("peak_memory_gb"), ".1f", " GB"),
+        number(run.manifest.get("seed")),
+        Cell(started, mark="when", detail=f"commit {commit}" if commit else ""),
+    ]
+
+
+def _reached(run: RunFolder) -> str:
+    if run.result is None:
+        return ""
+    try:
+        return one_line(run.result)
+    except KeyError as missing:  # a report of old runs shows what they have
+        return f"result of another version, without {missing}"
+
+
+def _seconds(run: RunFolder) -> float | None:
+    return run.result["time_seconds"] if run.result else run.manifest.get("elapsed_seconds")
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{clock(seconds)} min"
+
+
+def _last_step(run: RunFolder) -> str:
+    return f" (step {run.metrics[-1].get('step')})" if run.metrics else ""

@@ -1,0 +1,323 @@
+"""The report: run folders as data, figures as themed SVG, and text of models that never becomes markup."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignment.errors import DataError, RunError
+from alignment.report import answers, inputs, overview
+from alignment.report.charts import Curve, curve_chart, interval_chart, smoothed
+from alignment.report.drawing import PALETTE, short, style_of
+from alignment.report.elements import interval
+from alignment.report.page import MARK, write_report
+from alignment.report.reading import distinct_labels, read_rows, read_runs
+
+ATTACK = '</p></script><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" ${7*7} {{ 7*7 }} \x00\ud800'
+ENTRY = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 10}
+
+
+def write_run(folder: Path, stage: str, result: dict | None = None, **files: list[dict]) -> Path:
+    """A run folder: finished where there is a result; `files` are JSONL files by name, `_` for `-`."""
+    folder.mkdir(parents=True)
+    status = "running" if result is None else "finished"
+    manifest = {
+        "stage": stage,
+        "status": status,
+        "seed": 3,
+        "settings": {},
+        "started": f"2026-11-26T10:00:{len(stage)}",
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if result is not None:
+        full = {"stage": stage, "time_seconds": 75.0, "peak_memory_gb": 1.5, **result}
+        (folder / "result.json").write_text(json.dumps(full))
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name.replace('_', '-')}.jsonl").write_text(text)
+    return folder
+
+
+def edit_manifest(folder: Path, **values) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def write_evaluation(folder: Path, texts: dict[str, str], rewards: dict[str, float]) -> Path:
+    """An evaluation of policies that gave one answer each to one safety prompt."""
+    policies = {name: policy_figures() for name in texts}
+    rows = {
+        f"answers-{name}": [
+            {
+                "prompt": [{"role": "user", "content": "first"}, {"role": "user", "content": ATTACK}],
+                "is_safety": True,
+                "source": ATTACK,
+                "response": [{"role": "assistant", "content": text}],
+                "reward": rewards[name],
+            }
+        ]
+        for name, text in texts.items()
+    }
+    run = write_run(folder, "eval", {"prompts": 1, "policies": policies}, **rows)
+    edit_manifest(run, settings={"policies": {name: {} for name in texts}})
+    return run
+
+
+def policy_figures() -> dict:
+    names = ("helpfulness", "safety", "reward", "reward_gain", "kl", "win_rate", "safety_win_rate", "violation_rate",
+             "refusal_rate", "false_refusal_rate")  # fmt: skip
+    return {**dict.fromkeys(names, ENTRY), "truncated_rate": 0.25, "mean_words": 12.0}
+
+
+SFT = {
+    "valid_loss_before": 2.0,
+    "valid_loss_after": 1.0,
+    "valid_by_source": {
+        "before": {"s": {"loss": 2.0, "perplexity": 7.4, "tokens": 5}},
+        "after": {"s": {"loss": 1.0, "perplexity": 2.7, "tokens": 5}},
+    },
+}
+
+
+class Tags(HTMLParser):
+    """All tags and attributes of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+# Reading
+
+
+def test_a_folder_of_runs_is_read_in_the_pipelines_order_else_as_its_stages_began(tmp_path):
+    write_run(tmp_path / "runs" / "b", "sft", SFT)
+    write_run(tmp_path / "runs" / "a", "reject")
+    (tmp_path / "runs" / "no-run").mkdir()
+    assert [run.name for run in read_runs([tmp_path / "runs"])] == ["b", "a"]  # :3 before :6
+    (tmp_path / "runs" / "summary.json").write_text('{"a": {}, "b": {}}')
+    runs = read_runs([tmp_path / "runs", tmp_path / "runs" / "b"])
+    assert [(run.label, run.pipeline) for run in runs] == [("a", "runs"), ("b", "runs")]
+
+
+def test_labels_are_the_shortest_tails_that_tell_paths_apart():
+    assert distinct_labels([("r", "one", "sft"), ("r", "two", "ppo")]) == ["sft", "ppo"]
+    assert distinct_labels([("r", "one", "sft"), ("r", "two", "sft")]) == ["one/sft", "two/sft"]
+
+
+def test_an_unfinished_run_has_no_result_and_may_end_in_half_a_row(tmp_path):
+    run_folder = write_run(
+        tmp_path / "sft", "sft", metrics=[{"step": 1, "sft/loss": 2.0}, {"step": 2, "sft/loss": 1.5}]
+    )
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "sft/lo')
+    (run_folder / "result.json").write_text("{}")  # written, but the run was not marked finished
+    [run] = read_runs([run_folder])
+    assert run.result is None
+    assert run.series("sft/loss") == ([1, 2], [2.0, 1.5])
+    assert overview.warnings([run]) == [("sft", "Unfinished (step 2): its figures are those written so far.")]
+    page = write_report([run_folder]).read_text()
+    assert "unfinished (step 2)" in page and 'id="sft-loss"' in page
+
+
+def test_numbers_that_are_none_are_left_out_of_curves(tmp_path):
+    rows = [{"step": 1, "x": float("nan")}, {"step": 2, "x": True}, {"step": 3, "x": 4}, {"step": 4, "y": 1}]
+    [run] = read_runs([write_run(tmp_path / "run", "ppo", metrics=rows)])
+    assert run.series("x") == ([3], [4])
+
+
+def test_a_folder_that_is_no_run_is_the_users_mistake(tmp_path):
+    with pytest.raises(RunError, match="no such folder"):
+        read_runs([tmp_path / "nowhere"])
+    write_run(tmp_path / "pipelines" / "one" / "sft", "sft")
+    with pytest.raises(RunError, match=r"no manifest.json here.*folders of runs: one"):
+        read_runs([tmp_path / "pipelines"])
+    (tmp_path / "pipelines" / "one" / "sft" / "manifest.json").write_text('{"sta')
+    with pytest.raises(RunError, match="no run and no folder of runs"):
+        read_runs([tmp_path / "pipelines" / "one"])
+
+
+def test_the_command_ends_with_exit_code_2_and_imports_no_torch(tmp_path):
+    run = write_run(tmp_path / "sft", "sft", SFT, metrics=[{"step": 1, "sft/loss": 2.0}])
+    code = (
+        "import sys; sys.argv = ['align', 'report', *sys.argv[1:]]\n"
+        "from alignment.cli.main import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    for folder, expected in ((run, 0), (tmp_path / "nowhere", 2)):
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip()) == (expected, "False"), done.stderr
+        assert "Traceback" not in done.stderr
+    assert "no such folder" in done.stderr and (run / "report.html").is_file()
+
+
+def test_damaged_files_are_named_with_their_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n[2]\n{"a": "\u2028 is no line break"}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:2: no JSON object"):
+        read_rows(path)
+    path.write_text('{"a": 1}\n{"a": "\u2028"}\n{"cut')
+    assert read_rows(path, may_be_cut=True) == [{"a": 1}, {"a": "\u2028"}]
+    with pytest.raises(DataError, match=r"rows.jsonl:3"):
+        read_rows(path)
+    run = write_run(tmp_path / "run", "sft", SFT)
+    (run / "result.json").write_text("{")
+    with pytest.raises(RunError, match=r"result.json: no JSON object"):
+        write_report([run])
+
+
+def test_a_file_that_is_no_report_is_not_written_over(tmp_path):
+    run = write_run(tmp_path / "sft", "sft", SFT)
+    thesis = tmp_path / "thesis.html"
+    thesis.write_text("years of work")
+    with pytest.raises(RunError, match="is no report"):
+        write_report([run], thesis)
+    assert thesis.read_text() == "years of work"
+    with pytest.raises(RunError, match="there is no folder"):
+        write_report([run], tmp_path / "nowhere" / "report.html")
+    first = write_report([run]).read_bytes()
+    assert write_report([run]) == run / "report.html" and (run / "report.html").read_bytes() == first
+    assert MARK.encode() in first
+
+
+def test_settings_that_differ_are_told_without_the_folders_of_the_runs(tmp_path):
+    for name, rate in (("one", 1e-3), ("two", 1e-4)):
+        pipeline = tmp_path / name
+        write_run(pipeline / "reject", "reject")
+        run = write_run(pipeline / "sft", "sft")
+        settings = {"model": f"{pipeline}/reject", "optim": {"lr": rate, "eps": 1e-5}, "run": {"seed": 0}}
+        edit_manifest(run, settings=settings, made_from={f"model: /old/{name}/reject/sft.jsonl": "id"})
+    [table] = inputs.settings(read_runs([tmp_path / "one", tmp_path / "two"])).tables
+    assert [[cell.text for cell in row] for row in table.rows] == [["optim.lr", "0.001", "0.0001"]]
+    assert table.columns == ("setting", "one/sft", "two/sft")
+
+
+def test_counts_of_a_manifest_are_shown_where_they_are_not_zero(tmp_path):
+    run = write_run(tmp_path / "rm", "rm")
+    source = {"name": "pairs", "rows": 9, "kept": 7, "dropped": {"too_long": 2}, "sha256": "ab" * 32}
+    edit_manifest(run, inputs=[source], train={"rows": 6, "veto": {"drop": 1}, "left_out": {"too_long": 0}})
+    sources, counted = inputs.data(read_runs([run])).tables
+    assert [cell.text for cell in sources.rows[0]] == ["rm", "pairs", "9", "7", "2 too long", "ababababab"]
+    found = [[cell.text for cell in row[1:]] for row in counted.rows]
+    assert found == [["train · rows", "6"], ["train · veto · drop", "1"]]
+
+
+# Answers
+
+
+def test_answers_stand_side_by_side_with_the_highest_reward_marked(tmp_path):
+    rewards = {"base": 1.0, "rs": 2.0, "ppo": 2.001}  # the last two look the same
+    run = write_evaluation(tmp_path / "eval", {"base": "a", "rs": "b", "ppo": "c"}, rewards)
+    [found] = answers.section(read_runs([run])).answers
+    [asked] = found.asked
+    assert [(a.policy, a.text, a.is_best) for a in asked.answers] == [
+        ("base", "a", False),
+        ("rs", "b", True),
+        ("ppo", "c", True),
+    ]
+    assert asked.earlier == [("user", "first")] and asked.is_safety
+    assert asked.answers[0].scores == "reward +1.00"
+
+
+def test_evaluations_of_the_same_prompts_are_one_table_of_answers(tmp_path):
+    for name in ("eval-1", "eval-2"):
+        write_evaluation(tmp_path / "runs" / name, {"rs": name}, {"rs": 1.0})
+    [found] = answers.section(read_runs([tmp_path / "runs"])).answers
+    assert [(a.policy, a.text) for a in found.asked[0].answers] == [("eval-1: rs", "eval-1"), ("eval-2: rs", "eval-2")]
+
+
+def test_prompts_of_both_kinds_are_among_the_chosen(tmp_path):
+    rows = [{"prompt": str(i), "is_safety": i >= 190, "before": "b", "after": "a"} for i in range(200)]
+    run = write_run(tmp_path / "sft", "sft", SFT, answers=rows)
+    [found] = answers.section(read_runs([run])).answers
+    assert (len(found.asked), found.total) == (answers.NUM_PROMPTS, 200)
+    assert sum(asked.is_safety for asked in found.asked) == 10
+    assert [asked.prompt for asked in found.asked] == sorted((a.prompt for a in found.asked), key=int)
+
+
+def test_text_of_models_and_data_never_becomes_markup(tmp_path):
+    """Prompts, answers, sources and policies with tags in them: the page has the tags of a harmless one, no others."""
+    pages = []
+    for name, attack in (("harmless", "text"), ("attack", ATTACK)):
+        policy = attack.partition("\x00")[0].replace("/", "|")  # a part of a file's name
+        pipeline = tmp_path / name
+        run = write_evaluation(pipeline / "eval", {policy: attack}, {policy: 1.0})
+        edit_manifest(run, inputs=[{"name": attack, "rows": 1, "kept": 0, "dropped": {attack: 1}}])
+        result = {**SFT, "valid_by_source": {part: {attack: {"loss": 1.0, "perplexity": 1.0, "tokens": 1}} for part in
+                                             ("before", "after")}}  # fmt: skip
+        write_run(pipeline / "sft", "sft", result)
+        pages.append(write_report([pipeline]).read_text(encoding="utf-8"))
+    harmless, attacked = (Tags(page).found for page in pages)
+    drawn = {"defs", "clippath", "g", "path", "rect", "text", "use"}  # as many as labels leave room for
+    assert [tag for tag, _ in attacked if tag not in drawn] == [tag for tag, _ in harmless if tag not in drawn]
+    assert sum(tag == "script" for tag, _ in attacked) == 1
+    assert not any(name.startswith("on") for _, attributes in attacked for name in attributes)
+    assert "&lt;script&gt;alert(1)" in pages[1] and "{{ 7*7 }}" in pages[1]
+
+
+def test_the_page_loads_nothing_and_has_no_id_twice(tmp_path):
+    names = ("a b", "a-b", "a_b")  # which look alike once they are ids
+    for name in names:
+        write_evaluation(tmp_path / "runs" / name, {"p": "x"}, {"p": 1.0})
+    page = write_report([tmp_path / "runs"]).read_text()
+    tags = Tags(page).found
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) and len(ids) > 20
+    for tag, attributes in tags:
+        assert tag not in ("iframe", "object", "embed")
+        for name in ("src", "href", "srcset", "action"):
+            assert attributes.get(name, "#")[:1] == "#" or attributes[name] == "data:,", (tag, attributes)
+    assert not re.search(r"@import|url\((?!#)", page)
+    used = re.findall(r'href="#([^"]+)"', page) + re.findall(r"url\(#([^)]+)\)", page)
+    assert set(used) <= set(ids)
+
+
+# Charts
+
+
+def test_a_chart_has_the_pages_colours_and_a_label():
+    curve = Curve("a < b", [1, 2, 3], [0.1, 0.2, 0.3], style_of(0))
+    chart = curve_chart("name", "Title", "Look.", [curve, curve], x_label="$x_1$", y_label="share", percent=True)
+    assert 'role="img"' in chart.svg and 'aria-label="Title"' in chart.svg and chart.svg.startswith("<svg")
+    assert "var(--series-0)" in chart.svg and "var(--ink)" in chart.svg
+    assert not any(color in chart.svg for color in PALETTE)
+    assert "$x_1$" in chart.svg and "20 %" in chart.svg  # text stays text
+    again = curve_chart("name", "Title", "Look.", [curve, curve], x_label="$x_1$", y_label="share", percent=True)
+    assert again.svg == chart.svg
+
+
+def test_nothing_is_drawn_where_there_is_nothing():
+    options = {"x_label": "x", "y_label": "y"}
+    assert curve_chart("n", "t", "c", [Curve("a", [], [], style_of(0))], **options) is None
+    empty = {"value": None, "low": 0.0, "high": 1.0, "count": 0}
+    assert interval_chart("n", "t", "c", {"row": {"series": empty}}, x_label="x") is None
+    assert interval(empty, ".0%").text == "–" and interval(None, ".0%").text == "–"
+
+
+def test_an_interval_cell_is_sorted_by_its_value():
+    cell = interval(ENTRY, ".0%")
+    assert (cell.text, cell.detail, cell.order) == ("50%", "[40%, 60%]", 0.5)
+    alone = interval({"value": 1.0, "low": None, "high": None, "count": 1}, "+.1f")
+    assert (alone.text, alone.detail) == ("+1.0", "")
+
+
+def test_smoothing_is_a_centred_mean_with_fewer_values_at_the_ends():
+    # (0+3)/2, (0+3+6)/3, (3+6+0)/3, (6+0)/2
+    assert smoothed([0, 3, 6, 0], 3) == [1.5, 3.0, 3.0, 3.0]
+
+
+@given(st.text(max_size=200))
+def test_labels_are_short_and_fit_into_xml(label):
+    found = short(label)
+    assert len(found) <= 44 and found.isprintable()
