@@ -172,6 +172,10 @@ def print_plans(plans: Sequence[StagePlan], tips: Mapping[str, Sequence[str]], s
     )
     if device.kind == "gpu":
         console.print("On a GPU nothing of this has been measured; on CPU it is checked by benchmarks/plan.py.")
+    else:
+        console.print(
+            "It is what tensors need. align keeps freed memory for speed: gaps may take as much again as activations."
+        )
     for plan in plans:
         console.print(f"{plan.name}: {'; '.join(plan.notes)}")
     for plan in plans:

@@ -24,7 +24,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     setting, train, draw = planner.setting, config.train, config.sampling
     policy = planner.trained(config.model, config.lora, "lm")
     critic = planner.trained(config.rewards.helpfulness, config.lora, "score")
-    critic = replace(critic, checkpointing=policy.checkpointing, dtype=policy.dtype)
+    critic = replace(critic, checkpointing=policy.checkpointing, dtype=policy.dtype, compute=policy.compute)
     judges = [planner.frozen(config.rewards.helpfulness, "score"), planner.frozen(config.rewards.safety, "score")]
     shared, why = _shares(config, planner)
 
@@ -44,7 +44,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
         new_tokens=draw.max_new_tokens,
     )
     twin = ModelSpec(policy.config, dtype=planner.dtype(config.model))
-    samples = sampling(twin, draws, device=setting.device.kind, dtype=twin.dtype)
+    samples = sampling(twin, draws, device=setting.device.kind)
     beside = {"kv_cache": samples.kv_cache, "activations": samples.working}
     if draw.engine == "vllm":
         engine = vllm_share(planner, draw, VLLM_SHARE)

@@ -18,7 +18,7 @@ from alignment.plan.passes import Pass, Rows, run_pass
 from alignment.plan.phases import Phase, StagePlan, Work, together
 from alignment.plan.sampling import Draws, draws_of, sampling
 from alignment.plan.shapes import ModelSpec, spec_of, weights
-from alignment.plan.training import Setting, held, load_phases, training_phases
+from alignment.plan.training import Setting, held, load_phases, optimizer_state, training_phases
 from alignment.sources import find_data
 
 # Prompts of a stage that takes all there are, where their number is not known.
@@ -58,6 +58,7 @@ class Planner:
             self.origin(section.path).shape,
             head=head,
             dtype=self.dtype(section) if lora.r else torch.float32,
+            compute=self.dtype(section),
             lora=lora,
             is_trained=True,
             checkpointing=section.gradient_checkpointing,
@@ -68,10 +69,8 @@ class Planner:
         return spec_of(self.origin(section.path).shape, head=head, dtype=self.dtype(section))
 
     def forward(self, spec: ModelSpec, rows: Rows, reader: str) -> Pass:
-        """A pass of a frozen model."""
-        device = self.setting.device
-        autocast = spec.dtype if not spec.is_trained else device.dtype
-        return run_pass(spec, rows, reader, device=device.kind, autocast=autocast)
+        """A pass without gradients."""
+        return run_pass(spec, rows, reader, device=self.setting.device.kind)
 
     def phase(self, name: str, *parts: Mapping[str, int]) -> Phase:
         """With what is there before any model."""
@@ -89,9 +88,11 @@ class Planner:
 def plan_stage(config: StageConfig, name: str, planner: Planner) -> StagePlan:
     """The plan of a stage. Raises ModelError where a model's shape is not known, ConfigError where it cannot run so."""
     kind = f"{config.stage} {config.kind}" if config.stage == "eval" else config.stage
-    if planner.setting.fsdp and config.stage not in ("sft", "rm"):
-        planner = replace(planner, setting=replace(planner.setting, fsdp=False))
-    return _PLANS[kind](config, name, planner)
+    if not planner.setting.fsdp or config.stage in ("sft", "rm"):
+        return _PLANS[kind](config, name, planner)
+    whole = replace(planner, setting=replace(planner.setting, fsdp=False))
+    found = _PLANS[kind](config, name, whole)
+    return replace(found, notes=(*found.notes, "whole models in every process: FSDP is for sft and rm"))
 
 
 def _sft(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -102,11 +103,24 @@ def _sft(config: Any, name: str, planner: Planner) -> StagePlan:
     tokens = math.ceil(train.batch_size / setting.processes) * length
     rows = Rows(max(1, min(train.max_tokens_per_batch // row, tokens // row)), 0, (row,))
     phases, learns = training_phases(spec, rows, "logprobs", setting, file_bytes=file_bytes(planner, config.model))
+    if config.data.valid and config.evaluation.num_answers and not setting.fsdp:
+        phases.append(_answers(config, spec, planner, length))
     count = _num_rows(config.data.train, config.data.max_rows)
     steps = None if count is None else _steps(count, train)
     work = [Work(learns.flops * tokens / rows.num_tokens)]
-    notes = (*note, f"micro-batches of {_shown(rows)}", *_fsdp_notes(setting))
+    notes = (*note, *_training_notes(spec, rows, setting))
     return planner.plan(config, name, phases, "step", work, units=steps, notes=notes)
+
+
+def _answers(config: Any, spec: ModelSpec, planner: Planner, length: int) -> Phase:
+    """Held-out answers of the model in training; autocast keeps copies of float32 weights meanwhile."""
+    new_tokens = config.evaluation.max_new_tokens
+    asked = prompt_length(length, new_tokens, spec)
+    draws = Draws(config.evaluation.num_answers, 1, asked, new_tokens)
+    found = sampling(spec, draws, device=planner.setting.device.kind)
+    copies = {} if spec.dtype == spec.arithmetic else held(replace(spec, dtype=spec.arithmetic, is_trained=False))
+    beside = {"kv_cache": found.kv_cache, "activations": found.working}
+    return planner.phase("answers", held(spec), optimizer_state(spec), copies, beside)
 
 
 def _rm(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -119,7 +133,7 @@ def _rm(config: Any, name: str, planner: Planner) -> StagePlan:
     phases, learns = training_phases(spec, rows, "scores", setting, file_bytes=file_bytes(planner, config.model))
     count = _num_rows([*config.data.train, *config.data.mix_in], config.data.max_rows)
     steps = None if count is None else _steps(count, train)
-    notes = (*note, f"micro-batches of {_shown(rows)}", *_fsdp_notes(setting))
+    notes = (*note, *_training_notes(spec, rows, setting))
     work = [Work(learns.flops * share / rows.count)]
     return planner.plan(config, name, phases, "step", work, units=steps, notes=notes)
 
@@ -234,7 +248,7 @@ def _draw(
         prompt_tokens=length,
         new_tokens=section.max_new_tokens,
     )
-    found = sampling(policy, draws, device=planner.setting.device.kind, dtype=policy.dtype)
+    found = sampling(policy, draws, device=planner.setting.device.kind)
     work = [repeated(found, count * section.num_candidates / draws.rows)]
     if section.engine == "vllm":
         return draws, planner.phase("sample", vllm_share(planner, section, 0.92)), work
@@ -337,7 +351,11 @@ def _shown(rows: Rows) -> str:
     return f"{rows.count} x {lengths} tokens"
 
 
-def _fsdp_notes(setting: Setting) -> tuple[str, ...]:
-    if not setting.fsdp:
-        return ()
-    return ("FSDP has not been run in this project; every process puts the whole model on its device first",)
+def _training_notes(spec: ModelSpec, rows: Rows, setting: Setting) -> tuple[str, ...]:
+    found = [f"micro-batches of {_shown(rows)}"]
+    if setting.device.kind == "gpu":
+        loaded = sum(held(spec).values()) / 1e9
+        found.append(f"while it loads, host memory has {setting.processes} x {loaded:.1f} GB, over all machines")
+    if setting.fsdp:
+        found.append("FSDP has not been run in this project; every process puts the whole model on its device first")
+    return tuple(found)

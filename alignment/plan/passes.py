@@ -6,15 +6,14 @@ Layers are alike, so two and three of them are run and the difference stands for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 from alignment.logprobs import CHUNK_TOKENS, CPU_ROWS, branch_scores, response_logprobs, token_values
 from alignment.plan.shapes import DeviceKind, ModelSpec, fake_model, weights
@@ -57,9 +56,7 @@ class Pass:
 
 
 @functools.cache
-def run_pass(
-    spec: ModelSpec, rows: Rows, reader: str, *, device: DeviceKind, autocast: torch.dtype, train: bool = False
-) -> Pass:
+def run_pass(spec: ModelSpec, rows: Rows, reader: str, *, device: DeviceKind, train: bool = False) -> Pass:
     """A forward pass without gradients or, with `train`, one that learns, with gradients of an earlier one there.
 
     Args:
@@ -67,10 +64,9 @@ def run_pass(
         rows: the micro-batch.
         reader: a key of READERS.
         device: on a CPU our own attention runs on the real tokens side by side; elsewhere SDPA on padded rows.
-        autocast: the type to compute in; that of the weights, or float32, leaves it off.
         train: whether there is a backward pass.
     """
-    options = (rows, reader, device, autocast, train)
+    options = (rows, reader, device, train)
     depth = spec.adapted_layers
     if depth <= 3:
         found = _run(spec, depth, *options)
@@ -83,9 +79,7 @@ def run_pass(
     return Pass(found.peak + extra, found.flops + 2 * frozen_below * layer * rows.num_tokens)
 
 
-def _run(
-    spec: ModelSpec, layers: int, rows: Rows, reader: str, device: DeviceKind, autocast: torch.dtype, train: bool
-) -> Pass:
+def _run(spec: ModelSpec, layers: int, rows: Rows, reader: str, device: DeviceKind, train: bool) -> Pass:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model(spec, mode, layers=layers, device=device)
     known = [*model.parameters(), *model.buffers()]
@@ -98,33 +92,40 @@ def _run(
     batch = collate([[Tree([0] * rows.trunk, [Branch([0] * length) for length in rows.branches])]] * rows.count)
     if device == "gpu":  # nothing there depends on what the ids are; on a CPU the blocks of attention do
         batch = replace(batch, **{f.name: mode.from_tensor(getattr(batch, f.name)) for f in fields(batch)})
-    enabled = autocast not in (torch.float32, spec.dtype) or (train and autocast != torch.float32)
+    autocast = spec.is_trained and spec.arithmetic != torch.float32  # frozen models compute in their weights' type
     tracker = MemoryTracker(known)
-    attention = MemoryEfficientAttention() if device == "gpu" else nullcontext()
+    attention = memory_efficient_attention() if device == "gpu" else nullcontext()
     with tracker, attention, torch.set_grad_enabled(train):
-        with torch.autocast("cpu", dtype=autocast, enabled=enabled):
+        with torch.autocast("cpu", dtype=spec.arithmetic, enabled=autocast):
             found = READERS[reader](model, batch).sum()
         if train:
             found.backward()
     return Pass(tracker.peak, tracker.flops)
 
 
-class MemoryEfficientAttention(TorchFunctionMode):
+@contextmanager
+def memory_efficient_attention() -> Iterator[None]:
     """SDPA as the memory-efficient kernel of a GPU, the one that takes masks: it keeps its inputs, its output, a sum a
     query and the mask as numbers of the inputs' type.
-    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key, value = args[:3]
+    The function itself is replaced meanwhile: a mode would not be there when checkpointing computes layers again.
+    """
+    functional = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor, **_: Any) -> Tensor:
         on = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if on else value.dtype
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-        bias = query.new_zeros(kwargs["attn_mask"].shape).expand(-1, query.shape[1], -1, -1)
+        bias = query.new_zeros(attn_mask.shape).expand(-1, query.shape[1], -1, -1)
         keep = torch.is_grad_enabled()
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, keep)[0]
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
 
 
 def _extra_logits(spec: ModelSpec, rows: Rows) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from alignment.plan.passes import Rows, run_pass
 from alignment.plan.shapes import DeviceKind, ModelSpec, weights
 from alignment.sampling.cohort import MORE_COLUMNS
@@ -59,22 +57,22 @@ def draws_of(*, total_prompts: int, candidates: int, max_rows: int, prompt_token
     return Draws(prompts, together, prompt_tokens, new_tokens)
 
 
-def kv_bytes(spec: ModelSpec, draws: Draws, dtype: torch.dtype) -> int:
+def kv_bytes(spec: ModelSpec, draws: Draws) -> int:
     """All prompts and responses at their full lengths, in every layer."""
     config = spec.shape
     columns = math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
     tokens = draws.prompts * draws.prompt_tokens + draws.rows * columns
-    return config.num_hidden_layers * 2 * tokens * _width(spec) * dtype.itemsize
+    return config.num_hidden_layers * 2 * tokens * _width(spec) * spec.arithmetic.itemsize
 
 
-def sampling(spec: ModelSpec, draws: Draws, *, device: DeviceKind, dtype: torch.dtype) -> Sampling:
-    """Drawing one set of responses side by side with a model that computes in `dtype`."""
-    config = spec.shape
-    kv_cache, columns = kv_bytes(spec, draws, dtype), math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
+def sampling(spec: ModelSpec, draws: Draws, *, device: DeviceKind) -> Sampling:
+    """Drawing one set of responses side by side."""
+    config, dtype = spec.shape, spec.arithmetic
+    kv_cache, columns = kv_bytes(spec, draws), math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
     # A cohort of prompts runs as flat rows with the attention of a CPU, on every device.
     cohort = max(1, min(draws.prompts, PREFILL_TOKENS // draws.prompt_tokens))
     rows = Rows(cohort, draws.prompt_tokens - 1, (1,))
-    prefill = run_pass(spec, rows, "logprobs", device="cpu", autocast=dtype)
+    prefill = run_pass(spec, rows, "logprobs", device="cpu")
     # One layer's own keys and values are copied when they grow; a step's scores and their weights stand side by side.
     growth = 2 * draws.rows * columns * _width(spec) * dtype.itemsize
     length = draws.prompt_tokens + columns

@@ -89,6 +89,7 @@ class ModelSpec:
         config: its architecture, JSON.
         head: an output matrix, or a scalar score.
         dtype: of frozen weights, or of all where `lora.r` is 0; adapters in training and score heads are float32.
+        compute: the type of the arithmetic where it is another, as in full fine-tuning; a trained model is autocast.
         lora: adapters in training; `r = 0` for none.
         is_trained: whether anything of it is.
         checkpointing: whether its layers are computed again in the backward pass.
@@ -97,6 +98,7 @@ class ModelSpec:
     config: str
     head: Head = "lm"
     dtype: torch.dtype = torch.float32
+    compute: torch.dtype | None = None
     lora: LoraSection = NO_LORA
     is_trained: bool = False
     checkpointing: bool = False
@@ -105,6 +107,11 @@ class ModelSpec:
     def shape(self) -> PreTrainedConfig:
         """The architecture."""
         return AutoConfig.for_model(**json.loads(self.config))
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """What matrix products compute in."""
+        return self.compute or self.dtype
 
     @property
     def adapted_layers(self) -> int:

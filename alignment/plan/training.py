@@ -45,10 +45,10 @@ def optimizer_state(*specs: ModelSpec) -> dict[str, int]:
 
 
 def training_pass(spec: ModelSpec, rows: Rows, reader: str, setting: Setting) -> Pass:
-    """Forward and backward of a micro-batch. FSDP computes with gathered weights in the device's type."""
+    """Forward and backward of a micro-batch. FSDP computes with gathered weights of the arithmetic's type."""
     if setting.fsdp:
-        spec = replace(spec, dtype=setting.device.dtype)
-    return run_pass(spec, rows, reader, device=setting.device.kind, autocast=setting.device.dtype, train=True)
+        spec = replace(spec, dtype=spec.arithmetic)
+    return run_pass(spec, rows, reader, device=setting.device.kind, train=True)
 
 
 def training_phases(
@@ -64,7 +64,7 @@ def training_phases(
     model, extra = held(spec), together(gradients(setting, spec), optimizer_state(spec))
     if setting.fsdp:
         shards = {kind: -(-size // setting.processes) for kind, size in together(model, extra).items()}
-        gathered = {"weights": _gathered(spec, setting)}
+        gathered = {"weights": _gathered(spec)}
         train = together(shards, gathered, activations)
         phases = [Phase("before FSDP splits the model", together(setting.program, model))]
         return [*phases, Phase("train", together(setting.program, train))], learns
@@ -92,9 +92,9 @@ def saving_phase(spec: ModelSpec, setting: Setting, *others: dict[str, int]) -> 
     return Phase("save", together(setting.program, model, exchange, *others))
 
 
-def _gathered(spec: ModelSpec, setting: Setting) -> int:
+def _gathered(spec: ModelSpec) -> int:
     """Whole weights that FSDP holds at a time: two layers, the one in use and the next, and what is in no layer."""
-    size, layers = setting.device.dtype.itemsize, spec.shape.num_hidden_layers
+    size, layers = spec.arithmetic.itemsize, spec.shape.num_hidden_layers
     none, some = (_parameters(spec, count) for count in (1, 2))
     layer = some - none
     assert layers * layer <= weights(spec).parameters
