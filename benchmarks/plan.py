@@ -75,8 +75,9 @@ def main() -> None:
 
 
 def settings(case: str, tokens: int, folder: Path) -> list[str]:
-    """The case's settings as on the command line."""
+    """The case's settings as on the command line; prompts and responses fill the rows."""
     stage, extra = CASES[case]
+    rows = 2 * max(1, tokens // LENGTH)  # two micro-batches a step
     found = [f"model={{path: {MODEL}, chat_template: chatml}}", f"run.dir={folder / case}", "run.device=cpu", *extra]
     if stage == "ppo":
         judge = folder / "rm-lora"
@@ -85,13 +86,13 @@ def settings(case: str, tokens: int, folder: Path) -> list[str]:
             f"rewards={{helpfulness: {judge}, safety: {judge}, max_tokens_per_batch: {tokens}}}",
             f"prompts={{prompts: {folder}/prompts.jsonl, max_prompt_length: {LENGTH - NEW_TOKENS}}}",
             f"sampling={{max_new_tokens: {NEW_TOKENS}, max_rows: 16}}",
-            f"train={{max_steps: 2, batch_size: 8, minibatch_size: 8, max_tokens_per_batch: {tokens}}}",
+            f"train={{max_steps: 2, batch_size: {rows}, minibatch_size: {rows}, max_tokens_per_batch: {tokens}}}",
         ]
     return [
         *found,
         *(["kind=helpfulness"] if stage == "rm" else []),
         f"data={{train: {folder}/{stage}.jsonl, max_length: {LENGTH}}}",
-        f"train={{max_steps: 2, batch_size: 8, max_tokens_per_batch: {tokens}}}",
+        f"train={{max_steps: 2, batch_size: {rows}, max_tokens_per_batch: {tokens}}}",
     ]
 
 
