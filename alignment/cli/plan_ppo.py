@@ -59,7 +59,8 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
 
     rewarded = judged(draws, draw, config.rewards.max_tokens_per_batch)
     scoring = [planner.forward(judge, rewarded, "scores") for judge in judges]
-    lent = {} if shared or not config.ppo.offload else held(max(judges, key=lambda judge: weights(judge).base))
+    is_lent = config.ppo.offload and not shared and setting.device.kind == "gpu"
+    lent = held(max(judges, key=lambda judge: weights(judge).base)) if is_lent else {}
     phases.append(planner.phase("score", learned, lent, {"activations": max(each.peak for each in scoring)}))
 
     measuring = planner.forward(policy, rows, "logprobs")

@@ -219,7 +219,7 @@ def _eval_gatt(config: Any, name: str, planner: Planner) -> StagePlan:
 
 
 def _ppo(config: Any, name: str, planner: Planner) -> StagePlan:
-    from alignment.cli.plan_ppo import plan_ppo
+    from alignment.cli.plan_ppo import plan_ppo  # which is built on this module
 
     return plan_ppo(config, name, planner)
 
