@@ -87,9 +87,7 @@ def load_reward_model(
     if is_reward_model and config.num_labels != 1:
         raise ModelError(f"{path}: a classifier with {config.num_labels} outputs. A reward model has one.")
     model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, num_labels=1)
-    model.score.float()
-    # transformers' own forward gives the head what a bfloat16 backbone puts out.
-    model.score.register_forward_pre_hook(_as_float32)
+    float32_head(model)
     if new_head_seed is not None and not is_reward_model:
         generator = torch.Generator().manual_seed(new_head_seed)
         # Stiennon et al. 2020 (arXiv:2009.01325): scores of unit order for hidden states of unit order.
@@ -97,6 +95,12 @@ def load_reward_model(
         model.score.weight.data.copy_(weight)
     _set_special_tokens(model, tokenizer, chat)
     return LoadedModel(model.eval(), tokenizer, chat, folder)
+
+
+def float32_head(model: PreTrainedModel) -> None:
+    """Makes a classifier's head float32, and what it is given: a bfloat16 backbone's output comes in its own type."""
+    model.score.float()
+    model.score.register_forward_pre_hook(_as_float32)
 
 
 def load_chat(folder: Path | str, chat_template: str = "auto") -> ChatFormat:

@@ -47,16 +47,17 @@ def run_in_turn(
     rounds: int,
     figure: str,
     pythons: Mapping[str, str] | None = None,
+    allocator: Mapping[str, str] = ALLOCATOR,
 ) -> dict[Side, dict[str, float] | None]:
     """The median figures of every side, each measurement a child process, the sides in turn in every round.
 
     None for a side that the kernel killed for want of memory. `pythons` names the interpreter of sides that have their
-    own.
+    own, `allocator` glibc's settings.
     """
     found: dict[Side, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            measured = _child((pythons or {}).get(side[0], sys.executable), script, side, arguments)
+            measured = _child((pythons or {}).get(side[0], sys.executable), script, side, arguments, allocator)
             shown = f"{measured[figure]:.3f} {figure}" if measured else "killed: not enough memory"
             print(f"{side[0]:>12} {side[1]:>5}: {shown}", file=sys.stderr, flush=True)
             found[side] += [measured] if measured else []
@@ -171,9 +172,11 @@ def peak_memory_gb() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024 / 1e9
 
 
-def _child(python: str, script: str, side: Side, arguments: Sequence[str]) -> dict[str, float] | None:
+def _child(
+    python: str, script: str, side: Side, arguments: Sequence[str], allocator: Mapping[str, str]
+) -> dict[str, float] | None:
     command = [python, script, "--side", side[0], "--size", str(side[1]), *arguments]
-    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, **allocator}, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:
         return None
     if done.returncode:

@@ -141,6 +141,32 @@ def run_pipeline(
 
 
 @app.command()
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[STAGE] [CONFIG.yaml] [KEY=VALUE]...", help="A pipeline, a stage's file, or a stage with settings."
+        ),
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="Processes, one device each.")] = 1,
+    gpu: Annotated[str, typer.Option("--gpu", help="h100-80gb, a100-80gb, ...; cpu is this machine.")] = "h100-80gb",
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Split sft and rm over the devices (FSDP).")] = False,
+    utilisation: Annotated[
+        float, typer.Option("--utilisation", help="Share of the device's peak that is reached, for the times.")
+    ] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every phase as JSON.")] = False,
+) -> None:
+    """Memory and time of every stage on a device, from shapes alone: what does not fit and what to change."""
+    words = list(arguments or [])
+    stage = words.pop(0) if words and words[0] in STAGES else None
+    path, overrides = _split(words)
+    from alignment.cli.plan import plan_command
+
+    sizes = {"gpu": gpu, "gpus": gpus, "fsdp": fsdp, "utilisation": utilisation}
+    plan_command(path, stage, overrides, **sizes, as_json=as_json)
+
+
+@app.command()
 def score(
     model: Annotated[str, typer.Argument(help="A reward model: folder or run.")],
     files: Annotated[list[str], typer.Argument(metavar="DATA...", help="Pairs, or rows with prompt and response.")],

@@ -54,8 +54,13 @@ class Pipeline:
     stages: list[PlannedStage]
 
 
-def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | None = None) -> Pipeline:
-    """Reads and checks all stages before any runs. Raises ConfigError with the problems of all of them."""
+def load_pipeline(
+    path: Path, overrides: Sequence[str], *, from_stage: str | None = None, check_inputs: bool = True
+) -> Pipeline:
+    """Reads and checks all stages before any runs. Raises ConfigError with the problems of all of them.
+
+    Without `check_inputs` data and models need not be there.
+    """
     values = read_yaml(path)
     given = parse_overrides(overrides)
     written: dict[str, Any] = values.get("stages") or {}
@@ -104,7 +109,9 @@ def load_pipeline(path: Path, overrides: Sequence[str], *, from_stage: str | Non
         problems += unknown_names
         made_earlier = [folder for key, folder in places.items() if key != "here"]
         try:
-            config = build_config(cls, full, f"{path}: stages.{name}", made_earlier=[*made_earlier, _UNKNOWN])
+            earlier = [*made_earlier, _UNKNOWN]
+            where = f"{path}: stages.{name}"
+            config = build_config(cls, full, where, check_inputs=check_inputs, made_earlier=earlier)
             stages.append(PlannedStage(name, config, again))
         except AlignError as error:
             problems.append(str(error))

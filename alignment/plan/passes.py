@@ -1,0 +1,134 @@
+"""What a forward or training pass needs beside weights, gradients and optimizer state: the real code on fake tensors.
+
+Layers are alike, so two and three of them are run and the difference stands for every further one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from alignment.logprobs import CHUNK_TOKENS, CPU_ROWS, branch_scores, response_logprobs, token_values
+from alignment.plan.shapes import DeviceKind, ModelSpec, fake_model, weights
+from alignment.plan.tracker import MemoryTracker
+from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate
+
+# What is read from a batch: log-probabilities of its counted tokens, a score a branch, or a value a counted token.
+READERS: dict[str, Callable[[nn.Module, PrefixBatch], Tensor]] = {
+    "logprobs": response_logprobs,
+    "scores": branch_scores,
+    "values": token_values,
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch in which all rows are alike: `count` rows of a prompt and its responses, tokens each."""
+
+    count: int
+    trunk: int
+    branches: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows."""
+        return self.count * (self.trunk + sum(self.branches))
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted, at most."""
+        return self.count * sum(self.branches)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes at most beside what is there before, and floating-point operations."""
+
+    peak: int
+    flops: int
+
+
+@functools.cache
+def run_pass(spec: ModelSpec, rows: Rows, reader: str, *, device: DeviceKind, train: bool = False) -> Pass:
+    """A forward pass without gradients or, with `train`, one that learns, with gradients of an earlier one there.
+
+    Args:
+        spec: the model.
+        rows: the micro-batch.
+        reader: a key of READERS.
+        device: on a CPU our own attention runs on the real tokens side by side; elsewhere SDPA on padded rows.
+        train: whether there is a backward pass.
+    """
+    options = (rows, reader, device, train)
+    depth = spec.adapted_layers
+    if depth <= 3:
+        found = _run(spec, depth, *options)
+    else:
+        two, three = _run(spec, 2, *options), _run(spec, 3, *options)
+        found = Pass(*(a + (depth - 2) * (b - a) for a, b in ((two.peak, three.peak), (two.flops, three.flops))))
+    frozen_below = max(0, spec.shape.num_hidden_layers - depth - 1)
+    layer = weights(spec).parameters // max(1, spec.shape.num_hidden_layers)
+    extra = _extra_logits(spec, rows) if device == "gpu" and spec.head == "lm" else 0
+    return Pass(found.peak + extra, found.flops + 2 * frozen_below * layer * rows.num_tokens)
+
+
+def _run(spec: ModelSpec, layers: int, rows: Rows, reader: str, device: DeviceKind, train: bool) -> Pass:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = fake_model(spec, mode, layers=layers, device=device)
+    known = [*model.parameters(), *model.buffers()]
+    if train:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                with mode:
+                    parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                known.append(parameter.grad)
+    batch = collate([[Tree([0] * rows.trunk, [Branch([0] * length) for length in rows.branches])]] * rows.count)
+    if device == "gpu":  # nothing there depends on what the ids are; on a CPU the blocks of attention do
+        batch = replace(batch, **{f.name: mode.from_tensor(getattr(batch, f.name)) for f in fields(batch)})
+    autocast = spec.is_trained and spec.arithmetic != torch.float32  # frozen models compute in their weights' type
+    tracker = MemoryTracker(known)
+    attention = memory_efficient_attention() if device == "gpu" else nullcontext()
+    with tracker, attention, torch.set_grad_enabled(train):
+        with torch.autocast("cpu", dtype=spec.arithmetic, enabled=autocast):
+            found = READERS[reader](model, batch).sum()
+        if train:
+            found.backward()
+    return Pass(tracker.peak, tracker.flops)
+
+
+@contextmanager
+def memory_efficient_attention() -> Iterator[None]:
+    """SDPA as the memory-efficient kernel of a GPU, the one that takes masks: it keeps its inputs, its output, a sum a
+    query and the mask as numbers of the inputs' type.
+
+    The function itself is replaced meanwhile: a mode would not be there when checkpointing computes layers again.
+    """
+    functional = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor, **_: Any) -> Tensor:
+        on = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if on else value.dtype
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        bias = query.new_zeros(attn_mask.shape).expand(-1, query.shape[1], -1, -1)
+        keep = torch.is_grad_enabled()
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, keep)[0]
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def _extra_logits(spec: ModelSpec, rows: Rows) -> int:
+    """A GPU normalises a whole chunk of logits at once, where a CPU takes `CPU_ROWS`: two tables in float32."""
+    chunk = min(CHUNK_TOKENS, rows.num_targets)
+    return 2 * 4 * spec.shape.vocab_size * max(0, chunk - CPU_ROWS)

@@ -1,0 +1,93 @@
+"""What the built-in sampling engine holds: tables of keys and values, a prompt's once for all its responses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from alignment.plan.passes import Rows, run_pass
+from alignment.plan.shapes import DeviceKind, ModelSpec, weights
+from alignment.sampling.cohort import MORE_COLUMNS
+from alignment.sampling.draw import CPU_ROWS
+from alignment.sampling.torch_engine import PREFILL_TOKENS
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Responses that are decoded side by side.
+
+    Attributes:
+        prompts: prompts that have responses in the tables at one time.
+        candidates: responses of each.
+        prompt_tokens: of each prompt.
+        new_tokens: of each response at most.
+    """
+
+    prompts: int
+    candidates: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Responses side by side."""
+        return self.prompts * self.candidates
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Bytes of keys and values, bytes at most beside them, operations to run the prompts and to decode all tokens.
+
+    `bytes_read` is what the decoding steps read: the weights once a step, keys and values once a token.
+    """
+
+    kv_cache: int
+    working: int
+    flops: int
+    bytes_read: int
+
+
+def draws_of(*, total_prompts: int, candidates: int, max_rows: int, prompt_tokens: int, new_tokens: int) -> Draws:
+    """As many responses side by side as `max_rows` lets in, where there are so many to draw.
+
+    The engine takes whole prompts; one with more candidates than `max_rows` comes in lots.
+    """
+    together = min(candidates, max_rows)
+    prompts = max(1, min(total_prompts, max_rows // together))
+    return Draws(prompts, together, prompt_tokens, new_tokens)
+
+
+def kv_bytes(spec: ModelSpec, draws: Draws) -> int:
+    """All prompts and responses at their full lengths, in every layer."""
+    config = spec.shape
+    columns = math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
+    tokens = draws.prompts * draws.prompt_tokens + draws.rows * columns
+    return config.num_hidden_layers * 2 * tokens * _width(spec) * spec.arithmetic.itemsize
+
+
+def sampling(spec: ModelSpec, draws: Draws, *, device: DeviceKind) -> Sampling:
+    """Drawing one set of responses side by side."""
+    config, dtype = spec.shape, spec.arithmetic
+    kv_cache, columns = kv_bytes(spec, draws), math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
+    # A cohort of prompts runs as flat rows with the attention of a CPU, on every device.
+    cohort = max(1, min(draws.prompts, PREFILL_TOKENS // draws.prompt_tokens))
+    rows = Rows(cohort, draws.prompt_tokens - 1, (1,))
+    prefill = run_pass(spec, rows, "logprobs", device="cpu")
+    # One layer's own keys and values are copied when they grow; a step's scores and their weights stand side by side.
+    growth = 2 * draws.rows * columns * _width(spec) * dtype.itemsize
+    length = draws.prompt_tokens + columns
+    scores = 2 * draws.rows * config.num_attention_heads * (length + columns) * dtype.itemsize
+    at_once = min(draws.rows, CPU_ROWS) if device == "cpu" else draws.rows
+    logits = draws.rows * config.vocab_size * dtype.itemsize + 3 * 4 * at_once * config.vocab_size
+    attention = 4 * config.num_hidden_layers * config.hidden_size * length
+    decode = draws.rows * draws.new_tokens * (2 * weights(spec).parameters + attention)
+    total_prefill = prefill.flops * draws.prompts // cohort
+    steps = draws.new_tokens * (weights(spec).parameters * dtype.itemsize + kv_cache)
+    return Sampling(kv_cache, max(prefill.peak, growth + scores + logits), total_prefill + decode, steps)
+
+
+def _width(spec: ModelSpec) -> int:
+    """Numbers in a token's keys in a layer."""
+    config = spec.shape
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads * size

@@ -1,0 +1,106 @@
+"""A trained model in memory: alone on its device, copied to several (DDP), or split over them (FSDP)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+from alignment.plan.devices import Device
+from alignment.plan.passes import Pass, Rows, run_pass
+from alignment.plan.phases import Phase, together
+from alignment.plan.shapes import ModelSpec, weights
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a stage runs: `processes` of one device each, and whether FSDP splits trained models over them."""
+
+    device: Device
+    processes: int = 1
+    fsdp: bool = False
+    utilisation: float = 0.4
+
+    @property
+    def program(self) -> dict[str, int]:
+        """What is there before any model."""
+        return {"program": self.device.program}
+
+
+def held(*specs: ModelSpec) -> dict[str, int]:
+    """The weights of models that stand beside each other."""
+    found = [weights(spec) for spec in specs]
+    return together(*({"weights": each.base, "adapters": each.lora} for each in found))
+
+
+def gradients(setting: Setting, *specs: ModelSpec) -> dict[str, int]:
+    """Of all trained weights, in their own type; DDP exchanges them from buckets that are a second copy."""
+    size = 4 * sum(weights(spec).trained for spec in specs)
+    copies = setting.processes > 1 and not setting.fsdp
+    return {"gradients": size, "exchange": size if copies else 0}
+
+
+def optimizer_state(*specs: ModelSpec) -> dict[str, int]:
+    """AdamW's two float32 moments of every trained weight."""
+    return {"optimizer": 8 * sum(weights(spec).trained for spec in specs)}
+
+
+def training_pass(spec: ModelSpec, rows: Rows, reader: str, setting: Setting) -> Pass:
+    """Forward and backward of a micro-batch. FSDP computes with gathered weights of the arithmetic's type."""
+    if setting.fsdp:
+        spec = replace(spec, dtype=spec.arithmetic)
+    return run_pass(spec, rows, reader, device=setting.device.kind, train=True)
+
+
+def training_phases(
+    spec: ModelSpec, rows: Rows, reader: str, setting: Setting, *, file_bytes: int
+) -> tuple[list[Phase], Pass]:
+    """The phases of SFT and reward-model training by transformers' Trainer, and the pass of a micro-batch.
+
+    Its AdamW is fused and needs no memory of its own. At the end the weights are made float32 where they are, LoRA's
+    merged into them, and written.
+    """
+    learns = training_pass(spec, rows, reader, setting)
+    activations = {"activations": learns.peak}
+    model, extra = held(spec), together(gradients(setting, spec), optimizer_state(spec))
+    if setting.fsdp:
+        shards = {kind: -(-size // setting.processes) for kind, size in together(model, extra).items()}
+        gathered = {"weights": _gathered(spec)}
+        train = together(shards, gathered, activations)
+        phases = [Phase("before FSDP splits the model", together(setting.program, model))]
+        return [*phases, Phase("train", together(setting.program, train))], learns
+    phases = load_phases(setting, model, file_bytes)
+    phases.append(Phase("train", together(setting.program, model, extra, activations)))
+    if spec.lora.r:
+        phases.append(saving_phase(spec, setting, optimizer_state(spec)))
+    return phases, learns
+
+
+def load_phases(setting: Setting, models: dict[str, int], file_bytes: int) -> list[Phase]:
+    """On a CPU the pages of the file that is read count beside the weights; a GPU's process has them elsewhere."""
+    if setting.device.kind == "gpu":
+        return []
+    return [Phase("load", together(setting.program, models, {"weights": file_bytes}))]
+
+
+def saving_phase(spec: ModelSpec, setting: Setting, *others: dict[str, int]) -> Phase:
+    """A model trained with LoRA in float32, on its device, beside what is still there."""
+    found = weights(spec)
+    # Merging makes the product of two adapters for one layer at a time.
+    model = {"weights": 4 * found.parameters, "adapters": found.lora, "activations": 4 * found.largest}
+    copies = setting.processes > 1
+    exchange = {"exchange": 4 * found.trained if copies else 0}
+    return Phase("save", together(setting.program, model, exchange, *others))
+
+
+def _gathered(spec: ModelSpec) -> int:
+    """Whole weights that FSDP holds at a time: two layers, the one in use and the next, and what is in no layer."""
+    size, layers = spec.arithmetic.itemsize, spec.shape.num_hidden_layers
+    none, some = (_parameters(spec, count) for count in (1, 2))
+    layer = some - none
+    assert layers * layer <= weights(spec).parameters
+    return size * (weights(spec).parameters - layers * layer + 2 * layer)
+
+
+def _parameters(spec: ModelSpec, layers: int) -> int:
+    shape = json.loads(spec.config) | {"num_hidden_layers": layers}
+    return weights(ModelSpec(json.dumps(shape, sort_keys=True), spec.head)).parameters

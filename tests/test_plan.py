@@ -1,0 +1,388 @@
+"""`align plan`: counts against real models, the tracker against real storages, plans that grow where they should."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
+
+from alignment.cli.main import app
+from alignment.cli.plan import load_stages
+from alignment.cli.plan_advice import advice
+from alignment.cli.plan_stages import Planner, plan_stage
+from alignment.config import LoraSection
+from alignment.errors import ConfigError, ModelError
+from alignment.logprobs import response_logprobs
+from alignment.models import add_lora, load_chat_model, load_reward_model
+from alignment.plan import passes
+from alignment.plan.devices import Device, find_device
+from alignment.plan.passes import Pass, Rows, run_pass
+from alignment.plan.phases import Work
+from alignment.plan.sampling import Draws, draws_of, kv_bytes
+from alignment.plan.shapes import ModelSpec, fake_model, meta_model, model_config, spec_of, weights
+from alignment.plan.tracker import MemoryTracker
+from alignment.plan.training import Setting, gradients, held, optimizer_state
+from alignment.prefix_batch import Branch, Tree, collate
+from alignment.sampling.cohort import Cohort, attend_and_keep, prompt_blocks, prompt_row
+
+BF16 = torch.bfloat16
+CPU = Device("cpu", "cpu", 10**10, 1e12, 1e11, BF16)
+GPU = Device("small", "gpu", 10**10, 1e14, 1e12, BF16)
+SMALL = ["data.max_length=128", "train.max_tokens_per_batch=512", "train.batch_size=16"]
+
+
+def small_spec(layers=6, **options):
+    """A Llama of many small layers."""
+    shape = {
+        **{"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 80},
+        **{"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "max_position_embeddings": 512,
+    }
+    return ModelSpec(json.dumps(shape, sort_keys=True), **options)
+
+
+def planned(stage, *overrides, device=CPU, processes=1, fsdp=False):
+    configs, origins = load_stages(None, stage, ["model=toy", *overrides])
+    [(name, config)] = configs.items()
+    return plan_stage(config, name, Planner(Setting(device, processes, fsdp), origins))
+
+
+def parts(plan, phase):
+    return next(each.parts for each in plan.phases if each.name == phase)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("meta-llama/Llama-2-13b-chat-hf", 13_015_864_320),
+        ("meta-llama/Llama-2-70b-hf", 68_976_648_192),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("smollm2-135m-instruct", 134_515_008),
+    ],
+)
+def test_built_in_shapes_have_the_published_numbers_of_parameters(name, count):
+    found = weights(spec_of(name, dtype=BF16))
+    assert found.parameters == count
+    assert found.base == 2 * count
+
+
+@pytest.mark.parametrize("lora", [LoraSection(), LoraSection(r=4), LoraSection(r=4, last_layers=1)])
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_counts_are_those_of_the_real_model(head, lora):
+    load = {"lm": load_chat_model, "score": lambda name: load_reward_model(name, new_head_seed=0)}[head]
+    real = add_lora(load("toy").model, lora, is_reward_model=head == "score", seed=0)
+    found = weights(spec_of("toy", head=head, lora=lora, is_trained=True))
+    assert found.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert found.base + found.lora == sum(p.nbytes for p in real.parameters())
+    assert found.trained > 0
+
+
+def test_adapters_and_heads_are_float32_on_frozen_weights_of_bfloat16():
+    lora = LoraSection(r=4)
+    found = weights(spec_of("toy", head="score", dtype=BF16, lora=lora, is_trained=True))
+    plain = weights(spec_of("toy", head="score"))
+    hidden = 64  # of the toy model: its score head, once frozen and once trained
+    assert found.base == 2 * (plain.parameters - hidden) + 4 * hidden
+    assert found.lora == 4 * found.trained
+
+
+def test_gradients_and_moments_are_those_of_adamw():
+    spec = spec_of("toy", is_trained=True)
+    real = load_chat_model("toy").model
+    optimizer = torch.optim.AdamW(real.parameters())
+    for parameter in real.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
+    assert optimizer_state(spec) == {"optimizer": sum(moment.nbytes for moment in moments)}
+    size = sum(parameter.grad.nbytes for parameter in real.parameters())
+    assert gradients(Setting(CPU), spec) == {"gradients": size, "exchange": 0}
+    assert gradients(Setting(CPU, processes=2), spec) == {"gradients": size, "exchange": size}
+
+
+def test_keys_and_values_are_the_tables_of_the_engine():
+    draws = Draws(prompts=2, candidates=3, prompt_tokens=20, new_tokens=20)
+    config = model_config("toy")  # two layers, two key-value heads of 16 numbers
+    prompts = [[1] * 20, [2] * 20]
+    row = prompt_row(prompts)
+    cohort = Cohort([20, 20], [0, 0, 0, 1, 1, 1], torch.device("cpu"))
+    blocks = prompt_blocks(row, torch.float32, torch.device("cpu"))
+    for _ in range(config.num_hidden_layers):
+        attend_and_keep(cohort, row, blocks, torch.zeros(4, 40, 16), torch.zeros(2, 40, 16), torch.zeros(2, 40, 16))
+    for _ in range(draws.new_tokens):
+        for layer in range(config.num_hidden_layers):
+            cohort.attend(layer, torch.zeros(6, 4, 16), torch.zeros(6, 2, 16), torch.zeros(6, 2, 16))
+        cohort.columns += 1
+    tables = [
+        table
+        for layer in cohort._layers
+        for table in (layer.prompt_keys, layer.prompt_values, layer.own_keys, layer.own_values)
+    ]
+    assert kv_bytes(spec_of("toy"), draws) == sum(table.nbytes for table in tables)
+
+
+def test_responses_side_by_side_are_whole_prompts_within_max_rows():
+    options = {"prompt_tokens": 5, "new_tokens": 7}
+    assert draws_of(total_prompts=100, candidates=8, max_rows=30, **options).rows == 24  # three prompts
+    assert draws_of(total_prompts=2, candidates=8, max_rows=30, **options).rows == 16  # all there are
+    assert draws_of(total_prompts=9, candidates=100, max_rows=30, **options).rows == 30  # one prompt in lots
+
+
+def test_the_tracker_counts_storages_as_they_come_and_go():
+    mode = FakeTensorMode()
+    with mode:
+        known = torch.empty(1000)
+    with MemoryTracker([known]) as tracker:
+        first = known * 2  # 4,000 bytes
+        view = first.view(10, 100)[:5]
+        first.add_(1)
+        known.t()
+        assert tracker.live == 4000
+        second = torch.mm(view, view.T)  # 5 x 5 floats, 2 * 5 * 100 * 5 operations
+        assert (tracker.live, tracker.flops) == (4100, 5000)
+        del first
+        assert tracker.live == 4100  # the view keeps it
+        del view
+        assert (tracker.live, tracker.peak) == (second.nbytes, 4100)
+
+
+def test_what_is_saved_for_the_backward_pass_is_what_the_real_model_saves():
+    """After a forward pass with gradients, the storages alive are those that autograd holds of real tensors."""
+    rows = Rows(3, 0, (40,))
+    batch = collate([[Tree([], [Branch([5] * 40)])]] * 3)
+    real = load_chat_model("toy").model.train()
+    known = {each.untyped_storage()._cdata for each in (*real.parameters(), *real.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage()._cdata not in known:
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = response_logprobs(real, batch)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_model(spec_of("toy", is_trained=True), mode, layers=2, device="cpu")
+    with MemoryTracker([*fake.parameters(), *fake.buffers()]) as tracker:
+        logprobs = response_logprobs(fake, batch)
+        live = tracker.live
+    assert logprobs.shape == found.shape
+    held_by_autograd = sum(storage.nbytes() for storage in saved.values())
+    assert live == pytest.approx(held_by_autograd, rel=0.03)  # indices of the batch are real on both sides
+    assert run_pass(spec_of("toy", is_trained=True), rows, "logprobs", device="cpu", train=True).peak > live
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compute": BF16},
+        {"dtype": BF16, "lora": LoraSection(r=4)},
+        {"dtype": BF16, "lora": LoraSection(r=4, last_layers=5)},
+        {"compute": BF16, "checkpointing": True},
+    ],
+    ids=["full", "lora", "last-layers", "checkpointing"],
+)
+def test_two_layers_and_three_stand_for_all(device, options):
+    spec = small_spec(is_trained=True, **options)
+    rows = Rows(4, 10, (30, 20))
+    whole = passes._run(spec, spec.adapted_layers, rows, "logprobs", device, True)
+    found = run_pass(spec, rows, "logprobs", device=device, train=True)
+    assert found.peak - (0 if device == "cpu" else 2 * 4 * 96 * (200 - 32)) == whole.peak
+    if spec.adapted_layers == 6:
+        assert found.flops == whole.flops
+
+
+def test_a_pass_grows_with_tokens_and_shrinks_with_checkpointing_and_last_layers():
+    spec = small_spec(is_trained=True, compute=BF16)
+    few, many = (run_pass(spec, Rows(n, 0, (64,)), "logprobs", device="cpu", train=True) for n in (2, 4))
+    assert 1.7 * few.peak < many.peak < 2.1 * few.peak
+    again = replace(spec, checkpointing=True)
+    lean = run_pass(again, Rows(4, 0, (64,)), "logprobs", device="cpu", train=True)
+    assert lean.peak < 0.6 * many.peak and lean.flops > 1.2 * many.flops
+    forward = run_pass(spec, Rows(4, 0, (64,)), "logprobs", device="cpu")
+    assert forward.peak < 0.5 * many.peak and forward.flops < many.flops
+    lora = LoraSection(r=4)
+    adapted = replace(spec, dtype=BF16, lora=lora)
+    upper = replace(adapted, lora=lora.model_copy(update={"last_layers": 3}))
+    all_layers, half = (run_pass(each, Rows(4, 0, (64,)), "logprobs", device="cpu", train=True).peak
+                        for each in (adapted, upper))  # fmt: skip
+    assert half < 0.65 * all_layers
+
+
+def test_on_a_gpu_masks_are_kept_by_every_layer():
+    """Twice the row length at the same number of tokens: twice the mask, R L L numbers in bfloat16 a layer."""
+    spec = small_spec(head="score", is_trained=True, compute=BF16)
+    short, long = (run_pass(spec, rows, "scores", device="gpu", train=True)
+                   for rows in (Rows(4, 0, (64,)), Rows(2, 0, (128,))))  # fmt: skip
+    more = 6 * 2 * (2 * 128**2 - 4 * 64**2) + (2 * 128**2 - 4 * 64**2)  # all layers', and the mask itself
+    assert long.peak - short.peak == pytest.approx(more, rel=0.1)
+
+
+def test_nothing_is_allocated():
+    spec = spec_of("llama-2-70b", dtype=BF16, lora=LoraSection(r=16), is_trained=True)
+    assert all(parameter.is_meta for parameter in meta_model(spec).parameters())
+    fake = fake_model(spec, FakeTensorMode(), layers=2, device="gpu")
+    assert all(each.untyped_storage().device.type == "meta" for each in fake.parameters())
+    assert weights(spec).lora == 4 * weights(spec).trained
+
+
+def test_full_training_has_weights_gradients_and_moments_and_lora_only_its_own():
+    full, lora = planned("sft", *SMALL), planned("sft", *SMALL, "lora.r=4")
+    count = weights(spec_of("toy")).parameters
+    assert parts(full, "train") | {"activations": 0} == {
+        **{"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "activations": 0}
+    }
+    trained = weights(spec_of("toy", lora=LoraSection(r=4), is_trained=True)).trained
+    found = parts(lora, "train")
+    assert (found["weights"], found["adapters"], found["optimizer"]) == (2 * count, 4 * trained, 8 * trained)
+    assert parts(lora, "save")["weights"] == 4 * count
+    assert full.fits and full.peak == max(phase.total for phase in full.phases)
+
+
+def test_several_processes_exchange_gradients_and_fsdp_splits_all_but_what_is_gathered():
+    alone, two = (planned("rm", *SMALL, device=GPU, processes=count) for count in (1, 2))
+    exchanged = parts(two, "train")["exchange"]
+    assert exchanged == parts(alone, "train")["gradients"]
+    split = planned("rm", *SMALL, device=GPU, processes=4, fsdp=True)
+    assert parts(split, "train")["optimizer"] == parts(alone, "train")["optimizer"] // 4
+    assert parts(split, "train").get("exchange") is None
+    whole = parts(split, "before FSDP splits the model")
+    assert whole["weights"] == parts(alone, "train")["weights"]
+    assert any("FSDP has not been run" in note for note in split.notes)
+
+
+def test_a_micro_batch_holds_no_more_than_a_process_has():
+    small = planned("sft", "data.max_length=128", "train.max_tokens_per_batch=4096", "train.batch_size=2")
+    assert "micro-batches of 2 x 128 tokens" in small.notes
+
+
+def test_ppo_on_one_backbone_is_smaller_than_models_of_their_own():
+    sizes = ["prompts.max_prompt_length=32", "sampling={max_new_tokens: 16, max_rows: 8}",
+             "rewards={helpfulness: toy, safety: toy, max_tokens_per_batch: 256}",
+             "train={batch_size: 8, minibatch_size: 4, max_tokens_per_batch: 256}"]  # fmt: skip
+    shared = planned("ppo", *sizes, "lora.r=4", device=GPU)
+    apart = planned("ppo", *sizes, "lora.r=4", "ppo.share_backbone=never", device=GPU)
+    full, lent = (planned("ppo", *sizes, f"ppo.offload={value}", device=GPU) for value in ("false", "true"))
+    count = weights(spec_of("toy")).parameters
+    assert parts(shared, "update")["weights"] == 2 * count
+    critic = weights(spec_of("toy", head="score", dtype=BF16)).base
+    assert parts(apart, "update")["weights"] == pytest.approx(2 * count + 3 * critic, abs=1000)
+    assert parts(full, "update")["weights"] - parts(lent, "update")["weights"] == 4 * count + 2 * critic
+    assert parts(lent, "measure")["weights"] > parts(lent, "update")["weights"]  # the reference is there
+    assert parts(shared, "sample")["kv_cache"] == kv_bytes(spec_of("toy", dtype=BF16), Draws(8, 1, 32, 16))
+    assert shared.units == 200 and shared.unit == "iteration"
+
+
+def test_a_pipeline_knows_what_its_stages_made(tmp_path):
+    stages = "\n".join(
+        [
+            "defaults: {lora: {r: 4}, data: {max_length: 64}, train: {batch_size: 4, max_tokens_per_batch: 128}}",
+            "stages:",
+            "  sft: {model: toy, data: {train: none.jsonl}}",
+            "  rm-h: {stage: rm, kind: helpfulness, model: '${sft}', data: {train: none.jsonl}}",
+            "  rm-s: {stage: rm, kind: safety, model: '${sft}', data: {train: none.jsonl}, lora: {r: RANK}}",
+            "  ppo:",
+            "    model: '${sft}'",
+            "    rewards: {helpfulness: '${rm-h}', safety: '${rm-s}', max_tokens_per_batch: 128}",
+            "    prompts: {prompts: none.jsonl, max_prompt_length: 32}",
+            "    sampling: {max_new_tokens: 16, max_rows: 4}",
+            "    train: {minibatch_size: 2}",
+        ]
+    )
+    for rank, reason in ((4, "rewards and critic share"), (0, "models of their own: they were not all")):
+        path = tmp_path / f"{rank}.yaml"
+        path.write_text(stages.replace("RANK", str(rank)))
+        configs, origins = load_stages(path, None, [])
+        plan = plan_stage(configs["ppo"], "ppo", Planner(Setting(CPU), origins))
+        assert plan.notes[0].startswith(reason)
+        assert origins["runs/4/rm-h" if rank else "runs/0/rm-h"].rank == 8  # the SFT model's adapter and its own
+
+
+def test_advice_is_planned_and_appears_where_it_does_not_fit():
+    few_tokens = ["data.max_length=64", "train.max_tokens_per_batch=64"]  # weights decide, not activations
+    configs, origins = load_stages(None, "sft", ["model=toy", *few_tokens])
+    config = configs["sft"]
+    plan = plan_stage(config, "sft", Planner(Setting(GPU), origins))
+    tight = replace(GPU, memory=plan.peak - 1)
+    planner = Planner(Setting(tight), origins)
+    does_not = plan_stage(config, "sft", planner)
+    assert plan.fits and not does_not.fits
+    tips = advice(config, does_not, planner)
+    assert any(tip.startswith("lora.r=16: ") and tip.endswith("fits") for tip in tips)
+    assert any(tip.startswith("model.gradient_checkpointing=true: ") for tip in tips)
+    assert any(tip.startswith("--gpu rtx4090-24gb: ") for tip in tips)
+
+
+def test_ppo_is_not_told_to_split_its_models():
+    sizes = ["prompts.max_prompt_length=32", "sampling={max_new_tokens: 16, max_rows: 16}",
+             "rewards={helpfulness: toy, safety: toy, max_tokens_per_batch: 256}",
+             "train={batch_size: 8, minibatch_size: 4, max_tokens_per_batch: 256}"]  # fmt: skip
+    configs, origins = load_stages(None, "ppo", ["model=toy", *sizes])
+    planner = Planner(Setting(replace(GPU, memory=10**5)), origins)
+    tips = advice(configs["ppo"], plan_stage(configs["ppo"], "ppo", planner), planner)
+    assert not any("--fsdp" in tip for tip in tips)
+    assert any("more devices do not help" in tip for tip in tips)
+    assert any(tip.startswith("ppo.offload=true") for tip in tips)
+
+
+def test_work_takes_as_long_as_the_slower_of_arithmetic_and_memory():
+    assert Work(flops=4e13).seconds(GPU, 0.4) == pytest.approx(1.0)  # 1e14 a second, of which 0.4
+    assert Work(flops=4e13, bytes_read=1.2e12).seconds(GPU, 0.4) == pytest.approx(3.0)
+
+
+def test_every_stage_of_the_toy_pipeline_is_planned():
+    found = CliRunner().invoke(app, ["plan", "recipes/toy/pipeline.yaml", "--gpu", "h100-80gb", "--json"])
+    assert found.exit_code == 0, found.output
+    plans = json.loads(found.stdout)
+    assert {plan["stage"] for plan in plans} == {"sft", "gatt", "rm", "reject", "ppo", "eval"}
+    assert all(plan["fits"] and plan["peak_gb"] > 0 and plan["seconds_per_unit"] > 0 for plan in plans)
+
+
+def test_the_table_says_what_does_not_fit():
+    arguments = ["plan", "sft", "model=llama-2-7b", "data.max_length=512", "train.max_tokens_per_batch=512"]
+    found = CliRunner().invoke(app, [*arguments, "--gpu", "a100-40gb"])
+    assert found.exit_code == 0, found.output
+    assert "too much" in found.stdout and "sft does not fit" in found.stdout and "lora.r=16" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["plan", "sft", "model=toy", "--gpu", "tpu"], "no such device"),
+        (["plan", "sft", "model=toy", "--gpus", "0"], "at least one"),
+        (["plan", "sft", "model=toy", "--gpu", "cpu", "--gpus", "2", "--fsdp"], "accelerators"),
+        (["plan", "sft", "model=toy", "--utilisation", "2"], "a share"),
+        (["plan", "sft", "model=toy", "data.max_lenght=3"], 'Did you mean "max_length"'),
+        (["plan", "model=toy", "sampling.max_rows=3"], "Name the stage"),
+        (["plan", "model=toy", "sampling.rows=3"], "No stage has such settings"),
+        (["plan", "ppo", "model=toy", "sampling.engine=vllm", "--gpus", "2"], "runs in one process"),
+    ],
+)
+def test_mistakes_are_the_users(arguments, problem):
+    found = CliRunner().invoke(app, arguments)
+    assert isinstance(found.exception, ConfigError)
+    assert problem in str(found.exception)
+
+
+def test_a_model_out_of_reach_is_an_error_that_names_the_shapes_there_are():
+    with pytest.raises(ModelError, match=r"config\.json.*llama-2-7b"):
+        model_config("nobody/has-this-model")
+
+
+def test_known_devices_have_memory_and_speed():
+    assert find_device("h100-80gb").memory == 80 * 10**9
+    here = find_device("cpu")
+    assert here.memory > 10**9 and here.flops > 10**9 and here.bandwidth > 10**8
+
+
+def test_held_adds_up():
+    spec = spec_of("toy")
+    assert held(spec, spec) == {"weights": 2 * weights(spec).base}
+    assert isinstance(run_pass(spec, Rows(1, 4, (4,)), "logprobs", device="cpu"), Pass)
+    assert isinstance(meta_model(spec), nn.Module)
