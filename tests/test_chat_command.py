@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -262,7 +264,9 @@ def test_a_person_at_a_terminal_can_stop_an_answer_and_save_it(tmp_path):
     arguments = ["-c", SLOW_CHAT, "chat", "toy", "--max-new-tokens", "480", "--top-k", "1"]
     # A dumb terminal gets no control sequences, which would look like the beginning of an answer.
     options = {"cwd": str(ROOT), "env": {**os.environ, "TERM": "dumb"}, "encoding": "utf-8"}
-    child = pexpect.spawn(sys.executable, arguments, timeout=120, **options)
+    # Where the tests run in the background, Ctrl-C is ignored, and a child would inherit that.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = pexpect.spawn(sys.executable, arguments, timeout=120, preexec_fn=heeds, **options)
     child.expect_exact("/help lists commands")
     child.expect_exact("> ")
     child.sendline("/sav x")
