@@ -127,8 +127,8 @@ class TrainSection(Section):
     """Optimizer steps between checkpoints."""
 
     compile: bool = False
-    """Fuse norms, MLPs and adapters with torch.compile: half a minute at the first step, then steps with LoRA take
-    about two thirds of the time. For long runs; a resumed run equals an uninterrupted one to rounding only."""
+    """Fuse norms, MLPs and adapters with torch.compile: half a minute at the first step, then an update with LoRA takes
+    about three quarters of the time. For long runs; a resumed run equals an uninterrupted one to rounding only."""
 
 
 class DataSection(Section):
