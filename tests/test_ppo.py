@@ -285,6 +285,13 @@ def test_the_critic_starts_at_zero_and_learns_alone_at_first(settings):
     assert both["policy_grad_norm"] > 0 and both["first_ratio_error"] < 1e-5
 
 
+def test_a_run_counts_the_iterations_of_the_critic_alone(settings, tmp_path):
+    extra = ["ppo.critic_warmup=2", "train.max_steps=4", f"run.dir={tmp_path / 'run'}"]
+    ppo_run.run(load_config(PPOConfig, None, [*settings, *extra]))
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert ["ppo/policy_loss" in row for row in rows] == [False, False, True, True]
+
+
 def test_an_iteration_is_left_for_the_policy(settings):
     with pytest.raises(ConfigError, match=r"critic_warmup = 2 leaves none of train\.max_steps = 2"):
         trainer_of(settings, "ppo.critic_warmup=2")
