@@ -18,7 +18,7 @@ def one_line(result: Result) -> str:
     if kind == "rm":
         return _reward_model(result)
     if kind == "gatt":
-        dropped = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["dropped"].items())
+        dropped = counted(result["dropped"])
         return f"{result['dialogues']} dialogues" + (f"; left out {dropped}" if dropped else "")
     if kind == "distil":
         kept, gain = show(result["kept"], ".0%", bounds=True), show(result["score_gain"], "+.2f")
@@ -37,6 +37,11 @@ def one_line(result: Result) -> str:
     if kind == "eval":
         return f"{len(result['policies'])} policies on {result['prompts']} prompts"
     return ""
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """Reasons with their counts, `3 vetoed, 2 too long`; empty where there are none."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in reasons.items())
 
 
 def clock(seconds: float) -> str:
@@ -69,8 +74,8 @@ def _left_out(parts: Mapping[str, Mapping[str, int]]) -> list[str]:
     """`train left out 3 vetoed, 2 too long, cut the history of 4`, for each part that lost something."""
     found = []
     for part, reasons in parts.items():
-        rows = [f"{count} {name.replace('_', ' ')}" for name, count in reasons.items() if name != "history_cut"]
-        words = [f"left out {', '.join(rows)}"] if rows else []
+        rows = counted({name: count for name, count in reasons.items() if name != "history_cut"})
+        words = [f"left out {rows}"] if rows else []
         if cut := reasons.get("history_cut"):
             words.append(f"cut the history of {cut}")
         if words:

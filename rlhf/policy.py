@@ -12,6 +12,7 @@ from torch import nn
 
 from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, set_decoder
 from alignment.compilation import compile_layers
+from alignment.config import ModelSection
 from alignment.errors import ModelError
 from alignment.hardware import lent
 from alignment.logprobs import unwrap
@@ -106,9 +107,12 @@ def _on_one_backbone(
 ) -> tuple[list[LoadedModel] | None, str | None]:
     """Both reward models as frozen adapters on the policy's weights, or None and the reason why not."""
     sections = {"helpfulness": config.rewards.helpfulness, "safety": config.rewards.safety}
-    adapters = {name: saved_adapter(model_folder(section.path)) for name, section in sections.items()}
-    began = saved_adapter(policy.folder) or Adapter(fingerprint(policy.model.get_decoder()), {})
-    if reason := _why_separate(config, began, adapters, weights):
+    reason = _refused_by_settings(config, sections, weights)
+    if reason is None:
+        adapters = {name: saved_adapter(model_folder(section.path)) for name, section in sections.items()}
+        began = saved_adapter(policy.folder) or Adapter(fingerprint(policy.model.get_decoder()), {})
+        reason = _refused_by_adapters(began, adapters)
+    if reason is not None:
         if config.ppo.share_backbone == "always":
             raise ModelError(f"ppo.share_backbone=always: {reason}")
         return None, reason
@@ -123,18 +127,20 @@ def _on_one_backbone(
     return found, None
 
 
-def _why_separate(
-    config: PPOConfig, began: Adapter, adapters: Mapping[str, Adapter | None], weights: torch.dtype
-) -> str | None:
-    """Why the reward models cannot stand on the weights under the policy's adapter `began`; None where they can."""
+def _refused_by_settings(config: PPOConfig, sections: Mapping[str, ModelSection], weights: torch.dtype) -> str | None:
+    """Why the settings keep the reward models apart from the policy; None where they do not."""
     if config.ppo.share_backbone == "never":
         return "ppo.share_backbone=never"
     if not config.lora.r:
         return "the policy is trained in full (lora.r=0)."
-    sections = {"helpfulness": config.rewards.helpfulness, "safety": config.rewards.safety}
     for name, section in sections.items():
         if section.dtype not in ("auto", str(weights).removeprefix("torch.")):
             return f"rewards.{name}: computes in {section.dtype}, the policy in another type."
+    return None
+
+
+def _refused_by_adapters(began: Adapter, adapters: Mapping[str, Adapter | None]) -> str | None:
+    """Why the reward models cannot stand on the weights under the policy's adapter `began`; None where they can."""
     for name, adapter in adapters.items():
         if adapter is None:
             return f"rewards.{name}: was not fine-tuned with LoRA, or by an older version."

@@ -244,9 +244,9 @@ class PPOTrainer:
                 takes_part, last = index < len(batches), index == count - 1
                 micro_batch = batches[min(index, len(batches) - 1)]
                 # One model after the other, so that the activations of one are held at a time.
-                for learner, losses in ((learner, losses_of[name]) for name, learner in learners.items()):
+                for model, learner in learners.items():
                     with nullcontext() if last else accelerator.no_sync(learner.model):
-                        loss, figures = losses(rollouts, *micro_batch)
+                        loss, figures = losses_of[model](rollouts, *micro_batch)
                         accelerator.backward(loss * (scale if takes_part else 0.0))
                     for name, value in figures.items():
                         totals[name] = totals.get(name, 0.0) + value.detach() * takes_part

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-from alignment.cli.plan_stages import Planner, file_bytes, fill, judged, prompt_length, repeated, vllm_share
+from alignment.cli.plan_stages import Planner, draws_for, file_bytes, fill, judged, prompt_length, repeated, vllm_share
 from alignment.plan.passes import Rows
 from alignment.plan.phases import StagePlan, Work, together
-from alignment.plan.sampling import draws_of, sampling
+from alignment.plan.sampling import sampling
 from alignment.plan.shapes import ModelSpec, weights
 from alignment.plan.training import gradients, held, load_phases, optimizer_state, saving_phase, training_pass
-
-# Of a GPU's memory for vLLM beside the training (rlhf/policy_sampler.py).
-VLLM_SHARE = 0.3
 
 
 def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -36,18 +33,14 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     rows = fill(row, train.max_tokens_per_batch, train.minibatch_size // (draw.num_candidates * setting.processes))
 
     phases = load_phases(setting, models, file_bytes(planner, config.rewards.helpfulness))
-    draws = draws_of(
-        total_prompts=per_process,
-        candidates=draw.num_candidates,
-        max_rows=draw.max_rows,
-        prompt_tokens=length,
-        new_tokens=draw.max_new_tokens,
-    )
+    draws = draws_for(draw, total_prompts=per_process, prompt_tokens=length)
     twin = ModelSpec(policy.config, dtype=planner.dtype(config.model))
     samples = sampling(twin, draws, device=setting.device.kind)
     beside = {"kv_cache": samples.kv_cache, "activations": samples.working}
     if draw.engine == "vllm":
-        engine = vllm_share(planner, draw, VLLM_SHARE)
+        from rlhf.policy_sampler import VLLM_MEMORY_SHARE
+
+        engine = vllm_share(planner, draw, VLLM_MEMORY_SHARE)
         learned, models = together(learned, engine), together(models, engine)
         phases.append(planner.phase("sample", learned))
     elif config.lora.r or twin.dtype != torch.float32:

@@ -241,19 +241,24 @@ def _draw(
 ) -> tuple[Draws, Phase, list[Work]]:
     """Sampling from a model of its own for `count` prompts of this process."""
     length = prompt_length(prompts.max_prompt_length, section.max_new_tokens, policy)
-    draws = draws_of(
-        total_prompts=count,
-        candidates=section.num_candidates,
-        max_rows=section.max_rows,
-        prompt_tokens=length,
-        new_tokens=section.max_new_tokens,
-    )
+    draws = draws_for(section, total_prompts=count, prompt_tokens=length)
     found = sampling(policy, draws, device=planner.setting.device.kind)
     work = [repeated(found, count * section.num_candidates / draws.rows)]
     if section.engine == "vllm":
         return draws, planner.phase("sample", vllm_share(planner, section, 0.92)), work
     beside = {"kv_cache": found.kv_cache, "activations": found.working}
     return draws, planner.phase("sample", held(policy), beside), work
+
+
+def draws_for(section: SamplingSection, *, total_prompts: int, prompt_tokens: int) -> Draws:
+    """What a stage's sampling settings keep side by side."""
+    return draws_of(
+        total_prompts=total_prompts,
+        candidates=section.num_candidates,
+        max_rows=section.max_rows,
+        prompt_tokens=prompt_tokens,
+        new_tokens=section.max_new_tokens,
+    )
 
 
 def repeated(found: Any, times: float) -> Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from alignment.headlines import counted
 from alignment.report.charts import curve_chart, interval_chart, metric_curves
 from alignment.report.drawing import Chart
 from alignment.report.elements import Section, Table, interval, number, present, text
@@ -58,7 +59,7 @@ def made_data(runs: Sequence[RunFolder]) -> Section:
             )
         )
         reasons = run.result.get("dropped") or {}
-        left_out = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in reasons.items())
+        left_out = counted(reasons)
         gain = interval(run.result.get("score_gain"), "+.2f")
         count = run.result["dialogues"] if is_gatt else run.result["prompts"]
         rows.append([text(run.label, "name"), text(run.stage), number(count), text(left_out or "–"), gain])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.headlines import counted
 from alignment.report.elements import Section, Table, number, text
 from alignment.report.reading import Row, RunFolder
 
@@ -22,7 +23,7 @@ def data(runs: Sequence[RunFolder]) -> Section:
             text(_relative(source["name"], run)),
             number(source["rows"], ","),
             number(source["kept"], ","),
-            text(_reasons(source["dropped"]) or _NOTHING),
+            text(counted(source["dropped"]) or _NOTHING),
             text((source.get("sha256") or "")[:10], "code"),
         ]
         for run in runs
@@ -110,7 +111,3 @@ def _counts(manifest: Row) -> Iterator[tuple[tuple[str, ...], int]]:
     for path, value in _leaves(chosen):
         if isinstance(value, int) and not isinstance(value, bool) and value:
             yield path, value
-
-
-def _reasons(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in dropped.items())
