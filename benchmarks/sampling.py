@@ -243,7 +243,7 @@ def _arguments() -> argparse.Namespace:
     found.add_argument("--k", type=int, default=8, help="samples a prompt")
     found.add_argument("--max-new-tokens", type=int, default=128)
     found.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256], help="our max_rows")
-    found.add_argument("--generate-rows", type=int, nargs="+", default=[32, 64, 128, 256], help="rows of a batch")
+    found.add_argument("--generate-rows", type=int, nargs="*", default=[32, 64, 128, 256], help="rows of a batch")
     found.add_argument("--vllm-rows", type=int, nargs="+", default=[64, 256], help="vLLM's max_num_seqs")
     found.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
     found.add_argument("--rounds", type=int, default=1)

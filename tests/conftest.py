@@ -27,6 +27,7 @@ SHAPE_CHECKED = (
     "alignment.logprobs",
     "alignment.sampling.cohort",
     "alignment.sampling.draw",
+    "alignment.sampling.own_tokens",
     "alignment.sampling.torch_engine",
     "reward_models.losses",
     "rlhf.gating",

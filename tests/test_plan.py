@@ -26,7 +26,8 @@ from alignment.plan.shapes import ModelSpec, fake_model, meta_model, model_confi
 from alignment.plan.tracker import MemoryTracker
 from alignment.plan.training import Setting, gradients, held, optimizer_state
 from alignment.prefix_batch import Branch, Tree, collate
-from alignment.sampling.cohort import Cohort, attend_and_keep, prompt_blocks, prompt_row
+from alignment.sampling.cohort import Cohort, Prompts, attend_and_keep
+from alignment.sampling.prompt_row import prompt_blocks, prompt_row
 
 BF16 = torch.bfloat16
 CPU = Device("cpu", "cpu", 10**10, 1e12, 1e11, BF16)
@@ -110,19 +111,16 @@ def test_keys_and_values_are_the_tables_of_the_engine():
     config = model_config("toy")  # two layers, two key-value heads of 16 numbers
     prompts = [[1] * 20, [2] * 20]
     row = prompt_row(prompts)
-    cohort = Cohort([20, 20], [0, 0, 0, 1, 1, 1], torch.device("cpu"))
+    kept = Prompts([20, 20], torch.device("cpu"))
     blocks = prompt_blocks(row, torch.float32, torch.device("cpu"))
     for _ in range(config.num_hidden_layers):
-        attend_and_keep(cohort, row, blocks, torch.zeros(4, 40, 16), torch.zeros(2, 40, 16), torch.zeros(2, 40, 16))
+        attend_and_keep(kept, row, blocks, torch.zeros(4, 40, 16), torch.zeros(2, 40, 16), torch.zeros(2, 40, 16))
+    cohort = Cohort(kept, [0, 0, 0, 1, 1, 1], most_columns=draws.new_tokens)
     for _ in range(draws.new_tokens):
         for layer in range(config.num_hidden_layers):
             cohort.attend(layer, torch.zeros(6, 4, 16), torch.zeros(6, 2, 16), torch.zeros(6, 2, 16))
         cohort.columns += 1
-    tables = [
-        table
-        for layer in cohort._layers
-        for table in (layer.prompt_keys, layer.prompt_values, layer.own_keys, layer.own_values)
-    ]
+    tables = [table for layer in (*kept.layers, *cohort.own) for table in (layer.keys, layer.values)]
     assert kv_bytes(spec_of("toy"), draws) == sum(table.nbytes for table in tables)
 
 

@@ -16,8 +16,8 @@ from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_model
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import Sample, SamplingParams, torch_engine
-from alignment.sampling.cohort import prompt_row
 from alignment.sampling.draw import draw, inverse_cdf
+from alignment.sampling.prompt_row import prompt_row
 from alignment.sampling.torch_engine import TorchSampler
 
 VOCAB = 24

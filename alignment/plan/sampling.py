@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from alignment.plan.passes import Rows, run_pass
 from alignment.plan.shapes import DeviceKind, ModelSpec, weights
-from alignment.sampling.cohort import MORE_COLUMNS
 from alignment.sampling.draw import CPU_ROWS
+from alignment.sampling.own_tokens import MORE_COLUMNS
 from alignment.sampling.torch_engine import PREFILL_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""Prompts that are answered side by side: keys and values of each prompt once, those of its samples' tokens apart.
+"""Samples that are drawn side by side: keys and values of each prompt once, those of its samples' tokens apart.
 
 A cohort's samples all have the same number of tokens, so none of their columns is padding. A decode step multiplies the
 queries of all samples of a prompt with the prompt's keys in one product, and reads these once, not once a sample.
@@ -7,102 +7,51 @@ queries of all samples of a prompt with the prompt's keys in one product, and re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate
-from alignment.tree_attention import Block, block_attention, tree_blocks
-
-# Prompts are run with a common beginning once where it is at least this long.
-MIN_SHARED_TOKENS = 16
-# Columns by which the space for samples' own keys and values grows. It is multiplied whole, since products of a part of
-# it would copy that first; what is not yet written has weight 0.
-MORE_COLUMNS = 16
+from alignment.sampling.own_tokens import OwnTokens, Space
+from alignment.sampling.prompt_row import PromptRow
+from alignment.tree_attention import Block, block_attention
 
 
 @dataclass(frozen=True)
-class PromptRow:
-    """Prompts as one flat row, common beginnings once.
-
-    Attributes:
-        batch: one row of trees, a branch for every prompt's end, on the CPU.
-        order: the prompts in the order of the branches.
-        spans: of each branch, the ranges of the row that make up its prompt.
-    """
-
-    batch: PrefixBatch
-    order: list[int]
-    spans: list[list[tuple[int, int]]]
-
-
-class Layer:
-    """Keys and values of one decoder layer, (G, D) for every token, in tables of L prompts with W samples each.
+class PromptLayer:
+    """What one layer keeps of L prompts; G groups of heads with D numbers, 0 beyond each prompt's length.
 
     Keys are held less the mean of their prompt's. What all keys share adds the same to all scores of a query, so
     softmax does not see it, and without it the scores lose less to rounding (Zhang et al. 2024, arXiv:2410.02367,
     Sec. 4.2).
     """
 
-    def __init__(self, keys: Float[Tensor, "L G P D"], values: Float[Tensor, "L G P D"], lengths: Tensor) -> None:
-        """Keys and values are 0 beyond each prompt's length (L,)."""
-        sums = keys.sum(2, keepdim=True, dtype=torch.promote_types(keys.dtype, torch.float32))
-        self.key_mean = (sums / lengths[:, None, None, None]).to(keys.dtype)  # (L, G, 1, D)
-        self.prompt_keys, self.prompt_values = keys - self.key_mean, values
-        self.own_keys = self.own_values = keys.new_empty(0)  # (L, G, W, C, D)
+    keys: Float[Tensor, "L G D P"]
+    values: Float[Tensor, "L G P D"]
+    key_mean: Float[Tensor, "L G D"]
 
-    def append(self, keys: Float[Tensor, "L G W D"], values: Float[Tensor, "L G W D"], column: int) -> None:
-        """The keys and values of every sample's newest token."""
-        if column % MORE_COLUMNS == 0:
-            more = keys.new_zeros(*keys.shape[:3], MORE_COLUMNS, keys.shape[3])
-            self.own_keys, self.own_values = (
-                torch.cat([x, more], dim=3) if column else more.clone() for x in (self.own_keys, self.own_values)
-            )
-        self.own_keys[:, :, :, column] = keys - self.key_mean
-        self.own_values[:, :, :, column] = values
-
-    def keep(self, lanes: Tensor, longest: int) -> None:
-        """Leaves out all other prompts, and columns beyond the longest of these."""
-        self.key_mean = self.key_mean[lanes]
-        self.prompt_keys, self.prompt_values = (
-            x[:, :, :longest].index_select(0, lanes) for x in (self.prompt_keys, self.prompt_values)
-        )
+    def keep(self, lanes: Int[Tensor, " M"], longest: int) -> PromptLayer:
+        """These prompts alone, without columns beyond their longest."""
+        keys = self.keys[..., :longest].index_select(0, lanes)
+        return PromptLayer(keys, self.values[:, :, :longest].index_select(0, lanes), self.key_mean[lanes])
 
 
-class Cohort:
-    """R samples of L prompts, each sample with as many tokens as the others.
+class Prompts:
+    """L prompts that were run together, with their keys and values in every layer.
 
     Attributes:
-        lanes: (R,) the prompt of each sample, ascending.
         lengths: (L,) tokens of each prompt.
-        columns: tokens that the samples have in the cache.
+        layers: what each layer keeps.
     """
 
-    def __init__(self, lengths: Sequence[int], lanes: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = torch.tensor(lengths, device=device)
-        self.lanes = torch.tensor(lanes, device=device)
-        self.columns = 0
-        self._layers: list[Layer] = []
-        self._arrange()
-
-    def __len__(self) -> int:
-        return len(self.lanes)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers that have started."""
-        return len(self._layers)
-
-    @property
-    def positions(self) -> Int[Tensor, " R"]:
-        """The place of every sample's next token in its text."""
-        return self.lengths[self.lanes] + self.columns
+        self.layers: list[PromptLayer] = []
+        self._find_ends()
 
     def start_layer(self, keys: Float[Tensor, "G N D"], values: Float[Tensor, "G N D"], row: PromptRow) -> None:
-        """The prompts' keys and values in the next layer, of the flat row that held them."""
+        """The keys and values in the next layer, of the flat row that held them."""
         shape = (len(self.lengths), keys.shape[0], int(self.lengths.max()), keys.shape[2])
         stored = keys.new_zeros(shape), values.new_zeros(shape)
         for lane, spans in enumerate(row.spans):
@@ -111,7 +60,89 @@ class Cohort:
                 for table, source in zip(stored, (keys, values), strict=True):
                     table[lane, :, start : start + last - first] = source[:, first:last]
                 start += last - first
-        self._layers.append(Layer(*stored, self.lengths))
+        sums = stored[0].sum(2, dtype=torch.promote_types(keys.dtype, torch.float32))
+        mean = (sums / self.lengths[:, None, None]).to(keys.dtype)
+        self.layers.append(PromptLayer((stored[0] - mean[:, :, None]).mT.contiguous(), stored[1], mean))
+
+    def scores(self, index: int, queries: Float[Tensor, "LG Q D"]) -> Float[Tensor, "LG Q P"]:
+        """Of queries in a table for each prompt and group; -inf beyond a prompt's length."""
+        layer = self.layers[index]
+        scores = torch.bmm(queries, layer.keys.flatten(0, 1))
+        if self._shortest < scores.shape[-1]:
+            beyond = scores.unflatten(0, layer.keys.shape[:2])[..., self._shortest :]
+            beyond += self._bias.to(scores.dtype)[:, None, None]
+        return scores
+
+    def keep(self, lanes: Int[Tensor, " M"]) -> None:
+        """Leaves out all other prompts."""
+        if len(lanes) < len(self.lengths):
+            self.lengths = self.lengths[lanes]
+            self.layers = [layer.keep(lanes, int(self.lengths.max())) for layer in self.layers]
+            self._find_ends()
+
+    def _find_ends(self) -> None:
+        """Which columns end a prompt."""
+        self._shortest = int(self.lengths.min())
+        columns = torch.arange(self._shortest, int(self.lengths.max()), device=self.lengths.device)
+        beyond = columns >= self.lengths[:, None]
+        self._bias = torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf"))
+
+
+@dataclass(frozen=True)
+class Order:
+    """The S = R G pairs of a sample and a group stand by prompt, then by group, then by sample.
+
+    Attributes:
+        pairs: (S,) the pair at each place, as sample times G plus group.
+        places: (S,) the place of each pair.
+        slots: (S,) each place in a table of L prompts, G groups and W samples; None where every prompt has W.
+        tables: L times G.
+    """
+
+    pairs: Int[Tensor, " S"]
+    places: Int[Tensor, " S"]
+    slots: Int[Tensor, " S"] | None
+    tables: int
+    width: int
+
+    def table(self, x: Float[Tensor, "S h X"]) -> Float[Tensor, "LG Q X"]:
+        """What the places have, W h rows for each prompt and group; 0 where a prompt has fewer samples than W."""
+        if self.slots is not None:
+            x = x.new_zeros(self.tables * self.width, *x.shape[1:]).index_copy_(0, self.slots, x)
+        return x.reshape(self.tables, -1, x.shape[-1])
+
+    def rows(self, table: Float[Tensor, "LG Q X"]) -> Float[Tensor, "S h X"]:
+        """The way back."""
+        table = table.unflatten(1, (self.width, -1)).flatten(0, 1)
+        return table if self.slots is None else table.index_select(0, self.slots)
+
+
+class Cohort:
+    """R samples of L prompts, each sample with as many tokens as the others.
+
+    Attributes:
+        prompts: what is kept of the prompts.
+        lanes: (R,) the prompt of each sample, ascending.
+        own: what each layer keeps of the samples' own tokens.
+        columns: how many these are.
+    """
+
+    def __init__(self, prompts: Prompts, lanes: Sequence[int], *, most_columns: int) -> None:
+        """Every prompt has a sample; `most_columns`: tokens that each may have at the end."""
+        self.prompts = prompts
+        self.lanes = torch.tensor(lanes, device=prompts.lengths.device)
+        self.own = [OwnTokens() for _ in prompts.layers]
+        self.columns = 0
+        self._space = Space(most_columns)
+        self._orders: dict[int, Order] = {}
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    @property
+    def positions(self) -> Int[Tensor, " R"]:
+        """The place of every sample's next token in its text."""
+        return self.prompts.lengths[self.lanes] + self.columns
 
     def attend(
         self,
@@ -121,128 +152,50 @@ class Cohort:
         values: Float[Tensor, "R G D"],
     ) -> Float[Tensor, "R H D"]:
         """Attention of every sample's newest token in a layer, which joins the cache; queries are scaled already."""
-        layer = self._layers[index]
-        num_rows, num_heads, size = queries.shape
-        groups = keys.shape[1]
-        layer.append(self._table(keys), self._table(values), self.columns)
-        table = self._table(queries.view(num_rows, groups, -1))  # (L, G, W, H/G D)
-        slots = table.shape[0] * groups * self._width
-        prompt_keys, prompt_values = layer.prompt_keys.flatten(0, 1), layer.prompt_values.flatten(0, 1)
-        own_keys, own_values = layer.own_keys.flatten(0, 2), layer.own_values.flatten(0, 2)  # (L G W, C, D)
-        together = table.reshape(len(prompt_keys), -1, size)  # (L G, W H/G, D)
-        scores = torch.bmm(together, prompt_keys.transpose(1, 2))  # (L G, W H/G, P)
-        own = torch.bmm(together.view(slots, -1, size), own_keys.transpose(1, 2))
-        scores = torch.cat([scores, own.view(*scores.shape[:2], -1)], dim=-1)  # (L G, W H/G, P + C)
-        longest = prompt_keys.shape[1]
-        if self._shortest < longest:
-            beyond = scores.unflatten(0, (-1, groups))[..., self._shortest : longest]
-            beyond += self._bias.to(scores.dtype)[:, None, None]
-        scores[..., longest + self.columns + 1 :] = float("-inf")
-        weights = scores.softmax(-1)
-        attended = torch.bmm(weights[..., :longest], prompt_values).view(slots, -1, size)
-        attended = attended + torch.bmm(weights[..., longest:].reshape(slots, -1, own_keys.shape[1]), own_values)
-        return self._rows(attended.view(*table.shape[:3], -1)).reshape(num_rows, num_heads, size)
+        prompts, own = self.prompts.layers[index], self.own[index]
+        order = self._order(keys.shape[1])
+        keys = keys - prompts.key_mean[self.lanes]
+        keys, values = (x.flatten(0, 1).index_select(0, order.pairs) for x in (keys, values))  # (S, D)
+        own.append(keys, values, self.columns, self._space)
+        grouped = queries.reshape(len(keys), -1, keys.shape[1]).index_select(0, order.pairs)  # (S, H/G, D)
+        own_scores = torch.bmm(grouped, own.keys.transpose(1, 2))  # (S, H/G, C)
+        own_scores[..., self.columns + 1 :] = float("-inf")
+        scores = order.rows(self.prompts.scores(index, order.table(grouped)))  # (S, H/G, P)
+        weights = torch.cat([scores, own_scores], dim=-1).softmax(-1)
+        of_prompts, of_own = weights.split([scores.shape[-1], own_scores.shape[-1]], dim=-1)
+        attended = order.rows(torch.bmm(order.table(of_prompts), prompts.values.flatten(0, 1)))
+        attended = attended + torch.bmm(of_own, own.values)
+        return attended.index_select(0, order.places).view(queries.shape)
 
-    def keep(self, rows: Int[Tensor, " S"]) -> None:
+    def keep(self, rows: Int[Tensor, " Q"]) -> None:
         """Leaves out all other samples, and prompts that have none left."""
-        lanes, places = self.lanes[rows], self._places[rows] % self._width
-        prompts, self.lanes = lanes.unique(return_inverse=True)
-        fewer = len(prompts) < len(self.lengths)
-        self.lengths = self.lengths[prompts]
-        self._arrange()
-        for layer in self._layers:
-            if fewer:
-                layer.keep(prompts, int(self.lengths.max()))
+        groups = [layer.key_mean.shape[1] for layer in self.prompts.layers]
+        before = {number: self._order(number).places.view(-1, number)[rows].flatten() for number in groups}
+        prompts, self.lanes = self.lanes[rows].unique(return_inverse=True)
+        self.prompts.keep(prompts)
+        self._orders = {}
+        for own, number in zip(self.own, groups, strict=True):
             if self.columns:
-                layer.own_keys, layer.own_values = (
-                    self._table(x[lanes, :, places].flatten(2)).unflatten(3, x.shape[3:]).contiguous()
-                    for x in (layer.own_keys, layer.own_values)
-                )
+                own.keep(before[number][self._order(number).pairs], self._space)
 
-    def _arrange(self) -> None:
-        """Where every sample stands in a table of prompts with their samples, and which columns end a prompt."""
-        counts = torch.bincount(self.lanes, minlength=len(self.lengths))
-        first = counts.cumsum(0) - counts
-        self._width = int(counts.max())
-        place = torch.arange(len(self.lanes), device=self.lanes.device) - first[self.lanes]
-        self._is_full = len(self.lanes) == len(self.lengths) * self._width
-        self._places = self.lanes * self._width + place
-        self._shortest = int(self.lengths.min())
-        columns = torch.arange(self._shortest, int(self.lengths.max()), device=self.lengths.device)
-        beyond = columns >= self.lengths[:, None]
-        self._bias = torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf"))
-
-    def _table(self, rows: Float[Tensor, "R G X"]) -> Float[Tensor, "L G W X"]:
-        """What the samples have, by prompt; 0 where a prompt has fewer samples than others."""
-        if not self._is_full:
-            everywhere = rows.new_zeros(len(self.lengths) * self._width, *rows.shape[1:])
-            rows = everywhere.index_copy(0, self._places, rows)
-        return rows.unflatten(0, (-1, self._width)).transpose(1, 2)
-
-    def _rows(self, table: Float[Tensor, "L G W X"]) -> Float[Tensor, "R G X"]:
-        """The way back."""
-        rows = table.transpose(1, 2).flatten(0, 1)
-        return rows if self._is_full else rows[self._places]
-
-
-def prompt_row(prompts: Sequence[Sequence[int]]) -> PromptRow:
-    """The prompts side by side, those that begin alike as branches of one trunk."""
-    trees: list[Tree] = []
-    order: list[int] = []
-    spans: list[list[tuple[int, int]]] = []
-    start = 0
-    for members, shared in _families(prompts):
-        trunk = prompts[members[0]][:shared]
-        branches = [Branch(prompts[index][shared:], [False] * (len(prompts[index]) - shared)) for index in members]
-        trees.append(Tree(trunk, branches))
-        end = start + shared
-        for branch in branches:
-            spans.append([(start, start + shared)] * bool(shared) + [(end, end + len(branch.ids))])
-            end += len(branch.ids)
-        order += members
-        start = end
-    return PromptRow(collate([trees]), order, spans)
-
-
-def prompt_blocks(row: PromptRow, dtype: torch.dtype, device: torch.device) -> list[Block]:
-    """The blocks in which the prompts' tokens attend."""
-    return [replace(block, bias=block.bias.to(device)) for block in tree_blocks(row.batch, dtype)]
+    def _order(self, groups: int) -> Order:
+        """For layers with so many groups."""
+        if groups not in self._orders:
+            counts = torch.bincount(self.lanes)
+            first, group = counts.cumsum(0) - counts, torch.arange(groups, device=counts.device)
+            number = torch.arange(len(self.lanes), device=counts.device) - first[self.lanes]
+            places = (groups * first + group[:, None] * counts).T[self.lanes] + number[:, None]  # (R, G)
+            width = int(counts.max())
+            is_taken = torch.arange(width, device=counts.device) < counts.repeat_interleave(groups)[:, None]
+            slots = None if is_taken.all() else is_taken.flatten().nonzero()[:, 0]
+            order = Order(places.flatten().argsort(), places.flatten(), slots, len(counts) * groups, width)
+            self._orders[groups] = order
+        return self._orders[groups]
 
 
 def attend_and_keep(
-    cohort: Cohort, row: PromptRow, blocks: Sequence[Block], queries: Tensor, keys: Tensor, values: Tensor
+    prompts: Prompts, row: PromptRow, blocks: Sequence[Block], queries: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Attention of the prompts' own tokens, (H, N, D) in and out, whose keys and values the cohort keeps."""
-    cohort.start_layer(keys, values, row)
+    """Attention of the prompts' own tokens, (H, N, D) in and out, whose keys and values are kept."""
+    prompts.start_layer(keys, values, row)
     return block_attention(queries, keys, values, blocks)
-
-
-def _families(prompts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
-    """Prompts in groups with the number of tokens that all of a group begin with; at least one token stays apart.
-
-    Of all ways to cut the sorted prompts where they have least in common, one that leaves the fewest tokens to run.
-    """
-    order = sorted(range(len(prompts)), key=lambda index: (list(prompts[index]), index))
-    common = [_common(prompts[one], prompts[other]) for one, other in pairwise(order)]
-
-    def best(first: int, last: int) -> tuple[int, list[tuple[list[int], int]]]:
-        """Tokens saved and groups of `order[first:last]`."""
-        if last - first == 1:
-            return 0, [([order[first]], 0)]
-        middle = (first + last) / 2  # of equal places the one in the middle, which keeps the recursion flat
-        cut = min(range(first, last - 1), key=lambda place: (common[place], abs(place + 1 - middle)))
-        shared = common[cut]
-        parts = best(first, cut + 1), best(cut + 1, last)
-        apart = sum(saved for saved, _ in parts)
-        together = (last - first - 1) * shared
-        if shared >= MIN_SHARED_TOKENS and together >= apart:
-            return together, [(order[first:last], shared)]
-        return apart, [family for _, families in parts for family in families]
-
-    return best(0, len(order))[1]
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with, less than either has."""
-    length = min(len(one), len(other)) - 1
-    return next((place for place in range(length) if one[place] != other[place]), length)

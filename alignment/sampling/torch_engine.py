@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from alignment.errors import ModelError
 from alignment.logprobs import unwrap
-from alignment.sampling.cohort import Cohort, attend_and_keep, prompt_blocks, prompt_row
+from alignment.sampling.cohort import Cohort, Prompts, attend_and_keep
 from alignment.sampling.draw import draw, uniforms_of
+from alignment.sampling.prompt_row import prompt_blocks, prompt_row
 from alignment.sampling.protocol import Sample, SamplingParams
 from alignment.tree_attention import TREE_ATTENTION
 
@@ -109,26 +110,26 @@ class TorchSampler:
         device = next(self.model.parameters()).device
         row = prompt_row([unit.prompt for unit in units])
         units = [units[index] for index in row.order]
-        rows = [sample for unit in units for sample in unit.rows]
-        lanes = [lane for lane, unit in enumerate(units) for _ in unit.rows]
-        cohort = Cohort([len(unit.prompt) for unit in units], lanes, device)
-        ends = row.batch.last_columns.to(device)
+        prompts = Prompts([len(unit.prompt) for unit in units], device)
         blocks = None
 
         def attend(_layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             nonlocal blocks
             if blocks is None:
                 blocks = prompt_blocks(row, values.dtype, device)
-            return attend_and_keep(cohort, row, blocks, queries, keys, values)
+            return attend_and_keep(prompts, row, blocks, queries, keys, values)
 
         tokens, positions = row.batch.input_ids.to(device), row.batch.position_ids.to(device)
-        logits = self._forward(tokens, positions, attend, logits_to_keep=ends)
-        config = unwrap(self.model).config
-        if cohort.num_layers != config.num_hidden_layers:
+        logits = self._forward(tokens, positions, attend, logits_to_keep=row.batch.last_columns.to(device))
+        config, called = unwrap(self.model).config, len(prompts.layers)
+        if called != config.num_hidden_layers:
             raise ModelError(
-                f"{config.model_type}: {cohort.num_layers} of its {config.num_hidden_layers} layers call the attention "
-                "that is set for it. Such a model cannot be sampled here."
+                f"{config.model_type}: {called} of its {config.num_hidden_layers} layers call the attention that is "
+                "set for them. Such a model cannot be sampled here."
             )
+        rows = [sample for unit in units for sample in unit.rows]
+        lanes = [lane for lane, unit in enumerate(units) for _ in unit.rows]
+        cohort = Cohort(prompts, lanes, most_columns=params.max_new_tokens)
         uniforms = torch.stack([sample.uniforms for sample in rows]).to(device)
         started = _Running(cohort, rows, uniforms, self.stop_ids, params.max_new_tokens)
         started.record(*draw(logits[cohort.lanes], uniforms[:, 0], params))
