@@ -9,7 +9,7 @@ another turns the one model into the other.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,23 +61,49 @@ class Adapter:
         return LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=dict(ranks), **options)
 
 
-def trained_adapter(model: PeftModel, backbone: str) -> Adapter:
-    """The adapter in training, on weights with this fingerprint."""
-    layers = {}
-    for name, module in model.get_base_model().get_decoder().named_modules():
-        if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
-            layers[name] = (first.detach().float().cpu(), second.detach().float().cpu() * module.scaling["default"])
+def trained_adapter(model: PeftModel, weights: Mapping[str, Tensor], backbone: str) -> Adapter:
+    """The adapter in training, taken from the model's whole weights by name, on a backbone with this fingerprint."""
+    decoder = model.get_base_model().get_decoder()
+    prefix, layers = _prefix(model, decoder), {}
+    for name, scaling in _scalings(decoder).items():
+        first, second = _factors(f"{prefix}{name}", weights)
+        layers[name] = (first.float(), second.float() * scaling)
     return Adapter(backbone, layers)
 
 
-def fingerprint(decoder: nn.Module) -> str:
-    """Tells weights apart, the same for a model in float32 and in bfloat16: a hash of the beginning of each.
+def merged_weights(model: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float32 weights of the plain model, by its own names: each with what the adapter in training adds to it.
+
+    `weights` are the model's whole ones by name. Those below adapters are taken out as they are merged, one by one, so
+    that both sets are never held together.
+    """
+    scalings, prefix, merged = _scalings(model), _prefix(model, model.get_base_model()), {}
+    for name in list(weights):
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        weight, layer = weights.pop(name).float(), name.removesuffix(".base_layer.weight")
+        if layer in scalings:
+            first, second = _factors(layer, weights)
+            weight = weight + (second.float() @ first.float()) * scalings[layer]
+        plain = name.removeprefix(prefix)
+        merged[plain.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = weight
+    return merged
+
+
+def backbone_weights(model: PeftModel, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Of a model's whole weights those of its decoder, by the decoder's own names and in its order."""
+    decoder = model.get_base_model().get_decoder()
+    prefix = _prefix(model, decoder)
+    return ((name, weights[f"{prefix}{name}"]) for name, _ in decoder.named_parameters())
+
+
+def fingerprint(decoder: Iterable[tuple[str, Tensor]]) -> str:
+    """Tells a decoder's weights apart, the same in float32 and in bfloat16: a hash of the beginning of each.
 
     Of a decoder with adapters on it, that of the weights below them.
     """
     digest = hashlib.sha256()
-    for name, weight in decoder.named_parameters():
+    for name, weight in decoder:
         if "lora_" not in name:
             name, values = name.replace(".base_layer", ""), weight.detach().flatten()[:1024].bfloat16()
             digest.update(f"{name} {tuple(weight.shape)}".encode())
@@ -152,3 +178,23 @@ def linear_layers(decoder: nn.Module) -> Iterator[str]:
             inside = f"{name}."
         if isinstance(module, nn.Linear | LoraLayer):
             yield name
+
+
+def _prefix(model: nn.Module, part: nn.Module) -> str:
+    """What stands before the names of a part's weights in those of the whole model."""
+    name = next(name for name, module in model.named_modules() if module is part)
+    return f"{name}." if name else ""
+
+
+def _scalings(model: nn.Module) -> dict[str, float]:
+    """By what the adapter in training is multiplied in each layer that it changes."""
+    return {
+        name: module.scaling["default"]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and "default" in module.lora_A
+    }
+
+
+def _factors(layer: str, weights: Mapping[str, Tensor]) -> LowRank:
+    """A and B of the adapter in training, from weights by name."""
+    return weights[f"{layer}.lora_A.default.weight"], weights[f"{layer}.lora_B.default.weight"]

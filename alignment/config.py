@@ -194,8 +194,10 @@ class SamplingSection(Section):
     max_new_tokens: PositiveInt = 256
     """Tokens in a response at most, its end-of-turn token included."""
 
-    max_rows: PositiveInt = 128
-    """Responses decoded side by side: the memory knob. More are faster, as long as there are prompts to fill them."""
+    max_rows: PositiveInt | None = None
+    """Responses decoded side by side: the memory knob. More are faster, as long as there are prompts to fill them.
+    null: 128; with the built-in engine on a GPU as many as 0.7 of the memory that is free when sampling begins has room
+    for with prompts and responses of full length, at most 512."""
 
     engine: Literal["torch", "vllm"] = "torch"
     """`torch`, the built-in engine; `vllm`, in this process (pip install "align-rlhf[vllm]"), for large models."""

@@ -1,4 +1,4 @@
-"""Sums, means, whitening and shares of work over the processes of a run; with one process, over its own values."""
+"""Sums, means, whitening, weights and shares of work over the processes of a run; with one process, its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers.integrations import is_fsdp_enabled
 
 from alignment.tensor_ops import masked_sum, whiten
 
@@ -72,6 +74,29 @@ def shares(items: Sequence[Item], count: int, *, together: Callable[[Item], Hash
     for rank, group in enumerate(groups.values()):
         parts[rank % count] += group
     return [sorted(part) for part in parts]
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights by name, on the CPU in their own types, of a model that FSDP may have split over the processes.
+
+    Collective: every process calls it. The main process gets them, the others an empty dictionary. They are gathered
+    one by one, so that a device holds no more than one of them whole. Tied weights come once, under their first name;
+    what is on the CPU already is not copied.
+    """
+    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.is_initialized() and dist.get_rank():
+        return {}
+    first = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in first}
+    return {name: weight for name, weight in found.items() if name not in tied}
+
+
+def gets_weights_later() -> bool:
+    """Whether FSDP is going to hand this process the weights of the main one, so that it need not load them itself.
+
+    That is accelerate's `--fsdp_cpu_ram_efficient_loading true`.
+    """
+    return is_fsdp_enabled() and dist.get_rank() > 0
 
 
 def leave_process_group() -> None:

@@ -92,10 +92,11 @@ def token_values(model: nn.Module, batch: PrefixBatch) -> Float[Tensor, " M"]:
 
 
 def apply_score_head(model: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Tensor, " M"]:
-    """The scalar head in float32, whatever the backbone's type."""
-    device = hidden.device.type
+    """The scalar head in float32, whatever the backbone's type; FSDP gathers its weights in that one."""
+    device, head = hidden.device.type, unwrap(model).score
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        return unwrap(model).score(hidden.float())[:, 0].float()
+        weights = {name: weight.float() for name, weight in head.named_parameters()}
+        return torch.func.functional_call(head, weights, (hidden.float(),))[:, 0]
 
 
 def hidden_states_at(

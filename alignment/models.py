@@ -26,11 +26,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
-from alignment.adapters import Adapter, fingerprint, linear_layers, read_adapter, trained_adapter, write_adapter
+from alignment.adapters import (
+    Adapter,
+    backbone_weights,
+    fingerprint,
+    linear_layers,
+    merged_weights,
+    read_adapter,
+    trained_adapter,
+    write_adapter,
+)
 from alignment.chat import ChatFormat, chat_format
 from alignment.config import LoraSection
 from alignment.data import file_sha256
+from alignment.distributed import gets_weights_later, whole_weights
 from alignment.errors import ModelError
 from alignment.runs import write_folder
 from alignment.sources import cached_folder, find_model
@@ -56,12 +67,17 @@ class LoadedModel:
     folder: Path | str
 
 
-def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto") -> LoadedModel:
-    """A causal language model in evaluation mode. Raises ModelError where it cannot be loaded."""
+def load_chat_model(
+    path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto", for_training: bool = False
+) -> LoadedModel:
+    """A causal language model in evaluation mode, on the CPU. Raises ModelError where it cannot be loaded.
+
+    With `for_training` it has no weights yet where FSDP brings them from the main process.
+    """
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
     tokenizer = chat.tokenizer
-    model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype)
+    model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype, empty=for_training and gets_weights_later())
     if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
         raise ModelError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's output matrix.")
     _set_special_tokens(model, tokenizer, chat)
@@ -69,12 +85,18 @@ def load_chat_model(path: str, *, dtype: torch.dtype = torch.float32, chat_templ
 
 
 def load_reward_model(
-    path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto", new_head_seed: int | None = None
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    chat_template: str = "auto",
+    new_head_seed: int | None = None,
+    for_training: bool = False,
 ) -> LoadedModel:
-    """A sequence classifier with one output and a float32 head, in evaluation mode.
+    """A sequence classifier with one output and a float32 head, in evaluation mode, on the CPU.
 
     With `new_head_seed` a chat model is taken and its output matrix replaced by a fresh scalar head
-    (Llama 2 Sec. 3.2.2). Without, the folder must hold a reward model: raises ModelError where it does not.
+    (Llama 2 Sec. 3.2.2). Without, the folder must hold a reward model: raises ModelError where it does not. With
+    `for_training` it has no weights yet where FSDP brings them from the main process.
     """
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
@@ -86,7 +108,8 @@ def load_reward_model(
         raise ModelError(f'{path}: not a reward model ({kind[0]}). Train one with "align rm", or name its run.')
     if is_reward_model and config.num_labels != 1:
         raise ModelError(f"{path}: a classifier with {config.num_labels} outputs. A reward model has one.")
-    model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, num_labels=1)
+    empty = for_training and gets_weights_later()
+    model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, empty=empty, num_labels=1)
     float32_head(model)
     if new_head_seed is not None and not is_reward_model:
         generator = torch.Generator().manual_seed(new_head_seed)
@@ -161,38 +184,43 @@ def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
-    """Writes a plain Hugging Face folder in float32, atomically. Merges adapters in place, at the end of training.
+    """Writes a plain Hugging Face folder in float32, atomically; the model itself stays as it is.
 
-    What was trained with LoRA is written a second time as an adapter, into a folder of its own inside.
+    Collective: every process calls it, since FSDP may have split the model, and the main one writes. Adapters are
+    merged on the CPU, weight by weight. What was trained with LoRA is written a second time as an adapter, into a
+    folder of its own inside.
     """
-    model = model.float()
-    adapter = _whole_adapter(model, loaded) if isinstance(model, PeftModel) else None
+    weights, adapter = whole_weights(model), None
+    if not weights:
+        return
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    model.config.dtype = torch.float32
+        adapter = _whole_adapter(model, weights, loaded)
+        weights, model = merged_weights(model, weights), model.get_base_model()
+    # CPU bf16 kernels may leave views that safetensors refuses.
+    weights = {name: weight.float().contiguous() for name, weight in weights.items()}
     _set_special_tokens(model, loaded.tokenizer, loaded.chat)  # trainers overwrite them with the tokenizer's
-    for parameter in model.parameters():  # CPU bf16 kernels may leave views that safetensors refuses
-        parameter.data = parameter.data.contiguous()
+    score = None if model.can_generate() else weights["score.weight"]
 
     def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=dict(weights))
+        config = copy.deepcopy(model.config)
+        config.dtype = torch.float32  # what it has just been written with is the type in memory
+        config.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         if adapter is not None:
             base, changes = adapter
-            score = None if model.can_generate() else model.score.weight
             write_adapter(changes, folder / ADAPTER_FOLDER, base=base, score=score)
 
     write_folder(path, fill)
 
 
-def _whole_adapter(model: PeftModel, loaded: LoadedModel) -> tuple[str, Adapter]:
+def _whole_adapter(model: PeftModel, weights: dict[str, torch.Tensor], loaded: LoadedModel) -> tuple[str, Adapter]:
     """The trained adapter on top of the one that the model began with, and the name of the model both belong on."""
     earlier = saved_adapter(loaded.folder)
     if earlier is None:
-        own = fingerprint(model.get_base_model().get_decoder())
-        return str(loaded.folder), trained_adapter(model, own)
+        return str(loaded.folder), trained_adapter(model, weights, fingerprint(backbone_weights(model, weights)))
     config = LoraConfig.from_pretrained(str(Path(loaded.folder) / ADAPTER_FOLDER))
-    return str(config.base_model_name_or_path), earlier + trained_adapter(model, earlier.backbone)
+    return str(config.base_model_name_or_path), earlier + trained_adapter(model, weights, earlier.backbone)
 
 
 def saved_adapter(folder: Path | str) -> Adapter | None:
@@ -210,9 +238,18 @@ def model_folder(name: str) -> Path | str:
     return found
 
 
-def _from_pretrained(cls: type, folder: Path | str, name: str, dtype: torch.dtype, **extra: object) -> PreTrainedModel:
+def _from_pretrained(
+    cls: type, folder: Path | str, name: str, dtype: torch.dtype, *, empty: bool = False, **extra: object
+) -> PreTrainedModel:
+    """The model of a folder or Hub id; an empty one has weights that nothing was written to, and so takes no memory."""
+    options = {"dtype": dtype, "attn_implementation": TREE_ATTENTION}
     try:
-        return cls.from_pretrained(folder, dtype=dtype, attn_implementation=TREE_ATTENTION, **extra)
+        if not empty:
+            return cls.from_pretrained(folder, **options, **extra)
+        with no_init_weights():
+            model = cls.from_config(AutoConfig.from_pretrained(folder, **extra), **options)
+        model.tie_weights()
+        return model
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE."

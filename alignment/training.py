@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
@@ -110,12 +111,14 @@ class GlobalBatchMixin:
             total, count = float(sums[:, 0].sum()), int(sums[:, 1].max())
         sums_by_name: dict[str, Tensor] = {}
         loss_sum = torch.zeros((), device=accelerator.device)
+        # FSDP without a sum over processes in every pass keeps whole gradients on each, as DDP does anyway.
+        is_split = accelerator.distributed_type == DistributedType.FSDP
         # Processes run equally many passes (FSDP gathers weights in each): the missing ones weigh nothing.
         for index in range(count):
             part = parts[min(index, len(parts) - 1)].to(accelerator.device)
             takes_part = bool(share) and index < len(parts)
-            last = index == count - 1
-            with nullcontext() if last else accelerator.no_sync(model):
+            exchanges = is_split or index == count - 1
+            with nullcontext() if exchanges else accelerator.no_sync(model):
                 with accelerator.autocast():
                     loss, metrics = self._loss_function(model, part)
                 scale = accelerator.num_processes / total if takes_part else 0.0
@@ -143,6 +146,21 @@ class GlobalBatchMixin:
         return 0
 
 
+class BeforeTraining(TrainerCallback):
+    """Calls a function with the model as it was loaded, once it is on its device or split over the processes.
+
+    A run that goes on from a checkpoint has done so already.
+    """
+
+    def __init__(self, measure: Callable[[nn.Module], None]) -> None:
+        self.measure = measure
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+        """The model in training is what later steps train, without DDP's wrapper."""
+        if state.global_step == 0:
+            self.measure(model)
+
+
 class RunCallback(TrainerCallback):
     """Writes every step to the run's metrics, marks checkpoints complete, and moves the progress bar."""
 
@@ -167,8 +185,9 @@ class RunCallback(TrainerCallback):
         self.bar.advance(1, f"loss {values['loss']:.3f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The mark goes last: a checkpoint without it is not resumed from."""
+        """The mark goes last, when all processes have written: a checkpoint without it is not resumed from."""
         self.run.note_elapsed()
+        self.trainer.accelerator.wait_for_everyone()
         if self.run.writes:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

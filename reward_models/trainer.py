@@ -54,14 +54,15 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
         dtype=dtype if config.lora.r else torch.float32,
         chat_template=config.model.chat_template,
         new_head_seed=seed,
+        for_training=True,
     )
-    model = add_lora(loaded.model, config.lora, is_reward_model=True, seed=seed).to(device)
-    if config.train.compile:
-        compile_layers(model)
+    model = add_lora(loaded.model, config.lora, is_reward_model=True, seed=seed)
     budget = config.train.max_tokens_per_batch
     checkpoint = newest_checkpoint(run_dir) if resume else None
     arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)
     trainer = RewardTrainer(model=model, args=TrainingArguments(**arguments), processing_class=loaded.tokenizer)
+    if config.train.compile:
+        compile_layers(model)
     safety_weight = config.safety_loss_weight
     if safety_weight is None:
         safety_weight = 1.0 if config.kind == "safety" else 0.0
@@ -81,8 +82,8 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     held_out = [encoded.pair for encoded in valid]
     options = {"max_length": pairs.max_length, "wanted_precision": config.evaluation.wanted_precision}
     report = evaluate_pairs(held_out, chosen, rejected, **options) if held_out else {}
+    save_model(model, loaded, run_dir.model_dir)
     if state.is_main_process:
-        save_model(model, loaded, run_dir.model_dir)
         rows = (scored_row(*values) for values in zip(held_out, chosen, rejected, strict=True))
         write_rows(run_dir.path / HELD_OUT_SCORES, rows)
     state.wait_for_everyone()

@@ -110,7 +110,7 @@ def _on_one_backbone(
     reason = _refused_by_settings(config, sections, weights)
     if reason is None:
         adapters = {name: saved_adapter(model_folder(section.path)) for name, section in sections.items()}
-        began = saved_adapter(policy.folder) or Adapter(fingerprint(policy.model.get_decoder()), {})
+        began = saved_adapter(policy.folder) or Adapter(fingerprint(policy.model.get_decoder().named_parameters()), {})
         reason = _refused_by_adapters(began, adapters)
     if reason is not None:
         if config.ppo.share_backbone == "always":

@@ -42,10 +42,10 @@ class PolicySampler:
         stop_ids: Sequence[int],
         dtype: torch.dtype,
         *,
-        max_rows: int,
+        max_rows: int | None,
         vllm: VllmSampler | None = None,
     ) -> None:
-        """Without vLLM the built-in engine samples in `dtype`, with at most `max_rows` side by side."""
+        """Without vLLM the built-in engine samples in `dtype`; see TorchSampler for `max_rows`."""
         self._policy = policy.module if hasattr(policy, "module") else policy
         self._stop_ids, self._dtype, self._max_rows = stop_ids, dtype, max_rows
         self._vllm = vllm

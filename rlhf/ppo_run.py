@@ -78,9 +78,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
         tracker.finish()
     accelerator.wait_for_everyone()
     is_best = held_out.restore_best(policy)
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
-        save_model(model, trainer.models.loaded, run_dir.model_dir)
+    model = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
+    save_model(model, trainer.models.loaded, run_dir.model_dir)
     accelerator.wait_for_everyone()
     # Prompts differ from iteration to iteration, so first and last are means over a quarter of the run each.
     rewards = run_dir.metrics.column("ppo/reward") or [math.nan]  # only the main process is sure to see the file

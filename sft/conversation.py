@@ -21,6 +21,7 @@ from alignment.errors import DataError
 from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sampling.engines import open_sampler
+from alignment.sampling.memory import CPU_MAX_ROWS
 from alignment.sampling.prompts import choose_prompts, sample_shared
 from alignment.sampling.protocol import Sampler
 from sft.config import GattInstructions
@@ -139,11 +140,12 @@ class RowLog:
     """`total` rows on disk as they come, in lots: an interrupted run goes on after the last whole one.
 
     A lot is what is sampled together: some groups of as many rows as are decoded side by side, `answers_a_row` each.
+    It does not depend on the machine, even where the number of these does.
     """
 
-    def __init__(self, path: Path, *, total: int, max_rows: int, answers_a_row: int = 1, resume: bool) -> None:
+    def __init__(self, path: Path, *, total: int, max_rows: int | None, answers_a_row: int = 1, resume: bool) -> None:
         self.path, self.total = path, total
-        self.size = max(1, GROUPS_IN_A_LOT * max_rows // answers_a_row)
+        self.size = max(1, GROUPS_IN_A_LOT * (max_rows or CPU_MAX_ROWS) // answers_a_row)
         self.rows: list[dict[str, Any]] = []
         if resume and path.exists():
             self.rows = _whole_lots(path, self.total, self.size)

@@ -20,6 +20,7 @@ from alignment.models import context_length
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling import SamplingParams
+from alignment.sampling.memory import CPU_MAX_ROWS
 from alignment.sampling.torch_engine import TorchSampler
 from alignment.training import MicroBatch
 from sft.config import SFTEvaluation
@@ -94,7 +95,8 @@ def sample_answers(
     prompts = [fit_prompt(chat, dialogue.messages[:-1], room)[0] for dialogue in dialogues]
     fitting = [index for index, ids in enumerate(prompts) if ids is not None]
     params = SamplingParams(temperature=0.0, max_new_tokens=settings.max_new_tokens)
-    sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id])
+    # The same number in all processes, which take every step of a sharded model together.
+    sampler = TorchSampler(model, stop_ids=[chat.end_of_turn_id], max_rows=CPU_MAX_ROWS)
     device = next(model.parameters()).device
     with (
         ProgressBar(f"sft: answers {part}", len(fitting), shown=run_dir.writes) as bar,

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import torch
 import trl
+from torch import nn
 
 from alignment.chat import EncodedDialogue
 from alignment.compilation import compile_layers
@@ -16,7 +17,7 @@ from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.models import add_lora, load_chat_model, load_chat_of, save_model
 from alignment.runs import newest_checkpoint, open_run
-from alignment.training import GlobalBatchMixin, StepSchedule, training_arguments, use_run
+from alignment.training import BeforeTraining, GlobalBatchMixin, StepSchedule, training_arguments, use_run
 from sft.config import SFTConfig
 from sft.evaluate import evaluate, response_loss, sample_answers
 from sft.examples import Examples, dialogue_batches, make_examples
@@ -54,22 +55,22 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         config.model.path,
         dtype=dtype if config.lora.r else torch.float32,
         chat_template=config.model.chat_template,
+        for_training=True,
     )
-    model = add_lora(loaded.model, config.lora, is_reward_model=False, seed=seed).to(device)
-    if config.train.compile:
-        compile_layers(model)
+    model = add_lora(loaded.model, config.lora, is_reward_model=False, seed=seed)
     schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     batching = {
         "max_tokens": config.train.max_tokens_per_batch,
         "row_tokens": min(limits["max_length"], config.train.max_tokens_per_batch) if config.train.packing else None,
     }
     checkpoint = newest_checkpoint(run_dir) if resume else None
-    before = run_dir.noted("before")
-    if before is None:
-        before = evaluate(model, valid, **batching, dtype=dtype, title="sft: held-out loss before")
-        run_dir.note(before=before)
     asked = pick(valid.dialogues, config.evaluation.num_answers, seed)
-    sample_answers(model, chat, asked, config.evaluation, run_dir, dtype=dtype, part="before")
+
+    def measure_before(model: nn.Module) -> None:
+        if run_dir.noted("before") is None:
+            run_dir.note(before=evaluate(model, valid, **batching, dtype=dtype, title="sft: held-out loss before"))
+        sample_answers(model, chat, asked, config.evaluation, run_dir, dtype=dtype, part="before")
+
     arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)
     trainer = MaskedSFTTrainer(
         model=model,
@@ -78,16 +79,19 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         data_collator=list,
         processing_class=loaded.tokenizer,
     )
+    if config.train.compile:
+        compile_layers(model)
     trainer.use_steps(schedule, lambda rows: dialogue_batches(train.encoded, rows, **batching), response_loss)
+    trainer.add_callback(BeforeTraining(measure_before))
     use_run(trainer, run_dir, "sft", "sft")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = evaluate(model, valid, **batching, dtype=dtype, title="sft: held-out loss after")
     sample_answers(model, chat, asked, config.evaluation, run_dir, dtype=dtype, part="after")
-    if state.is_main_process:
-        save_model(model, loaded, run_dir.model_dir)
+    save_model(model, loaded, run_dir.model_dir)
     state.wait_for_everyone()
+    before = run_dir.noted("before")
     result = run_dir.finish(
         {
             "stage": "sft",

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
+from alignment import models
 from alignment.chat import CHATML
 from alignment.config import LoraSection
 from alignment.errors import ModelError
@@ -84,6 +91,48 @@ def test_a_reward_model_with_adapters_is_saved_merged_with_its_head(tmp_path):
     rows = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 11, *[loaded.tokenizer.pad_token_id] * 2]])
     torch.testing.assert_close(found(input_ids=rows).logits[:, 0], expected, atol=1e-5, rtol=0)
     assert (expected - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["lm", "lm in bfloat16", "tied", "score in bfloat16", "full"])
+def test_what_is_saved_is_what_peft_merges_in_float32(kind, tmp_path):
+    """Bit for bit; and the model that was saved trains on as it was."""
+    dtype = torch.bfloat16 if "bfloat16" in kind else torch.float32
+    is_reward_model = kind.startswith("score")
+    load = partial(load_reward_model, new_head_seed=3) if is_reward_model else load_chat_model
+    loaded = load("toy", dtype=dtype)
+    if kind == "tied":
+        loaded.model.config.tie_word_embeddings = True
+        loaded = replace(loaded, model=LlamaForCausalLM(loaded.model.config))
+    lora = {} if kind == "full" else {"is_reward_model": is_reward_model}
+    model = with_adapters(loaded.model, **lora) if lora else loaded.model
+    expected = copy.deepcopy(model).float()
+    expected = expected.merge_and_unload() if lora else expected
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    save_model(model, loaded, tmp_path / "model")
+
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    assert found.keys() == {name for name, _ in expected.named_parameters()}
+    assert all(weight.equal(expected.get_parameter(name)) for name, weight in found.items())
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["dtype"], config["architectures"]) == ("float32", [type(expected).__name__])
+    assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+    assert ("lm_head.weight" in found) == (kind in ("lm", "lm in bfloat16", "full"))
+
+
+@pytest.mark.parametrize("load", [load_chat_model, partial(load_reward_model, new_head_seed=3)])
+def test_a_process_that_gets_its_weights_from_the_main_one_reads_none(load, monkeypatch):
+    full = load("toy", dtype=torch.bfloat16).model
+    monkeypatch.setattr(models, "gets_weights_later", lambda: True)
+    again = load("toy", dtype=torch.bfloat16).model  # to sample from, or to score with
+    assert all(weight.equal(again.get_parameter(name)) for name, weight in full.named_parameters())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
+    empty = load("toy", dtype=torch.bfloat16, for_training=True).model
+    for name, weight in full.named_parameters():
+        twin = empty.get_parameter(name)
+        assert (twin.shape, twin.dtype, twin.device.type) == (weight.shape, weight.dtype, "cpu")
+    for name, buffer in full.named_buffers():
+        assert buffer.equal(empty.get_buffer(name)), name
 
 
 def test_adapters_on_the_last_layers_leave_the_first_alone():

@@ -21,12 +21,13 @@ from alignment.plan import passes
 from alignment.plan.devices import Device, find_device
 from alignment.plan.passes import Pass, Rows, run_pass
 from alignment.plan.phases import Work
-from alignment.plan.sampling import Draws, draws_of, kv_bytes
+from alignment.plan.sampling import Draws, draws_of
 from alignment.plan.shapes import ModelSpec, fake_model, meta_model, model_config, spec_of, weights
 from alignment.plan.tracker import MemoryTracker
 from alignment.plan.training import Setting, gradients, held, optimizer_state
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling.cohort import Cohort, Prompts, attend_and_keep
+from alignment.sampling.memory import kv_bytes, rows_that_fit
 from alignment.sampling.prompt_row import prompt_blocks, prompt_row
 
 BF16 = torch.bfloat16
@@ -121,7 +122,8 @@ def test_keys_and_values_are_the_tables_of_the_engine():
             cohort.attend(layer, torch.zeros(6, 4, 16), torch.zeros(6, 2, 16), torch.zeros(6, 2, 16))
         cohort.columns += 1
     tables = [table for layer in (*kept.layers, *cohort.own) for table in (layer.keys, layer.values)]
-    assert kv_bytes(spec_of("toy"), draws) == sum(table.nbytes for table in tables)
+    found = kv_bytes(config, torch.float32, prompts=2, rows=6, prompt_tokens=20, new_tokens=20)
+    assert found == sum(table.nbytes for table in tables)
 
 
 def test_responses_side_by_side_are_whole_prompts_within_max_rows():
@@ -129,6 +131,23 @@ def test_responses_side_by_side_are_whole_prompts_within_max_rows():
     assert draws_of(total_prompts=100, candidates=8, max_rows=30, **options).rows == 24  # three prompts
     assert draws_of(total_prompts=2, candidates=8, max_rows=30, **options).rows == 16  # all there are
     assert draws_of(total_prompts=9, candidates=100, max_rows=30, **options).rows == 30  # one prompt in lots
+
+
+@pytest.mark.parametrize("stage", ["reject", "ppo"])
+def test_a_gpu_is_planned_with_as_many_responses_as_the_engine_will_take(stage):
+    """With what the plan says is held beside keys and values free for them."""
+    sizes = ["prompts.max_prompt_length=40", "sampling={max_new_tokens: 24, num_candidates: 4}",
+             "rewards={helpfulness: toy, safety: toy}"]  # fmt: skip
+    sizes += ["lora.r=4"] if stage == "ppo" else []
+    at_once = parts(planned(stage, *sizes, device=GPU), "sample")
+    held_there = sum(size for kind, size in at_once.items() if kind not in ("kv_cache", "activations"))
+    plan = planned(stage, *sizes, device=replace(GPU, memory=held_there + 700_000))
+    options = {"candidates": 4, "prompt_tokens": 40, "new_tokens": 24}
+    rows = rows_that_fit(700_000, model_config("toy"), BF16, **options)
+    assert 4 < rows < 128 and f"{rows} responses side by side" in plan.notes[-1]
+    kept = kv_bytes(model_config("toy"), BF16, prompts=rows // 4, rows=rows, prompt_tokens=40, new_tokens=24)
+    assert parts(plan, "sample")["kv_cache"] == kept
+    assert any(note.startswith("128 responses") for note in planned("reject", *sizes[:3]).notes)  # a CPU
 
 
 def test_the_tracker_counts_storages_as_they_come_and_go():
@@ -239,7 +258,8 @@ def test_full_training_has_weights_gradients_and_moments_and_lora_only_its_own()
     trained = weights(spec_of("toy", lora=LoraSection(r=4), is_trained=True)).trained
     found = parts(lora, "train")
     assert (found["weights"], found["adapters"], found["optimizer"]) == (2 * count, 4 * trained, 8 * trained)
-    assert parts(lora, "save")["weights"] == 4 * count
+    assert parts(lora, "save")["weights"] == (2 + 4) * count  # merged in float32 beside those in memory
+    assert [phase.name for phase in planned("sft", *SMALL, "lora.r=4", device=GPU).phases] == ["train"]
     assert full.fits and full.peak == max(phase.total for phase in full.phases)
 
 
@@ -250,9 +270,8 @@ def test_several_processes_exchange_gradients_and_fsdp_splits_all_but_what_is_ga
     split = planned("rm", *SMALL, device=GPU, processes=4, fsdp=True)
     assert parts(split, "train")["optimizer"] == parts(alone, "train")["optimizer"] // 4
     assert parts(split, "train").get("exchange") is None
-    whole = parts(split, "before FSDP splits the model")
-    assert whole["weights"] == parts(alone, "train")["weights"]
-    assert any("FSDP has not been run" in note for note in split.notes)
+    assert [phase.name for phase in split.phases] == ["train"]  # no device ever has the whole model
+    assert any("--fsdp_cpu_ram_efficient_loading" in note for note in split.notes)
 
 
 def test_a_micro_batch_holds_no_more_than_a_process_has():
@@ -273,7 +292,8 @@ def test_ppo_on_one_backbone_is_smaller_than_models_of_their_own():
     assert parts(apart, "update")["weights"] == pytest.approx(2 * count + 3 * critic, abs=1000)
     assert parts(full, "update")["weights"] - parts(lent, "update")["weights"] == 4 * count + 2 * critic
     assert parts(lent, "measure")["weights"] > parts(lent, "update")["weights"]  # the reference is there
-    assert parts(shared, "sample")["kv_cache"] == kv_bytes(spec_of("toy", dtype=BF16), Draws(8, 1, 32, 16))
+    kept = kv_bytes(model_config("toy"), BF16, prompts=8, rows=8, prompt_tokens=32, new_tokens=16)
+    assert parts(shared, "sample")["kv_cache"] == kept
     assert shared.units == 200 and shared.unit == "iteration"
 
 

@@ -46,7 +46,7 @@ def _changes(config: Any) -> Iterator[tuple[str, Changes]]:
             yield f"train.max_tokens_per_batch={fewer}", {"train": {"max_tokens_per_batch": fewer}}
     if "data" in has and (length := config.data.max_length) > 1024:
         yield f"data.max_length={length // 2}", {"data": {"max_length": length // 2}}
-    if "sampling" in has and (rows := config.sampling.max_rows) > 8:
+    if "sampling" in has and (rows := config.sampling.max_rows or 0) > 8:
         for fewer in (rows // 2, rows // 4, rows // 8):
             yield f"sampling.max_rows={fewer}", {"sampling": {"max_rows": fewer}}
     if "rewards" in has and (tokens := config.rewards.max_tokens_per_batch) > 2048:
@@ -67,7 +67,7 @@ def _other_devices(config: StageConfig, plan: StagePlan, planner: Planner) -> It
             split = replace(setting, processes=processes, fsdp=True)
             changed = _replan(config, plan.name, replace(planner, setting=split), {})
             if changed is not None and changed.fits:
-                yield f"--fsdp --gpus {processes} (not run in this project yet): {_effect(changed)}"
+                yield f"--fsdp --gpus {processes} (run on CPUs only in this project): {_effect(changed)}"
                 break
     elif config.stage not in ("sft", "rm"):
         yield "more devices do not help: every process holds whole models (FSDP is for sft and rm)"

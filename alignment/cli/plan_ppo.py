@@ -13,7 +13,7 @@ from alignment.plan.passes import Rows
 from alignment.plan.phases import StagePlan, Work, together
 from alignment.plan.sampling import sampling
 from alignment.plan.shapes import ModelSpec, weights
-from alignment.plan.training import gradients, held, load_phases, optimizer_state, saving_phase, training_pass
+from alignment.plan.training import gradients, held, load_phases, optimizer_state, saving_phases, training_pass
 
 
 def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -33,8 +33,10 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     rows = fill(row, train.max_tokens_per_batch, train.minibatch_size // (draw.num_candidates * setting.processes))
 
     phases = load_phases(setting, models, file_bytes(planner, config.rewards.helpfulness))
-    draws = draws_for(draw, total_prompts=per_process, prompt_tokens=length)
     twin = ModelSpec(policy.config, dtype=planner.dtype(config.model))
+    is_copied = config.lora.r or twin.dtype != torch.float32
+    free = planner.free(learned, held(twin) if is_copied else {})
+    draws = draws_for(draw, twin, total_prompts=per_process, prompt_tokens=length, free=free)
     samples = sampling(twin, draws, device=setting.device.kind)
     beside = {"kv_cache": samples.kv_cache, "activations": samples.working}
     if draw.engine == "vllm":
@@ -43,7 +45,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
         engine = vllm_share(planner, draw, VLLM_MEMORY_SHARE)
         learned, models = together(learned, engine), together(models, engine)
         phases.append(planner.phase("sample", learned))
-    elif config.lora.r or twin.dtype != torch.float32:
+    elif is_copied:
         if not config.lora.r:  # the copy is made before it is turned into the smaller type
             phases.append(planner.phase("copy to sample from", learned, held(policy)))
         phases.append(planner.phase("sample", learned, held(twin), beside))
@@ -63,9 +65,8 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     phases.append(planner.phase("update", in_update, {"activations": max(each.peak for each in passes)}))
     phases.append(planner.phase("optimizer step", in_update, {"activations": _step_bytes(policy, critic, planner)}))
     if config.lora.r:
-        own = together(models, {"weights": -weights(policy).base, "adapters": -weights(policy).lora})
-        others = together(own, optimizer_state(policy, critic))
-        phases.append(saving_phase(policy, setting, others))
+        others = together(models, optimizer_state(policy, critic))
+        phases += saving_phases(policy, setting, others)
 
     trees = per_process / rows.count
     work = [

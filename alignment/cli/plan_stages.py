@@ -19,6 +19,7 @@ from alignment.plan.phases import Phase, StagePlan, Work, together
 from alignment.plan.sampling import Draws, draws_of, sampling
 from alignment.plan.shapes import ModelSpec, spec_of, weights
 from alignment.plan.training import Setting, held, load_phases, optimizer_state, training_phases
+from alignment.sampling.memory import rows_that_fit
 from alignment.sources import find_data
 
 # Prompts of a stage that takes all there are, where their number is not known.
@@ -71,6 +72,12 @@ class Planner:
     def forward(self, spec: ModelSpec, rows: Rows, reader: str) -> Pass:
         """A pass without gradients."""
         return run_pass(spec, rows, reader, device=self.setting.device.kind)
+
+    def free(self, *parts: Mapping[str, int]) -> int | None:
+        """Bytes of a GPU beside these; None on a CPU."""
+        device = self.setting.device
+        held_there = sum(together(self.setting.program, *parts).values())
+        return device.memory - held_there if device.kind == "gpu" else None
 
     def phase(self, name: str, *parts: Mapping[str, int]) -> Phase:
         """With what is there before any model."""
@@ -241,7 +248,8 @@ def _draw(
 ) -> tuple[Draws, Phase, list[Work]]:
     """Sampling from a model of its own for `count` prompts of this process."""
     length = prompt_length(prompts.max_prompt_length, section.max_new_tokens, policy)
-    draws = draws_for(section, total_prompts=count, prompt_tokens=length)
+    free = planner.free(held(policy))
+    draws = draws_for(section, policy, total_prompts=count, prompt_tokens=length, free=free)
     found = sampling(policy, draws, device=planner.setting.device.kind)
     work = [repeated(found, count * section.num_candidates / draws.rows)]
     if section.engine == "vllm":
@@ -250,15 +258,17 @@ def _draw(
     return draws, planner.phase("sample", held(policy), beside), work
 
 
-def draws_for(section: SamplingSection, *, total_prompts: int, prompt_tokens: int) -> Draws:
-    """What a stage's sampling settings keep side by side."""
-    return draws_of(
-        total_prompts=total_prompts,
-        candidates=section.num_candidates,
-        max_rows=section.max_rows,
-        prompt_tokens=prompt_tokens,
-        new_tokens=section.max_new_tokens,
-    )
+def draws_for(
+    section: SamplingSection, spec: ModelSpec, *, total_prompts: int, prompt_tokens: int, free: int | None
+) -> Draws:
+    """What a stage's sampling settings keep side by side of a model, with so many bytes free when it begins."""
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": section.max_new_tokens}
+    max_rows = section.max_rows
+    if max_rows is None:
+        free = None if section.engine == "vllm" else free
+        options = {"candidates": section.num_candidates, **sizes}
+        max_rows = rows_that_fit(free, spec.shape, spec.arithmetic, **options)
+    return draws_of(total_prompts=total_prompts, candidates=section.num_candidates, max_rows=max_rows, **sizes)
 
 
 def repeated(found: Any, times: float) -> Work:
@@ -360,7 +370,10 @@ def _training_notes(spec: ModelSpec, rows: Rows, setting: Setting) -> tuple[str,
     found = [f"micro-batches of {_shown(rows)}"]
     if setting.device.kind == "gpu":
         loaded = sum(held(spec).values()) / 1e9
-        found.append(f"while it loads, host memory has {setting.processes} x {loaded:.1f} GB, over all machines")
+        alone = f", or {loaded:.1f} GB with --fsdp_cpu_ram_efficient_loading true" if setting.fsdp else ""
+        found.append(f"while it loads, host memory has {setting.processes} x {loaded:.1f} GB, over all machines{alone}")
+        saved = 4 * weights(spec).parameters / 1e9
+        found.append(f"when it saves, the main process has {saved:.1f} GB of host memory for weights in float32")
     if setting.fsdp:
-        found.append("FSDP has not been run in this project; every process puts the whole model on its device first")
+        found.append("FSDP has been run on CPUs only in this project")
     return tuple(found)

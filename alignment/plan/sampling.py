@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from alignment.plan.passes import Rows, run_pass
 from alignment.plan.shapes import DeviceKind, ModelSpec, weights
 from alignment.sampling.draw import CPU_ROWS
+from alignment.sampling.memory import kv_bytes, kv_width
 from alignment.sampling.own_tokens import MORE_COLUMNS
 from alignment.sampling.torch_engine import PREFILL_TOKENS
 
@@ -57,24 +58,18 @@ def draws_of(*, total_prompts: int, candidates: int, max_rows: int, prompt_token
     return Draws(prompts, together, prompt_tokens, new_tokens)
 
 
-def kv_bytes(spec: ModelSpec, draws: Draws) -> int:
-    """All prompts and responses at their full lengths, in every layer."""
-    config = spec.shape
-    columns = math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
-    tokens = draws.prompts * draws.prompt_tokens + draws.rows * columns
-    return config.num_hidden_layers * 2 * tokens * _width(spec) * spec.arithmetic.itemsize
-
-
 def sampling(spec: ModelSpec, draws: Draws, *, device: DeviceKind) -> Sampling:
     """Drawing one set of responses side by side."""
     config, dtype = spec.shape, spec.arithmetic
-    kv_cache, columns = kv_bytes(spec, draws), math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
+    lengths = {"prompt_tokens": draws.prompt_tokens, "new_tokens": draws.new_tokens}
+    kv_cache = kv_bytes(config, dtype, prompts=draws.prompts, rows=draws.rows, **lengths)
+    columns = math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
     # A cohort of prompts runs as flat rows with the attention of a CPU, on every device.
     cohort = max(1, min(draws.prompts, PREFILL_TOKENS // draws.prompt_tokens))
     rows = Rows(cohort, draws.prompt_tokens - 1, (1,))
     prefill = run_pass(spec, rows, "logprobs", device="cpu")
     # One layer's own keys and values are copied when they grow; a step's scores and their weights stand side by side.
-    growth = 2 * draws.rows * columns * _width(spec) * dtype.itemsize
+    growth = 2 * draws.rows * columns * kv_width(config) * dtype.itemsize
     length = draws.prompt_tokens + columns
     scores = 2 * draws.rows * config.num_attention_heads * (length + columns) * dtype.itemsize
     at_once = min(draws.rows, CPU_ROWS) if device == "cpu" else draws.rows
@@ -84,10 +79,3 @@ def sampling(spec: ModelSpec, draws: Draws, *, device: DeviceKind) -> Sampling:
     total_prefill = prefill.flops * draws.prompts // cohort
     steps = draws.new_tokens * (weights(spec).parameters * dtype.itemsize + kv_cache)
     return Sampling(kv_cache, max(prefill.peak, growth + scores + logits), total_prefill + decode, steps)
-
-
-def _width(spec: ModelSpec) -> int:
-    """Numbers in a token's keys in a layer."""
-    config = spec.shape
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_key_value_heads * size

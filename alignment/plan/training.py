@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from alignment.plan.devices import Device
@@ -56,8 +57,8 @@ def training_phases(
 ) -> tuple[list[Phase], Pass]:
     """The phases of SFT and reward-model training by transformers' Trainer, and the pass of a micro-batch.
 
-    Its AdamW is fused and needs no memory of its own. At the end the weights are made float32 where they are, LoRA's
-    merged into them, and written.
+    Its AdamW is fused and needs no memory of its own. FSDP splits the model layer by layer on its way to the devices,
+    where it never takes as much then as in training.
     """
     learns = training_pass(spec, rows, reader, setting)
     activations = {"activations": learns.peak}
@@ -66,12 +67,11 @@ def training_phases(
         shards = {kind: -(-size // setting.processes) for kind, size in together(model, extra).items()}
         gathered = {"weights": _gathered(spec)}
         train = together(shards, gathered, activations)
-        phases = [Phase("before FSDP splits the model", together(setting.program, model))]
-        return [*phases, Phase("train", together(setting.program, train))], learns
+        return [Phase("train", together(setting.program, train))], learns
     phases = load_phases(setting, model, file_bytes)
     phases.append(Phase("train", together(setting.program, model, extra, activations)))
     if spec.lora.r:
-        phases.append(saving_phase(spec, setting, optimizer_state(spec)))
+        phases += saving_phases(spec, setting, together(model, optimizer_state(spec)))
     return phases, learns
 
 
@@ -82,14 +82,15 @@ def load_phases(setting: Setting, models: dict[str, int], file_bytes: int) -> li
     return [Phase("load", together(setting.program, models, {"weights": file_bytes}))]
 
 
-def saving_phase(spec: ModelSpec, setting: Setting, *others: dict[str, int]) -> Phase:
-    """A model trained with LoRA in float32, on its device, beside what is still there."""
+def saving_phases(spec: ModelSpec, setting: Setting, held_there: Mapping[str, int]) -> list[Phase]:
+    """Weights trained with LoRA are merged and written in float32 by the CPU: nothing more for a GPU."""
+    if setting.device.kind == "gpu":
+        return []
     found = weights(spec)
     # Merging makes the product of two adapters for one layer at a time.
-    model = {"weights": 4 * found.parameters, "adapters": found.lora, "activations": 4 * found.largest}
-    copies = setting.processes > 1
-    exchange = {"exchange": 4 * found.trained if copies else 0}
-    return Phase("save", together(setting.program, model, exchange, *others))
+    merged = {"weights": 4 * found.parameters, "activations": 4 * found.largest}
+    exchange = {"exchange": 4 * found.trained if setting.processes > 1 else 0}
+    return [Phase("save", together(setting.program, held_there, merged, exchange))]
 
 
 def _gathered(spec: ModelSpec) -> int:

@@ -13,6 +13,7 @@ from alignment.errors import ConfigError, SamplerError
 from alignment.hardware import compute_dtype
 from alignment.models import load_chat_model, load_chat_of, model_folder
 from alignment.progress import console
+from alignment.sampling.memory import CPU_MAX_ROWS
 from alignment.sampling.protocol import Sampler
 from alignment.sampling.torch_engine import TorchSampler
 from alignment.sampling.vllm_engine import VllmSampler
@@ -73,7 +74,7 @@ def _start_vllm(
             model_folder(model.path),
             stop_ids=[chat.end_of_turn_id],
             dtype=dtype,
-            max_rows=sampling.max_rows,
+            max_rows=sampling.max_rows or CPU_MAX_ROWS,
             max_length=max_prompt_length + sampling.max_new_tokens,
             engine_args=sampling.vllm,
         )

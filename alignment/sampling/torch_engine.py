@@ -20,6 +20,7 @@ from alignment.errors import ModelError
 from alignment.logprobs import unwrap
 from alignment.sampling.cohort import Cohort, Prompts, attend_and_keep
 from alignment.sampling.draw import draw, uniforms_of
+from alignment.sampling.memory import free_memory, rows_that_fit
 from alignment.sampling.prompt_row import prompt_blocks, prompt_row
 from alignment.sampling.protocol import Sample, SamplingParams
 from alignment.tree_attention import TREE_ATTENTION
@@ -35,7 +36,8 @@ PREFILL_TOKENS = 8192
 class TorchSampler:
     """Samples from a causal language model of transformers."""
 
-    def __init__(self, model: nn.Module, *, stop_ids: Sequence[int], max_rows: int = 128) -> None:
+    def __init__(self, model: nn.Module, *, stop_ids: Sequence[int], max_rows: int | None = None) -> None:
+        """With `max_rows` None as many responses are decoded side by side as `rows_that_fit` says at each call."""
         self.model, self.stop_ids, self.max_rows = model, frozenset(stop_ids), max_rows
 
     @torch.no_grad()
@@ -53,13 +55,14 @@ class TorchSampler:
         transformers' own.
         """
         results: list[list[_Row]] = [[] for _ in prompts]
-        queue = deque(_units(prompts, params, self.max_rows, results))
         self._check_window(prompts, params)
+        max_rows = self.max_rows or self._rows_that_fit(prompts, params)
+        queue = deque(_units(prompts, params, max_rows, results))
         running: list[_Running] = []
         missing = [params.num_candidates for _ in prompts]
         with _evaluation(self.model):
             while queue or running:
-                if units := self._next_units(queue, sum(len(cohort.rows) for cohort in running)):
+                if units := _next_units(queue, sum(len(cohort.rows) for cohort in running), max_rows):
                     running.append(self._start(units, params))
                 else:
                     self._step(running, params)
@@ -92,18 +95,17 @@ class TorchSampler:
                 self._step([running], params)
                 yield row.token_ids[-1]
 
-    def _next_units(self, queue: deque[_Unit], taken: int) -> list[_Unit]:
-        """The prompts that enter now: none while too few rows are free for it to pay."""
-        free = self.max_rows - taken
-        if taken and free < self.max_rows * REFILL_SHARE:
-            return []
-        units: list[_Unit] = []
-        tokens = 0
-        while queue and len(queue[0].rows) <= free and (not units or tokens + len(queue[0].prompt) <= PREFILL_TOKENS):
-            units.append(queue.popleft())
-            free -= len(units[-1].rows)
-            tokens += len(units[-1].prompt)
-        return units
+    def _rows_that_fit(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> int:
+        """By what is free on the model's device now."""
+        first = next(self.model.parameters())
+        return rows_that_fit(
+            free_memory(first.device),
+            unwrap(self.model).config,
+            first.dtype,
+            candidates=params.num_candidates,
+            prompt_tokens=max(map(len, prompts), default=1),
+            new_tokens=params.max_new_tokens,
+        )
 
     def _start(self, units: list[_Unit], params: SamplingParams) -> _Running:
         """A cohort of new prompts, each run once, with the first token of every sample."""
@@ -257,6 +259,20 @@ def _units(
     for prompt in sorted(by_prompt, key=len, reverse=True):
         rows = by_prompt[prompt]
         yield from (_Unit(prompt, rows[start : start + max_rows]) for start in range(0, len(rows), max_rows))
+
+
+def _next_units(queue: deque[_Unit], taken: int, max_rows: int) -> list[_Unit]:
+    """The prompts that enter now: none while too few rows are free for it to pay."""
+    free = max_rows - taken
+    if taken and free < max_rows * REFILL_SHARE:
+        return []
+    units: list[_Unit] = []
+    tokens = 0
+    while queue and len(queue[0].rows) <= free and (not units or tokens + len(queue[0].prompt) <= PREFILL_TOKENS):
+        units.append(queue.popleft())
+        free -= len(units[-1].rows)
+        tokens += len(units[-1].prompt)
+    return units
 
 
 @contextmanager

@@ -1,0 +1,73 @@
+"""How many responses are decoded side by side: as many as the device has memory for their keys and values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import PreTrainedConfig
+
+from alignment.sampling.own_tokens import MORE_COLUMNS
+
+# Responses side by side on a CPU: more fill no more of its cores.
+CPU_MAX_ROWS = 128
+# On a GPU: at most as many as have been measured to help, and keys and values in a share of what is free. The rest is
+# for running prompts, logits, copies of tables that grow, and gaps between the allocator's blocks.
+GPU_MAX_ROWS = 512
+KV_SHARE = 0.7
+
+
+def rows_that_fit(
+    free: int | None,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    candidates: int,
+    prompt_tokens: int,
+    new_tokens: int,
+) -> int:
+    """Responses side by side where `sampling.max_rows` does not say: whole prompts, as far as one fits.
+
+    Args:
+        free: bytes on the device, or None for a CPU.
+        config: of the model.
+        dtype: of keys and values.
+        candidates: responses to each prompt.
+        prompt_tokens: of the longest prompt.
+        new_tokens: of a response at most.
+
+    Returns:
+        At least 1, on a CPU the same for all models.
+    """
+    if free is None:
+        return CPU_MAX_ROWS
+    room = int(KV_SHARE * free)
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    prompts = room // kv_bytes(config, dtype, prompts=1, rows=candidates, **sizes)
+    if prompts and candidates <= GPU_MAX_ROWS:
+        return min(prompts, GPU_MAX_ROWS // candidates) * candidates
+    rest = room - kv_bytes(config, dtype, prompts=1, rows=0, **sizes)
+    return max(1, min(GPU_MAX_ROWS, rest // kv_bytes(config, dtype, prompts=0, rows=1, **sizes)))
+
+
+def kv_bytes(
+    config: PreTrainedConfig, dtype: torch.dtype, *, prompts: int, rows: int, prompt_tokens: int, new_tokens: int
+) -> int:
+    """Bytes of keys and values of prompts and responses at their full lengths, in every layer."""
+    columns = math.ceil(new_tokens / MORE_COLUMNS) * MORE_COLUMNS
+    tokens = prompts * prompt_tokens + rows * columns
+    return config.num_hidden_layers * 2 * tokens * kv_width(config) * dtype.itemsize
+
+
+def kv_width(config: PreTrainedConfig) -> int:
+    """Numbers in a token's keys in a layer."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads * size
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a CUDA device has left, what torch keeps there without using it included; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

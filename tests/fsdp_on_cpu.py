@@ -1,0 +1,40 @@
+"""Starts `align` under accelerate's FSDP on CPUs: torchrun's module in tests/test_fsdp.py, no test itself.
+
+accelerate takes up its FSDP plugin only where it finds several accelerators. Here it is told to, by the same lines that
+it has for those; all that follows (splitting, gathering, checkpoints) is its own code and torch's, over gloo.
+"""
+
+import os
+import signal
+import sys
+
+os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from alignment import training
+from alignment.cli.main import main
+
+start_state, mark_complete = AcceleratorState.__init__, training.mark_complete
+
+
+def start_with_fsdp(self, *args, fsdp_plugin=None, **options):
+    start_state(self, *args, fsdp_plugin=fsdp_plugin, **options)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = fsdp_plugin
+
+
+def mark_and_die(folder):
+    mark_complete(folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    AcceleratorState.__init__ = start_with_fsdp
+    if os.environ.get("DIE_AFTER_CHECKPOINT"):
+        training.mark_complete = mark_and_die
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Models that FSDP has split over two processes on a CPU: gathered, saved, trained and resumed as in one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_resume import STAGE_SETTINGS, run_here
+from torch import multiprocessing
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from alignment.config import LoraSection
+from alignment.distributed import whole_weights
+from alignment.models import add_lora, load_chat_model, load_reward_model, model_folder, save_model
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[1]
+KINDS = ("full", "lora", "reward model, lora")
+FILES = ("model.safetensors", "adapter/adapter_model.safetensors")
+
+
+def made(kind: str):
+    """A model in bfloat16 with random adapters, or float32 without, the same in every process."""
+    is_reward_model, dtype = kind.startswith("reward"), torch.float32 if kind == "full" else torch.bfloat16
+    options = {"new_head_seed": 1} if is_reward_model else {}
+    loaded = (load_reward_model if is_reward_model else load_chat_model)("toy", dtype=dtype, **options)
+    lora = LoraSection(r=0 if kind == "full" else 3, alpha=5.0)
+    model = add_lora(loaded.model, lora, is_reward_model=is_reward_model, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return loaded, model
+
+
+def save_split(rank: int, folder: str) -> None:
+    """What each of two processes does."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for kind in KINDS:
+        loaded, model = made(kind)
+        for layer in loaded.model.get_decoder().layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        weights = whole_weights(model)
+        assert bool(weights) == (rank == 0)
+        assert not any(isinstance(weight, DTensor) for weight in weights.values())
+        save_model(model, loaded, Path(folder) / kind)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_split_model_is_saved_as_the_whole_one_bit_for_bit(tmp_path):
+    model_folder("toy")  # made once, before two processes want it
+    multiprocessing.spawn(save_split, (str(tmp_path),), nprocs=2)
+    for kind in KINDS:
+        loaded, model = made(kind)
+        save_model(model, loaded, tmp_path / f"{kind}, whole")
+        for file in FILES[: 1 if kind == "full" else 2]:
+            found, expected = (load_file(tmp_path / name / file) for name in (kind, f"{kind}, whole"))
+            assert found.keys() == expected.keys()
+            assert all(found[name].equal(weight) for name, weight in expected.items()), (kind, file)
+        files = [sorted(path.name for path in (tmp_path / name).rglob("*")) for name in (kind, f"{kind}, whole")]
+        assert files[0] == files[1]
+        configs = [(tmp_path / name / "config.json").read_text() for name in (kind, f"{kind}, whole")]
+        assert configs[0] == configs[1]
+
+
+def run_split(stage: str, settings: list[str], run_dir: Path, *options: str, fails: bool = False, **env: str) -> None:
+    model_folder("toy")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/fsdp_on_cpu.py"]
+    done = subprocess.run(
+        [*launch, stage, *settings, f"run.dir={run_dir}", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+
+
+def assert_same_model(first: Path, second: Path, *, atol: float) -> None:
+    adapters = [(path / "model" / FILES[1]).exists() for path in (first, second)]
+    assert adapters[0] == adapters[1]
+    for file in FILES[: 1 + adapters[0]]:
+        one, two = (load_file(path / "model" / file) for path in (first, second))
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+FEW = ["data.max_rows=44", "train.max_tokens_per_batch=256"]  # several micro-batches a step
+
+
+@pytest.mark.parametrize("efficient", ["true", "false"])
+@pytest.mark.parametrize("name", ["sft", "rm-lora"])
+def test_fsdp_trains_and_saves_the_same_model_as_one_process(name, efficient, tmp_path):
+    """With and without the weights read by the main process alone."""
+    stage, *lora = name.split("-")
+    settings = [*STAGE_SETTINGS[name], *FEW, *(["lora.dropout=0"] if lora else ["evaluation.num_answers=2"])]
+    run_here(stage, settings, tmp_path / "one", resume=False)
+    run_split(stage, settings, tmp_path / "split", FSDP_CPU_RAM_EFFICIENT_LOADING=efficient)
+    assert_same_model(tmp_path / "one", tmp_path / "split", atol=1e-5)
+    one, split = (json.loads((tmp_path / count / "result.json").read_text()) for count in ("one", "split"))
+    for key in ("valid_loss_before", "valid_loss_after", "train_loss_last", "accuracy"):
+        assert split.get(key) == pytest.approx(one.get(key), abs=1e-5), key
+    if stage == "sft":
+        assert (tmp_path / "split" / "answers.jsonl").read_text() == (tmp_path / "one" / "answers.jsonl").read_text()
+
+
+def test_a_reward_model_is_split_in_bfloat16_with_its_head_in_float32(tmp_path):
+    """What FSDP computes in differs from one process's autocast by bfloat16's rounding alone."""
+    settings = [*STAGE_SETTINGS["rm-lora"], *FEW, "lora.dropout=0", "model.dtype=bfloat16"]
+    run_here("rm", settings, tmp_path / "one", resume=False)
+    run_split("rm", settings, tmp_path / "split")
+    assert_same_model(tmp_path / "one", tmp_path / "split", atol=2e-3)
+    one, split = ((tmp_path / count / "metrics.jsonl").read_text().splitlines() for count in ("one", "split"))
+    losses, expected = ([json.loads(row)["rm/loss"] for row in rows] for rows in (split, one))
+    assert len(losses) == 6 and losses == pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("name", ["sft", "sft-lora"])
+def test_a_split_run_that_was_killed_resumes(name, kind, tmp_path):
+    """With both kinds of checkpoint that accelerate writes: gathered, and a part by each process."""
+    settings = [*STAGE_SETTINGS[name], *FEW, *(["lora.dropout=0"] if name == "sft-lora" else [])]
+    run_here("sft", settings, tmp_path / "one", resume=False)
+    killed = tmp_path / "killed"
+    run_split("sft", settings, killed, fails=True, FSDP_STATE_DICT_TYPE=kind, DIE_AFTER_CHECKPOINT="1")
+    assert [path.parent.name for path in killed.glob("checkpoints/*/complete")] == ["checkpoint-3"]
+    run_split("sft", settings, killed, "--resume", FSDP_STATE_DICT_TYPE=kind)
+    assert_same_model(tmp_path / "one", killed, atol=1e-5)
