@@ -25,7 +25,9 @@ def one_line(result: Result) -> str:
         return f"{kept} of {result['prompts']} distilled answers kept, safety score {gain} by the preprompt"
     if kind == "reject":
         mean, best = show(result["mean_reward"], "+.2f"), show(result["mean_best_reward"], "+.2f")
-        return f"{result['kept']} of {result['prompts']} prompts kept, reward {mean} -> best {best}"
+        prompts = result.get("pool_prompts", result["prompts"])
+        rounds = " of all rounds" if prompts > result["prompts"] else ""
+        return f"{result['kept']} answers to {prompts} prompts{rounds} kept, reward {mean} -> best {best}"
     if kind == "ppo":
         rewards = f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}"
         held_out = result.get("held_out")

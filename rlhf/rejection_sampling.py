@@ -65,6 +65,7 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
         {
             "stage": "reject",
             "prompts": len(prompts),
+            "pool_prompts": len({candidate.prompt.messages for candidate in pool}),
             "candidates": len(scored) + len(others),
             "kept": len(selection.best),
             "temperature": temperature,

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from alignment.dialogue import Candidate, Message, Prompt
+from alignment.headlines import one_line
 from rlhf import rejection_sampling
 from rlhf.config import RejectionSamplingConfig, RejectSampling
 from rlhf.selection import as_dialogue, choose_temperature, select_best
@@ -163,6 +164,18 @@ def test_a_baseline_takes_the_place_of_the_median_where_there_is_one():
     assert select_best(rows, accumulate="best", baseline=known).gains == [0.5, 2.0]
     chosen = select_best(rows, accumulate="best", baseline=known, min_gain=1.0)
     assert [c.prompt.messages[0].content for c in chosen.best] == ["b"]
+
+
+def test_a_later_round_says_of_how_many_prompts_its_pool_is(tmp_path, monkeypatch):
+    prompts, earlier = tmp_path / "prompts.jsonl", tmp_path / "earlier.jsonl"
+    prompts.write_text(json.dumps(candidate("alpha", 0.0).prompt.to_json()) + "\n")
+    earlier.write_text(json.dumps(replace(candidate("beta", 0.0), helpfulness=0.0, safety=1.0).to_json()) + "\n")
+
+    judged_by(monkeypatch, lambda each: float(each.index))
+    result = rejection_sampling.run(config_of(tmp_path / "run", prompts, round=2, earlier_rounds=[str(earlier)]))
+    assert (result["prompts"], result["pool_prompts"], result["kept"]) == (1, 2, 2)
+    assert one_line(result).startswith("2 answers to 2 prompts of all rounds kept, reward +1.00")
+    assert one_line({**result, "pool_prompts": 1, "kept": 1}).startswith("1 answers to 1 prompts kept,")
 
 
 def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):
