@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from jaxtyping import Bool, Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
 from alignment.tensor_ops import masked_sum, whiten
@@ -89,6 +92,19 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     first = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in first}
     return {name: weight for name, weight in found.items() if name not in tied}
+
+
+def save_alone(model: PreTrainedModel, folder: Path) -> None:
+    """A plain Hugging Face folder, by whichever process calls: `save_pretrained` writes weights in the first one only.
+
+    Tied weights are written once, as there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def gets_weights_later() -> bool:

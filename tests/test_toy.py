@@ -12,13 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
 
 from alignment import toy
 from alignment.chat import ChatFormat, chat_format, decode_response, encode_dialogue, encode_prompt
 from alignment.data import load_dialogues, load_pairs, load_prompts
 from alignment.dialogue import RATINGS, Dialogue, Message, Messages
 from alignment.errors import DataError
-from alignment.models import load_chat_model
+from alignment.models import load_chat_model, model_folder
 from alignment.sources import cached_folder, find_data
 from alignment.toy_model import make_toy_model, make_toy_tokenizer
 
@@ -226,6 +228,17 @@ def test_a_cached_folder_takes_what_a_faster_process_made(tmp_path: Path, monkey
         (tmp_path / "made" / "theirs").touch()
 
     assert [path.name for path in cached_folder("made", slow).iterdir()] == ["theirs"]
+
+
+def test_a_cached_model_is_whole_whichever_process_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all processes of a group but the first, transformers saves no weights."""
+    monkeypatch.setenv("ALIGN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(PreTrainedModel, "should_save_on_this_rank", lambda *_: False)
+    loaded = load_chat_model("toy").model
+    written = load_file(model_folder("toy") / "model.safetensors")
+    assert written.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(weight, written[name]) for name, weight in loaded.state_dict().items())
+    assert AutoConfig.from_pretrained(model_folder("toy")).architectures == ["LlamaForCausalLM"]
 
 
 def test_toy_data_needs_neither_torch_nor_transformers() -> None:
