@@ -17,12 +17,12 @@ _ATTENTION = ("self_attn", "self_attention", "attention", "attn")
 _MOST_KERNELS = 64
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, device: torch.device | None = None) -> None:
     """Fuses, in place, norms, MLPs and the linear layers that carry adapters; attention itself stays as it is.
 
     These parts are the same in every layer and take any number of tokens, so they are compiled once, at the first step.
     The last layer is left alone, since there only some tokens are computed. Weights, their names and what is saved do
-    not change; results change by rounding.
+    not change; results change by rounding. `device`: where the model is going to run, if it is not there yet.
 
     Raises ConfigError where the model has no `layers`, or a CPU's kernels could not be built for want of a compiler.
     """
@@ -31,7 +31,8 @@ def compile_layers(model: nn.Module) -> None:
     if not layers:
         raise ConfigError(f"train.compile: does not know where a {inner.config.model_type} has its layers. Set false.")
     compiler = os.environ.get("CXX", "g++")
-    if next(inner.parameters()).device.type == "cpu" and not shutil.which(compiler):
+    device = device or next(inner.parameters()).device
+    if device.type == "cpu" and not shutil.which(compiler):
         raise ConfigError(
             f"train.compile: {compiler} builds a CPU's kernels and is not there. Install it or set false."
         )

@@ -27,7 +27,7 @@ def one_line(result: Result) -> str:
         mean, best = show(result["mean_reward"], "+.2f"), show(result["mean_best_reward"], "+.2f")
         prompts = result.get("pool_prompts", result["prompts"])
         rounds = " of all rounds" if prompts > result["prompts"] else ""
-        return f"{result['kept']} answers to {prompts} prompts{rounds} kept, reward {mean} -> best {best}"
+        return f"{result['kept']} answers kept, of {prompts} prompts{rounds}; reward {mean} -> best {best}"
     if kind == "ppo":
         rewards = f"reward {result['reward_first']:+.2f} -> {result['reward_last']:+.2f}"
         held_out = result.get("held_out")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,7 +25,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get
 
 from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
 from alignment.distributed import gather_objects
-from alignment.errors import TrainingError
+from alignment.errors import ConfigError, TrainingError
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar
 from alignment.runs import Run, mark_complete
@@ -86,7 +87,11 @@ class GlobalBatchMixin:
     """Put before a Trainer class: `class RewardTrainer(GlobalBatchMixin, Trainer)`. Set up with `use_steps`."""
 
     def use_steps(self, schedule: StepSchedule, batcher: Batcher, loss_function: LossFunction) -> None:
-        """Gives the trainer its steps, how to batch rows, and the loss."""
+        """Gives the trainer its steps, how to batch rows, and the loss.
+
+        Raises ConfigError where the models would be split over processes in a way that is not supported.
+        """
+        _check_split(self.accelerator)
         self._schedule, self._batcher, self._loss_function = schedule, batcher, loss_function
         self.step_metrics: dict[str, float] = {}
 
@@ -144,6 +149,17 @@ class GlobalBatchMixin:
     def floating_point_ops(self, inputs: Any) -> int:
         """Trainer's estimate needs padded tensors; ours have none."""
         return 0
+
+
+def _check_split(accelerator: Accelerator) -> None:
+    """FSDP 2 alone: what it splits can be gathered and written whole."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"{kind.value} is not supported. Launch with --multi_gpu or with --use_fsdp --fsdp_version 2."
+        )
+    if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError("FSDP 1, accelerate's default, is not supported. Add --fsdp_version 2 to accelerate launch.")
 
 
 class BeforeTraining(TrainerCallback):

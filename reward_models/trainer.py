@@ -62,7 +62,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)
     trainer = RewardTrainer(model=model, args=TrainingArguments(**arguments), processing_class=loaded.tokenizer)
     if config.train.compile:
-        compile_layers(model)
+        compile_layers(model, trainer.args.device)
     safety_weight = config.safety_loss_weight
     if safety_weight is None:
         safety_weight = 1.0 if config.kind == "safety" else 0.0

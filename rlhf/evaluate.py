@@ -34,9 +34,12 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
-    prompts = choose_prompts(data, config.prompts, config.run.seed)
-    contexts = (load_chat_of(policy.path, policy.chat_template)[1] for policy in config.policies.values())
-    room = min(contexts) - config.sampling.max_new_tokens  # the smallest, so that all have the same prompts
+    chosen = prompts = choose_prompts(data, config.prompts, config.run.seed)
+    formats = [load_chat_of(policy.path, policy.chat_template) for policy in config.policies.values()]
+    room = min(context for _, context in formats) - config.sampling.max_new_tokens
+    for chat, _ in formats:  # what fits every policy, so that all have the same prompts
+        prompts = [prompt for prompt, _ in fit_prompts(chat, prompts, config.prompts, room=room)]
+    run_dir.note(prompts={"used": len(prompts), "too_long": len(chosen) - len(prompts)})
     answers: dict[str, list[Candidate]] = {}
     for name in config.policies:
         done = run_dir.path / f"answers-{name}.jsonl"

@@ -80,7 +80,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         processing_class=loaded.tokenizer,
     )
     if config.train.compile:
-        compile_layers(model)
+        compile_layers(model, trainer.args.device)
     trainer.use_steps(schedule, lambda rows: dialogue_batches(train.encoded, rows, **batching), response_loss)
     trainer.add_callback(BeforeTraining(measure_before))
     use_run(trainer, run_dir, "sft", "sft")

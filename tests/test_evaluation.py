@@ -141,3 +141,21 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(evaluated,
     files = [path / "answers-other.jsonl" for path in (evaluated, tmp_path / "same", tmp_path / "else")]
     first, same, other = (file.read_text() for file in files)
     assert first == same != other
+
+
+def test_a_prompt_that_one_policys_format_makes_too_long_is_left_out_for_all(evaluated, tmp_path):
+    """ChatML takes some twenty tokens more than the toy model's own template."""
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("ab", "x" * 30, "cd")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        str(evaluated / "config.yaml"), "policies.other={path: toy, dtype: float32, chat_template: chatml}",
+        f"prompts.prompts={prompts}", "prompts.max_prompt_length=40", f"run.dir={tmp_path / 'fit'}",
+    ]  # fmt: skip
+    result = run_stage("eval", settings)
+    assert result["prompts"] == 2
+    manifest = json.loads((tmp_path / "fit" / "manifest.json").read_text())
+    assert manifest["prompts"] == {"used": 2, "too_long": 1}
+    for name in ("first", "other", "again"):
+        answers = map(json.loads, (tmp_path / "fit" / f"answers-{name}.jsonl").open())
+        assert [answer["prompt"][-1]["content"] for answer in answers] == ["ab", "cd"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignment.sampling.own_tokens import FIRST_COLUMNS, MORE_COLUMNS, OwnTokens, Space
+from alignment.sampling.own_tokens import FIRST_COLUMNS, MORE_COLUMNS, SPARE_ROWS, OwnTokens, Space
 
 
 @pytest.mark.parametrize("most", [40, 3 * FIRST_COLUMNS])
@@ -31,16 +31,31 @@ def test_tables_hold_what_was_appended_of_the_rows_that_are_left(most):
             assert found.keys.is_contiguous() and found.values.is_contiguous()
 
 
-def test_growing_and_shrinking_take_no_memory_beyond_one_table_more():
+def bytes_held(layers: list[OwnTokens]) -> int:
+    storages = [table.untyped_storage() for layer in layers for table in (layer.keys, layer.values)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_growing_takes_no_memory_beyond_one_table_more():
     space, layers = Space(4 * MORE_COLUMNS), [OwnTokens() for _ in range(3)]
     seen = set()
-    rows = 6
     for column in range(4 * MORE_COLUMNS):
-        if column % 10 == 9 and rows > 2:
-            rows -= 1
+        if column == 20:
             for layer in layers:
-                layer.keep(torch.arange(rows), space)
+                layer.keep(torch.arange(5), space)
+        rows = 5 if column >= 20 else 6
         for layer in layers:
             layer.append(torch.ones(rows, 8), torch.ones(rows, 8), column, space)
             seen |= {table.untyped_storage().data_ptr() for table in (layer.keys, layer.values)}
     assert len(seen) == 2 * len(layers) + 1
+
+
+def test_rows_that_leave_give_their_memory_back():
+    space, layers = Space(128), [OwnTokens() for _ in range(4)]
+    for layer in layers:
+        layer.append(torch.ones(64, 8), torch.ones(64, 8), 0, space)
+    whole = bytes_held(layers)
+    for rows in (40, 20, 6, 2):
+        for layer in layers:
+            layer.keep(torch.arange(rows), space)
+        assert bytes_held(layers) <= SPARE_ROWS * whole * rows / 64

@@ -174,8 +174,8 @@ def test_a_later_round_says_of_how_many_prompts_its_pool_is(tmp_path, monkeypatc
     judged_by(monkeypatch, lambda each: float(each.index))
     result = rejection_sampling.run(config_of(tmp_path / "run", prompts, round=2, earlier_rounds=[str(earlier)]))
     assert (result["prompts"], result["pool_prompts"], result["kept"]) == (1, 2, 2)
-    assert one_line(result).startswith("2 answers to 2 prompts of all rounds kept, reward +1.00")
-    assert one_line({**result, "pool_prompts": 1, "kept": 1}).startswith("1 answers to 1 prompts kept,")
+    assert one_line(result).startswith("2 answers kept, of 2 prompts of all rounds; reward +1.00")
+    assert one_line({**result, "pool_prompts": 1, "kept": 1}).startswith("1 answers kept, of 1 prompts; reward")
 
 
 def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):

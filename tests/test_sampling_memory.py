@@ -1,12 +1,16 @@
 """Responses side by side where `sampling.max_rows` does not say: by worked examples, and by the engine's own choice."""
 
+from collections import deque
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import GPT2Config, GPTNeoXConfig, OPTConfig
 
-from alignment.config import SamplingSection
 from alignment.models import load_chat_model
 from alignment.plan.shapes import model_config
 from alignment.sampling import SamplingParams, memory, torch_engine
+from alignment.sampling.cohort import Cohort, Prompts
 from alignment.sampling.memory import KV_SHARE, free_memory, rows_that_fit
 from alignment.sampling.torch_engine import TorchSampler
 
@@ -31,10 +35,10 @@ def rows(free: int | None, *, candidates: int, prompt_tokens: int = 2048, new_to
         (10**12, 48, 480),  # of whole prompts neither: 10 x 48
         (10**12, 1000, 512),  # a prompt with more responses than that comes in lots
         (10**9, 4, 1),  # not even a prompt: one, and the device will say that it is too much
+        (-(10**9), 4, 1),  # a plan in which nothing is left
     ],
 )
 def test_rows_of_worked_examples(free, candidates, expected):
-    assert KV_SHARE == 0.7
     assert rows(free, candidates=candidates) == expected
 
 
@@ -77,5 +81,22 @@ def test_the_engine_takes_as_many_as_fit_unless_it_is_told(monkeypatch):
     assert shapes[1:6] == [6] * 5
 
 
-def test_nothing_is_said_by_default():
-    assert SamplingSection().max_rows is None
+@pytest.mark.parametrize("config", [GPT2Config, OPTConfig, GPTNeoXConfig])
+def test_models_without_groups_of_heads_have_a_width_too(config):
+    shape = config()
+    assert memory.kv_width(shape) == shape.hidden_size
+
+
+def test_prompts_that_stay_for_one_long_response_keep_others_out():
+    """Two prompts of four responses fit; each still has one, and so much room is taken that the third has to wait."""
+    params = SamplingParams(num_candidates=4, max_new_tokens=16)
+    lengths = [100, 100]
+    cohort = Cohort(Prompts(lengths, torch.device("cpu")), [0, 1], most_columns=16)
+    running = SimpleNamespace(cohort=cohort, rows=[None, None])
+    assert cohort.most_tokens == 2 * 100 + 2 * 16
+    third = torch_engine._Unit(tuple(range(100)), [None] * 4)
+    for room, enters in ((cohort.most_tokens + 100 + 4 * 16, True), (cohort.most_tokens + 100 + 4 * 16 - 1, False)):
+        units = torch_engine._next_units(deque([third]), [running], params, 8, room)
+        assert units == ([third] if enters else [])
+    assert torch_engine._next_units(deque([third]), [], params, 8, 10) == [third]  # alone it may try
+    assert torch_engine._next_units(deque([third]), [running], params, 8, None) == [third]

@@ -7,11 +7,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +22,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 from alignment.chat import EncodedDialogue
 from alignment.config import ModelSection, OptimSection, RunSection, StageConfig, TrainSection
-from alignment.errors import TrainingError
+from alignment.errors import ConfigError, TrainingError
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import Run, newest_checkpoint, open_run
 from alignment.training import (
@@ -37,6 +40,23 @@ from sft.evaluate import response_loss
 from sft.examples import dialogue_batches
 
 # ----------------------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "message"),
+    [
+        (DistributedType.FSDP, 1, "FSDP 1.*--fsdp_version 2"),
+        (DistributedType.DEEPSPEED, 2, "DEEPSPEED is not supported"),
+        (DistributedType.FSDP, 2, None),
+        (DistributedType.MULTI_GPU, 1, None),
+    ],
+)
+def test_what_cannot_be_saved_whole_is_refused_before_training(kind, version, message):
+    plugin = SimpleNamespace(fsdp_version=version)
+    trainer = GlobalBatchMixin()
+    trainer.accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        trainer.use_steps(StepSchedule(1, TrainSection(), seed=0), lambda rows: rows, lambda model, part: part)
 
 
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 12), epochs=st.integers(1, 4), seed=st.integers(0, 5))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from alignment.plan.passes import Rows, run_pass
 from alignment.plan.shapes import DeviceKind, ModelSpec, weights
 from alignment.sampling.draw import CPU_ROWS
 from alignment.sampling.memory import kv_bytes, kv_width
-from alignment.sampling.own_tokens import MORE_COLUMNS
+from alignment.sampling.own_tokens import whole_columns
 from alignment.sampling.torch_engine import PREFILL_TOKENS
 
 
@@ -63,7 +62,7 @@ def sampling(spec: ModelSpec, draws: Draws, *, device: DeviceKind) -> Sampling:
     config, dtype = spec.shape, spec.arithmetic
     lengths = {"prompt_tokens": draws.prompt_tokens, "new_tokens": draws.new_tokens}
     kv_cache = kv_bytes(config, dtype, prompts=draws.prompts, rows=draws.rows, **lengths)
-    columns = math.ceil(draws.new_tokens / MORE_COLUMNS) * MORE_COLUMNS
+    columns = whole_columns(draws.new_tokens)
     # A cohort of prompts runs as flat rows with the attention of a CPU, on every device.
     cohort = max(1, min(draws.prompts, PREFILL_TOKENS // draws.prompt_tokens))
     rows = Rows(cohort, draws.prompt_tokens - 1, (1,))

@@ -20,7 +20,7 @@ from alignment.tree_attention import Block, block_attention
 
 @dataclass(frozen=True)
 class PromptLayer:
-    """What one layer keeps of L prompts; G groups of heads with D numbers, 0 beyond each prompt's length.
+    """What one layer keeps of L prompts; G groups of heads with D numbers, no use beyond each prompt's length.
 
     Keys are held less the mean of their prompt's. What all keys share adds the same to all scores of a query, so
     softmax does not see it, and without it the scores lose less to rounding (Zhang et al. 2024, arXiv:2410.02367,
@@ -77,7 +77,9 @@ class Prompts:
         """Leaves out all other prompts."""
         if len(lanes) < len(self.lengths):
             self.lengths = self.lengths[lanes]
-            self.layers = [layer.keep(lanes, int(self.lengths.max())) for layer in self.layers]
+            longest = int(self.lengths.max())
+            for index, layer in enumerate(self.layers):  # one after the other: never two copies of all
+                self.layers[index] = layer.keep(lanes, longest)
             self._find_ends()
 
     def _find_ends(self) -> None:
@@ -144,6 +146,12 @@ class Cohort:
         """The place of every sample's next token in its text."""
         return self.prompts.lengths[self.lanes] + self.columns
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that there are keys and values of, padding included, where every sample goes on to its full length."""
+        prompts = len(self.prompts.lengths) * int(self.prompts.lengths.max())
+        return prompts + len(self) * self._space.most_columns
+
     def attend(
         self,
         index: int,
@@ -170,7 +178,7 @@ class Cohort:
     def keep(self, rows: Int[Tensor, " Q"]) -> None:
         """Leaves out all other samples, and prompts that have none left."""
         groups = [layer.key_mean.shape[1] for layer in self.prompts.layers]
-        before = {number: self._order(number).places.view(-1, number)[rows].flatten() for number in groups}
+        before = {number: self._order(number).places.view(-1, number)[rows].flatten() for number in set(groups)}
         prompts, self.lanes = self.lanes[rows].unique(return_inverse=True)
         self.prompts.keep(prompts)
         self._orders = {}

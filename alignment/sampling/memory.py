@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from transformers import PreTrainedConfig
 
-from alignment.sampling.own_tokens import MORE_COLUMNS
+from alignment.sampling.own_tokens import whole_columns
 
 # Responses side by side on a CPU: more fill no more of its cores.
 CPU_MAX_ROWS = 128
@@ -41,7 +39,7 @@ def rows_that_fit(
     """
     if free is None:
         return CPU_MAX_ROWS
-    room = int(KV_SHARE * free)
+    room = max(0, int(KV_SHARE * free))
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     prompts = room // kv_bytes(config, dtype, prompts=1, rows=candidates, **sizes)
     if prompts and candidates <= GPU_MAX_ROWS:
@@ -50,19 +48,28 @@ def rows_that_fit(
     return max(1, min(GPU_MAX_ROWS, rest // kv_bytes(config, dtype, prompts=0, rows=1, **sizes)))
 
 
+def tokens_that_fit(free: int | None, config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
+    """Tokens whose keys and values there is room for, of prompts and responses; None for a CPU.
+
+    `rows_that_fit` supposes that a prompt leaves with its responses; one whose last response is long stays.
+    """
+    if free is None:
+        return None
+    return max(0, int(KV_SHARE * free)) // (config.num_hidden_layers * 2 * kv_width(config) * dtype.itemsize)
+
+
 def kv_bytes(
     config: PreTrainedConfig, dtype: torch.dtype, *, prompts: int, rows: int, prompt_tokens: int, new_tokens: int
 ) -> int:
     """Bytes of keys and values of prompts and responses at their full lengths, in every layer."""
-    columns = math.ceil(new_tokens / MORE_COLUMNS) * MORE_COLUMNS
-    tokens = prompts * prompt_tokens + rows * columns
+    tokens = prompts * prompt_tokens + rows * whole_columns(new_tokens)
     return config.num_hidden_layers * 2 * tokens * kv_width(config) * dtype.itemsize
 
 
 def kv_width(config: PreTrainedConfig) -> int:
     """Numbers in a token's keys in a layer."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_key_value_heads * size
+    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size
 
 
 def free_memory(device: torch.device) -> int | None:

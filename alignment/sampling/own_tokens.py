@@ -11,6 +11,8 @@ from torch import Tensor
 MORE_COLUMNS = 16
 # Columns that there is memory for at the start, where a sample may have as many.
 FIRST_COLUMNS = 128
+# A table may stand in memory for this many times its rows.
+SPARE_ROWS = 1.25
 
 
 class Space:
@@ -21,15 +23,20 @@ class Space:
 
     def __init__(self, most_columns: int) -> None:
         """`most_columns`: no table will have more."""
-        self.most_columns = -(-most_columns // MORE_COLUMNS) * MORE_COLUMNS
+        self.most_columns = whole_columns(most_columns)
         self._spare = torch.empty(0)
 
     def table(self, like: Tensor, rows: int, columns: int) -> Float[Tensor, "S C D"]:
-        """A table with any content, of the type and width of another, whose rows have room for more columns."""
+        """A table with any content, of the type and width of another, whose rows have room for more columns.
+
+        Memory for many more rows (SPARE_ROWS) is given back, so that rows that are gone make room for other tables.
+        """
         size = like.shape[-1]
-        if self._spare.numel() < rows * columns * size or self._spare.dtype != like.dtype:
-            capacity = min(self.most_columns, max(FIRST_COLUMNS, 2 * columns))
-            self._spare = like.new_empty(rows * capacity * size)
+        room = rows * size * min(self.most_columns, max(FIRST_COLUMNS, 2 * columns))
+        fits = rows * columns * size <= self._spare.numel() <= SPARE_ROWS * room
+        if not fits or self._spare.dtype != like.dtype:
+            self._spare = self._spare.new_empty(0)
+            self._spare = like.new_empty(room)
         flat, self._spare = self._spare, self._spare.new_empty(0)
         return flat[: rows * columns * size].view(rows, columns, size)
 
@@ -53,6 +60,11 @@ class OwnTokens:
     def keep(self, rows: Int[Tensor, " T"], space: Space) -> None:
         """Leaves out all other rows."""
         self.keys, self.values = _fewer(self.keys, rows, space), _fewer(self.values, rows, space)
+
+
+def whole_columns(tokens: int) -> int:
+    """Columns of a table that holds so many tokens of each sample."""
+    return -(-tokens // MORE_COLUMNS) * MORE_COLUMNS
 
 
 def _wider(table: Tensor, like: Tensor, column: int, space: Space) -> Tensor:

@@ -7,6 +7,7 @@ prompt, index), so that what else is in the batch changes nothing but floating-p
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from alignment.errors import ModelError
 from alignment.logprobs import unwrap
 from alignment.sampling.cohort import Cohort, Prompts, attend_and_keep
 from alignment.sampling.draw import draw, uniforms_of
-from alignment.sampling.memory import free_memory, rows_that_fit
+from alignment.sampling.memory import free_memory, rows_that_fit, tokens_that_fit
+from alignment.sampling.own_tokens import whole_columns
 from alignment.sampling.prompt_row import prompt_blocks, prompt_row
 from alignment.sampling.protocol import Sample, SamplingParams
 from alignment.tree_attention import TREE_ATTENTION
@@ -56,13 +58,13 @@ class TorchSampler:
         """
         results: list[list[_Row]] = [[] for _ in prompts]
         self._check_window(prompts, params)
-        max_rows = self.max_rows or self._rows_that_fit(prompts, params)
+        max_rows, room = (self.max_rows, None) if self.max_rows else self._what_fits(prompts, params)
         queue = deque(_units(prompts, params, max_rows, results))
         running: list[_Running] = []
         missing = [params.num_candidates for _ in prompts]
         with _evaluation(self.model):
             while queue or running:
-                if units := _next_units(queue, sum(len(cohort.rows) for cohort in running), max_rows):
+                if units := _next_units(queue, running, params, max_rows, room):
                     running.append(self._start(units, params))
                 else:
                     self._step(running, params)
@@ -95,17 +97,19 @@ class TorchSampler:
                 self._step([running], params)
                 yield row.token_ids[-1]
 
-    def _rows_that_fit(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> int:
-        """By what is free on the model's device now."""
-        first = next(self.model.parameters())
-        return rows_that_fit(
-            free_memory(first.device),
-            unwrap(self.model).config,
+    def _what_fits(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[int, int | None]:
+        """Responses side by side, and tokens in the cache, by what is free on the model's device now."""
+        first, config = next(self.model.parameters()), unwrap(self.model).config
+        free = free_memory(first.device)
+        rows = rows_that_fit(
+            free,
+            config,
             first.dtype,
             candidates=params.num_candidates,
             prompt_tokens=max(map(len, prompts), default=1),
             new_tokens=params.max_new_tokens,
         )
+        return rows, tokens_that_fit(free, config, first.dtype)
 
     def _start(self, units: list[_Unit], params: SamplingParams) -> _Running:
         """A cohort of new prompts, each run once, with the first token of every sample."""
@@ -261,17 +265,24 @@ def _units(
         yield from (_Unit(prompt, rows[start : start + max_rows]) for start in range(0, len(rows), max_rows))
 
 
-def _next_units(queue: deque[_Unit], taken: int, max_rows: int) -> list[_Unit]:
-    """The prompts that enter now: none while too few rows are free for it to pay."""
-    free = max_rows - taken
-    if taken and free < max_rows * REFILL_SHARE:
+def _next_units(
+    queue: deque[_Unit], running: Sequence[_Running], params: SamplingParams, max_rows: int, room: int | None
+) -> list[_Unit]:
+    """The prompts that enter now: none while too few rows, or tokens in `room` (None: any number), are free."""
+    free = max_rows - sum(len(each.rows) for each in running)
+    if running and free < max_rows * REFILL_SHARE:
         return []
+    left = math.inf if room is None else room - sum(each.cohort.most_tokens for each in running)
     units: list[_Unit] = []
     tokens = 0
     while queue and len(queue[0].rows) <= free and (not units or tokens + len(queue[0].prompt) <= PREFILL_TOKENS):
+        unit = queue[0]
+        left -= len(unit.prompt) + len(unit.rows) * whole_columns(params.max_new_tokens)
+        if left < 0 and (running or units):
+            break
         units.append(queue.popleft())
-        free -= len(units[-1].rows)
-        tokens += len(units[-1].prompt)
+        free -= len(unit.rows)
+        tokens += len(unit.prompt)
     return units
 
 
