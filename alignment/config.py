@@ -200,7 +200,7 @@ class SamplingSection(Section):
     for with prompts and responses of full length, at most 512."""
 
     engine: Literal["torch", "vllm"] = "torch"
-    """`torch`, the built-in engine; `vllm`, in this process (pip install "align-rlhf[vllm]"), for large models."""
+    """`torch`, the built-in engine; `vllm`, in this process (pip install -e ".[vllm]"), for large models."""
 
     vllm: dict[str, Any] = {}
     """Arguments for vLLM's `LLM`, e.g. {tensor_parallel_size: 4, gpu_memory_utilization: 0.8}."""

@@ -38,7 +38,7 @@ def test_the_built_in_engine_is_the_default_and_does_without_vllm(monkeypatch):
 def test_without_vllm_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with (
-        pytest.raises(SamplerError, match=r'cannot be imported \(.*\)\. .*"align-rlhf\[vllm\]".*make test-vllm'),
+        pytest.raises(SamplerError, match=r'cannot be imported \(.*\)\. .*-e "\.\[vllm\]".*make test-vllm'),
         opened(engine="vllm"),
     ):
         pass

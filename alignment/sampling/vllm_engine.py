@@ -229,7 +229,7 @@ def _import_vllm() -> Any:
     except Exception as error:  # a build for other hardware or another torch fails in many ways
         raise SamplerError(
             f"vLLM cannot be imported ({_reason(error)}). "
-            'Install it with pip install "align-rlhf[vllm]", or on a machine without a GPU as make test-vllm does.'
+            'Install it with pip install -e ".[vllm]", or on a machine without a GPU as make test-vllm does.'
         ) from error
     return vllm
 
