@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(evaluated,
 def test_a_prompt_that_one_policys_format_makes_too_long_is_left_out_for_all(evaluated, tmp_path):
     """ChatML takes some twenty tokens more than the toy model's own template."""
     prompts = tmp_path / "prompts.jsonl"
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("ab", "x" * 30, "cd")]
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("ab", "x" * 30, "cd")]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [
         str(evaluated / "config.yaml"), "policies.other={path: toy, dtype: float32, chat_template: chatml}",

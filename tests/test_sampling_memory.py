@@ -1,7 +1,6 @@
 """Responses side by side where `sampling.max_rows` does not say: by worked examples, and by the engine's own choice."""
 
 from collections import deque
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,9 +91,10 @@ def test_prompts_that_stay_for_one_long_response_keep_others_out():
     params = SamplingParams(num_candidates=4, max_new_tokens=16)
     lengths = [100, 100]
     cohort = Cohort(Prompts(lengths, torch.device("cpu")), [0, 1], most_columns=16)
-    running = SimpleNamespace(cohort=cohort, rows=[None, None])
+    rows = [torch_engine._Row(0, torch.zeros(16)) for _ in range(4)]
+    running = torch_engine._Running(cohort, rows[:2], torch.zeros(2, 16), frozenset(), 16)
     assert cohort.most_tokens == 2 * 100 + 2 * 16
-    third = torch_engine._Unit(tuple(range(100)), [None] * 4)
+    third = torch_engine._Unit(tuple(range(100)), rows)
     for room, enters in ((cohort.most_tokens + 100 + 4 * 16, True), (cohort.most_tokens + 100 + 4 * 16 - 1, False)):
         units = torch_engine._next_units(deque([third]), [running], params, 8, room)
         assert units == ([third] if enters else [])
