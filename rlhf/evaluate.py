@@ -11,6 +11,7 @@ from accelerate import PartialState
 from rich.table import Column, Table
 
 from alignment import toy
+from alignment.chat import ChatFormat
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Candidate, Prompt
 from alignment.hardware import process_state
@@ -35,9 +36,10 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
     chosen = prompts = choose_prompts(data, config.prompts, config.run.seed)
-    formats = [load_chat_of(policy.path, policy.chat_template) for policy in config.policies.values()]
-    room = min(context for _, context in formats) - config.sampling.max_new_tokens
-    for chat, _ in formats:  # what fits every policy, so that all have the same prompts
+    formats = {name: load_chat_of(policy.path, policy.chat_template) for name, policy in config.policies.items()}
+    chats = {name: chat for name, (chat, _) in formats.items()}
+    room = min(context for _, context in formats.values()) - config.sampling.max_new_tokens
+    for chat in chats.values():  # what fits every policy, so that all have the same prompts
         prompts = [prompt for prompt, _ in fit_prompts(chat, prompts, config.prompts, room=room)]
     run_dir.note(prompts={"used": len(prompts), "too_long": len(chosen) - len(prompts)})
     answers: dict[str, list[Candidate]] = {}
@@ -46,7 +48,7 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
         if resume and done.exists():
             answers[name] = [Candidate.from_json(json.loads(line)) for line in done.open(encoding="utf-8")]
             continue
-        answers[name] = _sample_answers(config, name, prompts, state, room=room)
+        answers[name] = _sample_answers(config, name, chats, prompts, state, room=room)
         if state.is_main_process:
             write_rows(done, (candidate.to_json() for candidate in answers[name]))
     models = RewardModels.load(config.rewards, state.device)
@@ -72,11 +74,16 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
 
 
 def _sample_answers(
-    config: EvalConfig, name: str, prompts: Sequence[Prompt], state: PartialState, *, room: int
+    config: EvalConfig,
+    name: str,
+    chats: Mapping[str, ChatFormat],
+    prompts: Sequence[Prompt],
+    state: PartialState,
+    *,
+    room: int,
 ) -> list[Candidate]:
     """A policy's answers with, but for the first policy's, their log-probability under it less under the first."""
-    section, sampling = config.policies[name], config.sampling
-    chat, _ = load_chat_of(section.path, section.chat_template)
+    section, sampling, chat = config.policies[name], config.sampling, chats[name]
     fitting = fit_prompts(chat, prompts, config.prompts, room=room)
     length = config.prompts.max_prompt_length
     with open_sampler(section, sampling, state.device, max_prompt_length=length) as sampler:
@@ -85,7 +92,7 @@ def _sample_answers(
     first, reference = next(iter(config.policies.items()))
     if name == first or not config.measure_kl or sampling.temperature == 0:
         return answers
-    if load_chat_of(reference.path, reference.chat_template)[0].tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+    if chats[first].tokenizer.get_vocab() != chat.tokenizer.get_vocab():
         return answers
     trees = [Tree(ids, [Branch(sample.token_ids)]) for (_, ids), [sample] in zip(fitting, samples, strict=True)]
     options = {"temperature": sampling.temperature, "max_tokens": config.rewards.max_tokens_per_batch}

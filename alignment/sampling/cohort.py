@@ -99,6 +99,7 @@ class Order:
         places: (S,) the place of each pair.
         slots: (S,) each place in a table of L prompts, G groups and W samples; None where every prompt has W.
         tables: L times G.
+        width: W.
     """
 
     pairs: Int[Tensor, " S"]

@@ -37,15 +37,14 @@ def rows_that_fit(
     Returns:
         At least 1, on a CPU the same for all models.
     """
-    if free is None:
+    room = tokens_that_fit(free, config, dtype)
+    if room is None:
         return CPU_MAX_ROWS
-    room = max(0, int(KV_SHARE * free))
-    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-    prompts = room // kv_bytes(config, dtype, prompts=1, rows=candidates, **sizes)
+    columns = whole_columns(new_tokens)
+    prompts = room // (prompt_tokens + candidates * columns)
     if prompts and candidates <= GPU_MAX_ROWS:
         return min(prompts, GPU_MAX_ROWS // candidates) * candidates
-    rest = room - kv_bytes(config, dtype, prompts=1, rows=0, **sizes)
-    return max(1, min(GPU_MAX_ROWS, rest // kv_bytes(config, dtype, prompts=0, rows=1, **sizes)))
+    return max(1, min(GPU_MAX_ROWS, (room - prompt_tokens) // columns))
 
 
 def tokens_that_fit(free: int | None, config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
@@ -55,15 +54,14 @@ def tokens_that_fit(free: int | None, config: PreTrainedConfig, dtype: torch.dty
     """
     if free is None:
         return None
-    return max(0, int(KV_SHARE * free)) // (config.num_hidden_layers * 2 * kv_width(config) * dtype.itemsize)
+    return max(0, int(KV_SHARE * free)) // _token_bytes(config, dtype)
 
 
 def kv_bytes(
     config: PreTrainedConfig, dtype: torch.dtype, *, prompts: int, rows: int, prompt_tokens: int, new_tokens: int
 ) -> int:
     """Bytes of keys and values of prompts and responses at their full lengths, in every layer."""
-    tokens = prompts * prompt_tokens + rows * whole_columns(new_tokens)
-    return config.num_hidden_layers * 2 * tokens * kv_width(config) * dtype.itemsize
+    return (prompts * prompt_tokens + rows * whole_columns(new_tokens)) * _token_bytes(config, dtype)
 
 
 def kv_width(config: PreTrainedConfig) -> int:
@@ -78,3 +76,8 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    return config.num_hidden_layers * 2 * kv_width(config) * dtype.itemsize

@@ -270,7 +270,7 @@ def _next_units(
 ) -> list[_Unit]:
     """The prompts that enter now: none while too few rows, or tokens in `room` (None: any number), are free."""
     free = max_rows - sum(len(each.rows) for each in running)
-    if running and free < max_rows * REFILL_SHARE:
+    if not queue or (running and free < max_rows * REFILL_SHARE):
         return []
     left = math.inf if room is None else room - sum(each.cohort.most_tokens for each in running)
     units: list[_Unit] = []
