@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignment.sampling.own_tokens import FIRST_COLUMNS, MORE_COLUMNS, SPARE_ROWS, OwnTokens, Space
+from alignment.sampling.own_tokens import FIRST_COLUMNS, MORE_COLUMNS, OwnTokens, Space
 
 
 @pytest.mark.parametrize("most", [40, 3 * FIRST_COLUMNS])
@@ -58,4 +58,4 @@ def test_rows_that_leave_give_their_memory_back():
     for rows in (40, 20, 6, 2):
         for layer in layers:
             layer.keep(torch.arange(rows), space)
-        assert bytes_held(layers) <= SPARE_ROWS * whole * rows / 64
+        assert bytes_held(layers) <= 1.25 * whole * rows / 64
