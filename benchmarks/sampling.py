@@ -3,7 +3,8 @@
     ALIGN_DATA_DIR=/path/to/data python benchmarks/sampling.py
     ALIGN_DATA_DIR=/path/to/data python benchmarks/sampling.py --vllm-python /path/to/vllm/bin/python
 
-Each measurement is a child process of its own, the sides in turn; loading and a first small call are not timed. Prompts
+Each measurement is a child process of its own, the sides in turn. Every process first answers as many other prompts,
+which is not timed: a run goes on for longer than it takes to touch memory for the first time. Prompts
 are real ones of 50 to 350 tokens, sampled at temperature 1 from the whole distribution until the end of the turn or the
 limit. `generate` gets prompts sorted by length, so that its batches hold little padding. The mean number of
 tokens and the mean log-probability must agree, for all sample from the same distribution. Between our row counts the
@@ -101,14 +102,15 @@ def _inputs(options: argparse.Namespace) -> dict[str, Any]:
     folder = model_folder(MODEL)
     chat = load_chat(folder, "chatml")
     rows = load_prompts([options.data]).rows
-    encoded = [encode_prompt(chat, prompt.messages) for prompt in pick(rows, 4 * options.prompts, 0)]
-    fitting = [ids for ids in encoded if 50 <= len(ids) <= 350][: options.prompts]
-    assert len(fitting) == options.prompts, "too few prompts of 50 to 350 tokens"
+    encoded = [encode_prompt(chat, prompt.messages) for prompt in pick(rows, 8 * options.prompts, 0)]
+    fitting = [ids for ids in encoded if 50 <= len(ids) <= 350]
+    assert len(fitting) >= 2 * options.prompts, "too few prompts of 50 to 350 tokens"
     return {
         "model": str(folder),
         "stop": chat.end_of_turn_id,
         "pad": chat.tokenizer.pad_token_id,
-        "prompts": fitting,
+        "prompts": fitting[: options.prompts],
+        "others": fitting[options.prompts : 2 * options.prompts],
     }
 
 
@@ -120,7 +122,8 @@ def _sample_with_align(options: argparse.Namespace) -> dict[str, float]:
     inputs = _read(options)
     model = load_chat_model(inputs["model"], dtype=torch.bfloat16, chat_template="chatml").model
     sampler = TorchSampler(model, stop_ids=[inputs["stop"]], max_rows=options.size)
-    sampler.sample(inputs["prompts"][:2], SamplingParams(num_candidates=options.k, max_new_tokens=4))
+    params = SamplingParams(num_candidates=options.k, max_new_tokens=options.max_new_tokens)
+    sampler.sample(inputs["others"], params)
     start_cohort, prefill = sampler._start, []
 
     def timed(*arguments: Any) -> Any:
@@ -131,7 +134,6 @@ def _sample_with_align(options: argparse.Namespace) -> dict[str, float]:
 
     sampler._start = timed
     start = time.perf_counter()
-    params = SamplingParams(num_candidates=options.k, max_new_tokens=options.max_new_tokens)
     found = [sample for of_prompt in sampler.sample(inputs["prompts"], params) for sample in of_prompt]
     seconds = time.perf_counter() - start
     _drawn(Path(options.inputs), options.size).write_text(json.dumps([sample.token_ids for sample in found]))
@@ -155,7 +157,7 @@ def _sample_with_generate(options: argparse.Namespace) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=torch.bfloat16).eval()
 
     @torch.no_grad()
-    def lengths_of_samples(prompts: list[list[int]], limit: int) -> list[int]:
+    def lengths_of_samples(prompts: list[list[int]]) -> list[int]:
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         output = model.generate(
@@ -165,21 +167,23 @@ def _sample_with_generate(options: argparse.Namespace) -> dict[str, float]:
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            max_new_tokens=limit,
+            max_new_tokens=options.max_new_tokens,
             num_return_sequences=options.k,
             eos_token_id=inputs["stop"],
             pad_token_id=pad,
         )
         return (output[:, longest:] != pad).sum(1).tolist()
 
+    def sample(prompts: list[list[int]]) -> list[int]:
+        ordered = sorted(prompts, key=len, reverse=True)
+        size = max(1, options.size // options.k)
+        batches = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+        return [length for batch in batches for length in lengths_of_samples(batch)]
+
     torch.manual_seed(0)
-    lengths_of_samples(inputs["prompts"][:1], 4)
-    ordered = sorted(inputs["prompts"], key=len, reverse=True)
-    size = max(1, options.size // options.k)
+    sample(inputs["others"])
     start = time.perf_counter()
-    lengths: list[int] = []
-    for first in range(0, len(ordered), size):
-        lengths += lengths_of_samples(ordered[first : first + size], options.max_new_tokens)
+    lengths = sample(inputs["prompts"])
     return _figures(lengths, None, time.perf_counter() - start, peak_memory_gb())
 
 
@@ -190,7 +194,7 @@ def _sample_with_vllm(options: argparse.Namespace) -> dict[str, float]:
     from vllm import LLM, SamplingParams
 
     inputs = _read(options)
-    limit = max(map(len, inputs["prompts"])) + options.max_new_tokens
+    limit = max(map(len, [*inputs["prompts"], *inputs["others"]])) + options.max_new_tokens
     engine = LLM(
         inputs["model"],
         dtype="bfloat16",
@@ -200,11 +204,11 @@ def _sample_with_vllm(options: argparse.Namespace) -> dict[str, float]:
         seed=0,
     )
 
-    def sample(prompts: list[list[int]], max_tokens: int) -> list[Any]:
+    def sample(prompts: list[list[int]]) -> list[Any]:
         params = SamplingParams(
             n=options.k,
             temperature=1.0,
-            max_tokens=max_tokens,
+            max_tokens=options.max_new_tokens,
             stop_token_ids=[inputs["stop"]],
             logprobs=0,
             detokenize=False,
@@ -212,9 +216,9 @@ def _sample_with_vllm(options: argparse.Namespace) -> dict[str, float]:
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [one for result in engine.generate(requests, params, use_tqdm=False) for one in result.outputs]
 
-    sample(inputs["prompts"][:2], 4)
+    sample(inputs["others"])
     start = time.perf_counter()
-    found = sample(inputs["prompts"], options.max_new_tokens)
+    found = sample(inputs["prompts"])
     seconds = time.perf_counter() - start
     logprob = sum(one.cumulative_logprob for one in found)
     return _figures([len(one.token_ids) for one in found], logprob, seconds, peak_memory_gb())

@@ -15,7 +15,7 @@ from alignment.errors import ModelError
 from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_model
 from alignment.prefix_batch import Branch, Tree, collate
-from alignment.sampling import Sample, SamplingParams, torch_engine
+from alignment.sampling import Sample, SamplingParams, cohort, torch_engine
 from alignment.sampling.draw import draw, inverse_cdf
 from alignment.sampling.prompt_row import prompt_row
 from alignment.sampling.torch_engine import TorchSampler
@@ -46,6 +46,34 @@ def calls_of(model: torch.nn.Module) -> list[tuple[int, int]]:
 
 
 # --------------------------------------------------------------------------------------------- against references
+
+
+@pytest.mark.parametrize("attention", [cohort.attention_with_lse, cohort.plain_attention_with_lse])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_and_its_sum_are_those_of_softmax(attention, padded):
+    """Both, the kernel of CPUs and the products of other devices."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(3, 2, n, 8, generator=generator, dtype=torch.float64) for n in (5, 70, 70))
+    lengths = [70, 69, 1] if padded else [70, 70, 70]
+    bias = torch.zeros(3, 1, 1, 70, dtype=torch.float64)
+    for lane, length in enumerate(lengths):
+        bias[lane, ..., length:] = float("-inf")
+    attended, sums = attention(queries, keys, values, bias if padded else None)
+    for lane, length in enumerate(lengths):
+        weights = (queries[lane] @ keys[lane, :, :length].mT).exp()
+        torch.testing.assert_close(sums[lane], weights.sum(-1).log())
+        expected = weights @ values[lane, :, :length] / weights.sum(-1, keepdim=True)
+        torch.testing.assert_close(attended[lane], expected)
+
+
+def test_the_sum_of_bfloat16_queries_is_not_rounded_to_bfloat16():
+    """It decides between the prompt and all of a sample's own tokens."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(2, 3, n, 64, generator=generator).bfloat16() for n in (4, 300, 300))
+    expected = (queries.double() @ keys.double().mT).logsumexp(-1)
+    _, sums = cohort.attention_with_lse(queries, keys, values, None)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("stop", [3, 17])
@@ -397,9 +425,11 @@ def test_every_prompt_is_whole_whatever_it_shares(prompts):
     row = prompt_row(prompts)
     found = row.batch.input_ids[0].tolist()
     assert sorted(row.order) == list(range(len(prompts)))
-    for place, (index, spans) in enumerate(zip(row.order, row.spans, strict=True)):
+    for index, spans in zip(row.order, row.spans, strict=True):
         assert [token for first, last in spans for token in found[first:last]] == prompts[index]
-        assert row.batch.last_columns[place] == spans[-1][1] - 1
+    assert sorted(row.last_columns) == sorted(row.batch.last_columns)
+    lengths = [len(prompts[index]) for index in row.order]
+    assert lengths == sorted(lengths, reverse=True)
     assert len(found) <= sum(map(len, prompts))
 
 

@@ -17,6 +17,9 @@ from alignment.sampling.own_tokens import OwnTokens, Space
 from alignment.sampling.prompt_row import PromptRow
 from alignment.tree_attention import Block, block_attention
 
+# Prompts of which the shortest has this share of the longest's tokens are attended to in one call; the rest is padding.
+LEAST_SHARE = 0.6
+
 
 @dataclass(frozen=True)
 class PromptLayer:
@@ -27,18 +30,18 @@ class PromptLayer:
     Sec. 4.2).
     """
 
-    keys: Float[Tensor, "L G D P"]
+    keys: Float[Tensor, "L G P D"]
     values: Float[Tensor, "L G P D"]
     key_mean: Float[Tensor, "L G D"]
 
     def keep(self, lanes: Int[Tensor, " M"], longest: int) -> PromptLayer:
         """These prompts alone, without columns beyond their longest."""
-        keys = self.keys[..., :longest].index_select(0, lanes)
-        return PromptLayer(keys, self.values[:, :, :longest].index_select(0, lanes), self.key_mean[lanes])
+        keys, values = (x[:, :, :longest].index_select(0, lanes) for x in (self.keys, self.values))
+        return PromptLayer(keys, values, self.key_mean[lanes])
 
 
 class Prompts:
-    """L prompts that were run together, with their keys and values in every layer.
+    """L prompts that were run together, the longest first, with their keys and values in every layer.
 
     Attributes:
         lengths: (L,) tokens of each prompt.
@@ -48,7 +51,7 @@ class Prompts:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = torch.tensor(lengths, device=device)
         self.layers: list[PromptLayer] = []
-        self._find_ends()
+        self._runs: list[tuple[slice, int, Tensor | None]] = []
 
     def start_layer(self, keys: Float[Tensor, "G N D"], values: Float[Tensor, "G N D"], row: PromptRow) -> None:
         """The keys and values in the next layer, of the flat row that held them."""
@@ -62,16 +65,20 @@ class Prompts:
                 start += last - first
         sums = stored[0].sum(2, dtype=torch.promote_types(keys.dtype, torch.float32))
         mean = (sums / self.lengths[:, None, None]).to(keys.dtype)
-        self.layers.append(PromptLayer((stored[0] - mean[:, :, None]).mT.contiguous(), stored[1], mean))
+        self.layers.append(PromptLayer(stored[0] - mean[:, :, None], stored[1], mean))
 
-    def scores(self, index: int, queries: Float[Tensor, "LG Q D"]) -> Float[Tensor, "LG Q P"]:
-        """Of queries in a table for each prompt and group; -inf beyond a prompt's length."""
+    def attend(
+        self, index: int, queries: Float[Tensor, "L G Q D"]
+    ) -> tuple[Float[Tensor, "L G Q D"], Float[Tensor, "L G Q"]]:
+        """What the prompts' tokens alone give the queries in a layer, and the logarithm of their weights' sum."""
         layer = self.layers[index]
-        scores = torch.bmm(queries, layer.keys.flatten(0, 1))
-        if self._shortest < scores.shape[-1]:
-            beyond = scores.unflatten(0, layer.keys.shape[:2])[..., self._shortest :]
-            beyond += self._bias.to(scores.dtype)[:, None, None]
-        return scores
+        self._runs = self._runs or self._of_like_length(queries.dtype)
+        parts = []
+        for lanes, longest, bias in self._runs:
+            keys, values = (x[lanes, :, :longest] for x in (layer.keys, layer.values))
+            parts.append(attention_with_lse(queries[lanes], keys, values, bias))
+        attended, sums = zip(*parts, strict=True)
+        return torch.cat(attended), torch.cat(sums)
 
     def keep(self, lanes: Int[Tensor, " M"]) -> None:
         """Leaves out all other prompts."""
@@ -80,14 +87,22 @@ class Prompts:
             longest = int(self.lengths.max())
             for index, layer in enumerate(self.layers):  # one after the other: never two copies of all
                 self.layers[index] = layer.keep(lanes, longest)
-            self._find_ends()
+            self._runs = []
 
-    def _find_ends(self) -> None:
-        """Which columns end a prompt."""
-        self._shortest = int(self.lengths.min())
-        columns = torch.arange(self._shortest, int(self.lengths.max()), device=self.lengths.device)
-        beyond = columns >= self.lengths[:, None]
-        self._bias = torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf"))
+    def _of_like_length(self, dtype: torch.dtype) -> list[tuple[slice, int, Tensor | None]]:
+        """Neighbours of like length, their longest's, and what keeps queries from the others' padding."""
+        lengths = self.lengths.tolist()
+        runs = []
+        start = 0
+        while start < len(lengths):
+            longest = lengths[start]
+            stop = next((at for at in range(start, len(lengths)) if lengths[at] < LEAST_SHARE * longest), len(lengths))
+            columns = torch.arange(longest, device=self.lengths.device)
+            beyond = columns >= self.lengths[start:stop, None]
+            bias = torch.zeros(beyond.shape, dtype=dtype, device=beyond.device).masked_fill_(beyond, float("-inf"))
+            runs.append((slice(start, stop), longest, bias[:, None, None] if beyond.any() else None))
+            start = stop
+        return runs
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ class Order:
             x = x.new_zeros(self.tables * self.width, *x.shape[1:]).index_copy_(0, self.slots, x)
         return x.reshape(self.tables, -1, x.shape[-1])
 
-    def rows(self, table: Float[Tensor, "LG Q X"]) -> Float[Tensor, "S h X"]:
+    def rows(self, table: Float[Tensor, "LG Q *X"]) -> Float[Tensor, "S h *X"]:
         """The way back."""
         table = table.unflatten(1, (self.width, -1)).flatten(0, 1)
         return table if self.slots is None else table.index_select(0, self.slots)
@@ -167,13 +182,13 @@ class Cohort:
         keys, values = (x.flatten(0, 1).index_select(0, order.pairs) for x in (keys, values))  # (S, D)
         own.append(keys, values, self.columns, self._space)
         grouped = queries.reshape(len(keys), -1, keys.shape[1]).index_select(0, order.pairs)  # (S, H/G, D)
-        own_scores = torch.bmm(grouped, own.keys.transpose(1, 2))  # (S, H/G, C)
-        own_scores[..., self.columns + 1 :] = float("-inf")
-        scores = order.rows(self.prompts.scores(index, order.table(grouped)))  # (S, H/G, P)
-        weights = torch.cat([scores, own_scores], dim=-1).softmax(-1)
-        of_prompts, of_own = weights.split([scores.shape[-1], own_scores.shape[-1]], dim=-1)
-        attended = order.rows(torch.bmm(order.table(of_prompts), prompts.values.flatten(0, 1)))
-        attended = attended + torch.bmm(of_own, own.values)
+        table = order.table(grouped).unflatten(0, prompts.key_mean.shape[:2])  # (L, G, Q, D)
+        of_prompts, sums = (order.rows(x.flatten(0, 1)) for x in self.prompts.attend(index, table))
+        scores = torch.bmm(grouped, own.keys.transpose(1, 2))  # (S, H/G, C)
+        scores[..., self.columns + 1 :] = float("-inf")
+        weights = torch.cat([scores, sums[..., None]], dim=-1).softmax(-1)  # the prompt counts as one token more
+        weights = weights.to(values.dtype)
+        attended = torch.bmm(weights[..., :-1], own.values).addcmul_(of_prompts, weights[..., -1:])
         return attended.index_select(0, order.places).view(queries.shape)
 
     def keep(self, rows: Int[Tensor, " Q"]) -> None:
@@ -208,3 +223,27 @@ def attend_and_keep(
     """Attention of the prompts' own tokens, (H, N, D) in and out, whose keys and values are kept."""
     prompts.start_layer(keys, values, row)
     return block_attention(queries, keys, values, blocks)
+
+
+def attention_with_lse(
+    queries: Float[Tensor, "L G Q D"],
+    keys: Float[Tensor, "L G P D"],
+    values: Float[Tensor, "L G P D"],
+    bias: Float[Tensor, "L 1 1 P"] | None,
+) -> tuple[Float[Tensor, "L G Q D"], Float[Tensor, "L G Q"]]:
+    """Attention of scaled queries, and the logarithm of the sum of its scores' exponentials, in float32 at least."""
+    if queries.device.type != "cpu":
+        return plain_attention_with_lse(queries, keys, values, bias)
+    mask = None if bias is None else bias.expand(-1, 1, queries.shape[2], -1)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attention(queries, keys, values, attn_mask=mask, scale=1.0)
+
+
+def plain_attention_with_lse(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` by products, for devices whose kernels do not tell the sum of every query."""
+    scores = (queries @ keys.mT).to(torch.promote_types(queries.dtype, torch.float32))
+    if bias is not None:
+        scores += bias
+    return scores.softmax(-1).to(values.dtype) @ values, scores.logsumexp(-1)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate
 from alignment.tree_attention import Block, tree_blocks
@@ -21,13 +23,18 @@ class PromptRow:
 
     Attributes:
         batch: one row of trees, a branch for every prompt's end, on the CPU.
-        order: the prompts in the order of the branches.
-        spans: of each branch, the ranges of the row that make up its prompt.
+        order: the prompts, the longest first.
+        spans: of each of them, the ranges of the row that make it up.
     """
 
     batch: PrefixBatch
     order: list[int]
     spans: list[list[tuple[int, int]]]
+
+    @property
+    def last_columns(self) -> Int[Tensor, " L"]:
+        """Where in the row each prompt ends."""
+        return torch.tensor([of_prompt[-1][1] - 1 for of_prompt in self.spans])
 
 
 def prompt_row(prompts: Sequence[Sequence[int]]) -> PromptRow:
@@ -46,7 +53,8 @@ def prompt_row(prompts: Sequence[Sequence[int]]) -> PromptRow:
             end += len(branch.ids)
         order += members
         start = end
-    return PromptRow(collate([trees]), order, spans)
+    by_length = sorted(zip(order, spans, strict=True), key=lambda one: -len(prompts[one[0]]))
+    return PromptRow(collate([trees]), *map(list, zip(*by_length, strict=True)))
 
 
 def prompt_blocks(row: PromptRow, dtype: torch.dtype, device: torch.device) -> list[Block]:

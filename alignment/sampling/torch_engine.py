@@ -28,7 +28,7 @@ from alignment.sampling.protocol import Sample, SamplingParams
 from alignment.tree_attention import TREE_ATTENTION
 
 # Below this share of live rows a cohort's cache is copied without the others: it costs a few steps of dead rows.
-COMPACT_BELOW = 0.85
+COMPACT_BELOW = 0.93
 # Prompts enter when this share of the rows is free: every cohort takes its own products in every layer.
 REFILL_SHARE = 0.25
 # Tokens of prompts run at once: memory beyond the cache.
@@ -126,7 +126,7 @@ class TorchSampler:
             return attend_and_keep(prompts, row, blocks, queries, keys, values)
 
         tokens, positions = row.batch.input_ids.to(device), row.batch.position_ids.to(device)
-        logits = self._forward(tokens, positions, attend, logits_to_keep=row.batch.last_columns.to(device))
+        logits = self._forward(tokens, positions, attend, logits_to_keep=row.last_columns.to(device))
         config, called = unwrap(self.model).config, len(prompts.layers)
         if called != config.num_hidden_layers:
             raise ModelError(
