@@ -28,6 +28,7 @@ SHAPE_CHECKED = (
     "alignment.sampling.cohort",
     "alignment.sampling.draw",
     "alignment.sampling.own_tokens",
+    "alignment.sampling.prompt_cache",
     "alignment.sampling.torch_engine",
     "reward_models.losses",
     "rlhf.gating",

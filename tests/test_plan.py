@@ -26,8 +26,9 @@ from alignment.plan.shapes import ModelSpec, fake_model, meta_model, model_confi
 from alignment.plan.tracker import MemoryTracker
 from alignment.plan.training import Setting, gradients, held, optimizer_state
 from alignment.prefix_batch import Branch, Tree, collate
-from alignment.sampling.cohort import Cohort, Prompts, attend_and_keep
+from alignment.sampling.cohort import Cohort
 from alignment.sampling.memory import kv_bytes, rows_that_fit
+from alignment.sampling.prompt_cache import Prompts, attend_and_keep
 from alignment.sampling.prompt_row import prompt_blocks, prompt_row
 
 BF16 = torch.bfloat16
@@ -120,7 +121,7 @@ def test_keys_and_values_are_the_tables_of_the_engine():
     for _ in range(draws.new_tokens):
         for layer in range(config.num_hidden_layers):
             cohort.attend(layer, torch.zeros(6, 4, 16), torch.zeros(6, 2, 16), torch.zeros(6, 2, 16))
-        cohort.columns += 1
+        cohort.advance()
     tables = [table for layer in (*kept.layers, *cohort.own) for table in (layer.keys, layer.values)]
     found = kv_bytes(config, torch.float32, prompts=2, rows=6, prompt_tokens=20, new_tokens=20)
     assert found == sum(table.nbytes for table in tables)

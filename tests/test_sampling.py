@@ -15,7 +15,7 @@ from alignment.errors import ModelError
 from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_model
 from alignment.prefix_batch import Branch, Tree, collate
-from alignment.sampling import Sample, SamplingParams, cohort, torch_engine
+from alignment.sampling import Sample, SamplingParams, prompt_cache, torch_engine
 from alignment.sampling.draw import draw, inverse_cdf
 from alignment.sampling.prompt_row import prompt_row
 from alignment.sampling.torch_engine import TorchSampler
@@ -48,7 +48,7 @@ def calls_of(model: torch.nn.Module) -> list[tuple[int, int]]:
 # --------------------------------------------------------------------------------------------- against references
 
 
-@pytest.mark.parametrize("attention", [cohort.attention_with_lse, cohort.plain_attention_with_lse])
+@pytest.mark.parametrize("attention", [prompt_cache.attention_with_lse, prompt_cache.plain_attention_with_lse])
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_and_its_sum_are_those_of_softmax(attention, padded):
     """Both, the kernel of CPUs and the products of other devices."""
@@ -71,7 +71,7 @@ def test_the_sum_of_bfloat16_queries_is_not_rounded_to_bfloat16():
     generator = torch.Generator().manual_seed(0)
     queries, keys, values = (torch.randn(2, 3, n, 64, generator=generator).bfloat16() for n in (4, 300, 300))
     expected = (queries.double() @ keys.double().mT).logsumexp(-1)
-    _, sums = cohort.attention_with_lse(queries, keys, values, None)
+    _, sums = prompt_cache.attention_with_lse(queries, keys, values, None)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), expected, atol=1e-3, rtol=0)
 

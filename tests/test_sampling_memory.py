@@ -9,8 +9,9 @@ from transformers import GPT2Config, GPTNeoXConfig, OPTConfig
 from alignment.models import load_chat_model
 from alignment.plan.shapes import model_config
 from alignment.sampling import SamplingParams, memory, torch_engine
-from alignment.sampling.cohort import Cohort, Prompts
+from alignment.sampling.cohort import Cohort
 from alignment.sampling.memory import KV_SHARE, free_memory, rows_that_fit
+from alignment.sampling.prompt_cache import Prompts
 from alignment.sampling.torch_engine import TorchSampler
 
 BF16 = torch.bfloat16
@@ -96,7 +97,7 @@ def test_prompts_that_stay_for_one_long_response_keep_others_out():
     assert cohort.most_tokens == 2 * 100 + 2 * 16
     third = torch_engine._Unit(tuple(range(100)), rows)
     for room, enters in ((cohort.most_tokens + 100 + 4 * 16, True), (cohort.most_tokens + 100 + 4 * 16 - 1, False)):
-        units = torch_engine._next_units(deque([third]), [running], params, 8, room)
+        units = torch_engine._next_units(deque([third]), running, params, 8, room)
         assert units == ([third] if enters else [])
-    assert torch_engine._next_units(deque([third]), [], params, 8, 10) == [third]  # alone it may try
-    assert torch_engine._next_units(deque([third]), [running], params, 8, None) == [third]
+    assert torch_engine._next_units(deque([third]), None, params, 8, 10) == [third]  # alone it may try
+    assert torch_engine._next_units(deque([third]), running, params, 8, None) == [third]

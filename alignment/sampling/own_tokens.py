@@ -1,4 +1,4 @@
-"""Keys and values of the samples' own tokens: tables that lose rows and gain columns in memory that is used again."""
+"""Keys and values of the samples' own tokens: tables whose rows and columns come and go, in memory used again."""
 
 from __future__ import annotations
 
@@ -51,15 +51,37 @@ class OwnTokens:
     def __init__(self) -> None:
         self.keys = self.values = torch.empty(0)
 
-    def append(self, keys: Float[Tensor, "S D"], values: Float[Tensor, "S D"], column: int, space: Space) -> None:
-        """The newest token's, the one at `column`."""
-        if column % MORE_COLUMNS == 0:
-            self.keys, self.values = _wider(self.keys, keys, column, space), _wider(self.values, values, column, space)
-        self.keys[:, column], self.values[:, column] = keys, values
+    @property
+    def columns(self) -> int:
+        """C; 0 before the first token."""
+        return self.keys.shape[1] if self.keys.dim() == 3 else 0
 
-    def keep(self, rows: Int[Tensor, " T"], space: Space) -> None:
-        """Leaves out all other rows."""
-        self.keys, self.values = _fewer(self.keys, rows, space), _fewer(self.values, rows, space)
+    def append(
+        self,
+        keys: Float[Tensor, "S D"],
+        values: Float[Tensor, "S D"],
+        at: Int[Tensor, " S"],
+        columns: int,
+        space: Space,
+    ) -> None:
+        """The newest tokens, each `at` its place in the flat table, which has `columns` from now on."""
+        if columns != self.columns:
+            self.keys, self.values = (
+                _wider(self.keys, keys, columns, space),
+                _wider(self.values, values, columns, space),
+            )
+        self.keys.flatten(0, 1).index_copy_(0, at, keys)
+        self.values.flatten(0, 1).index_copy_(0, at, values)
+
+    def keep(self, rows: Int[Tensor, " T"], columns: int, space: Space) -> None:
+        """Leaves out all other rows, and what is beyond so many columns."""
+        if self.columns:
+            self.keys, self.values = (_fewer(table, rows, columns, space) for table in (self.keys, self.values))
+
+    def make_room(self, places: Int[Tensor, " T"], space: Space) -> None:
+        """T rows, of which those that are there move to the first of the places; the others hold 0."""
+        if self.columns:
+            self.keys, self.values = (_more(table, places, space) for table in (self.keys, self.values))
 
 
 def whole_columns(tokens: int) -> int:
@@ -67,17 +89,26 @@ def whole_columns(tokens: int) -> int:
     return -(-tokens // MORE_COLUMNS) * MORE_COLUMNS
 
 
-def _wider(table: Tensor, like: Tensor, column: int, space: Space) -> Tensor:
-    wider = space.table(like, len(like), column + MORE_COLUMNS)
-    wider[:, column:] = 0
-    if column:
-        wider[:, :column] = table
+def _wider(table: Tensor, like: Tensor, columns: int, space: Space) -> Tensor:
+    wider = space.table(like, len(like), columns)
+    before = table.shape[1] if table.dim() == 3 else 0
+    wider[:, before:] = 0
+    if before:
+        wider[:, :before] = table
         space.take_back(table)
     return wider
 
 
-def _fewer(table: Tensor, rows: Tensor, space: Space) -> Tensor:
-    fewer = space.table(table, len(rows), table.shape[1])
-    torch.index_select(table, 0, rows, out=fewer)
+def _fewer(table: Tensor, rows: Tensor, columns: int, space: Space) -> Tensor:
+    fewer = space.table(table, len(rows), columns)
+    torch.index_select(table[:, :columns], 0, rows, out=fewer)
     space.take_back(table)
     return fewer
+
+
+def _more(table: Tensor, places: Tensor, space: Space) -> Tensor:
+    more = space.table(table, len(places), table.shape[1])
+    more.index_copy_(0, places[: len(table)], table)
+    more.index_fill_(0, places[len(table) :], 0)
+    space.take_back(table)
+    return more

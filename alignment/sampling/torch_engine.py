@@ -1,8 +1,8 @@
 """The built-in sampling engine: prompts run once for all their samples, finished rows make room for the next prompts.
 
-Prompts enter in cohorts, the longest first, whenever enough rows are free. A step of the model takes the newest token
-of every sample of every cohort; rows of finished samples leave. Every sample draws from its own random stream (seed,
-prompt, index), so that what else is in the batch changes nothing but floating-point rounding.
+Prompts enter, the longest first, whenever enough rows are free. A step of the model takes the newest token of every
+sample; rows of finished samples leave. Every sample draws from its own random stream (seed, prompt, index), so that
+what else is in the batch changes nothing but floating-point rounding.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 
 from alignment.errors import ModelError
 from alignment.logprobs import unwrap
-from alignment.sampling.cohort import Cohort, Prompts, attend_and_keep
+from alignment.sampling.cohort import Cohort
 from alignment.sampling.draw import draw, uniforms_of
 from alignment.sampling.memory import free_memory, rows_that_fit, tokens_that_fit
 from alignment.sampling.own_tokens import whole_columns
+from alignment.sampling.prompt_cache import Prompts, attend_and_keep
 from alignment.sampling.prompt_row import prompt_blocks, prompt_row
 from alignment.sampling.protocol import Sample, SamplingParams
 from alignment.tree_attention import TREE_ATTENTION
 
-# Below this share of live rows a cohort's cache is copied without the others: it costs a few steps of dead rows.
+# Below this share of live rows the cache is copied without the others: it costs a few steps of dead rows.
 COMPACT_BELOW = 0.93
-# Prompts enter when this share of the rows is free: every cohort takes its own products in every layer.
+# Prompts enter when this share of the rows is free: the cache is copied to make room for them.
 REFILL_SHARE = 0.25
 # Tokens of prompts run at once: memory beyond the cache.
 PREFILL_TOKENS = 8192
@@ -60,16 +61,17 @@ class TorchSampler:
         self._check_window(prompts, params)
         max_rows, room = (self.max_rows, None) if self.max_rows else self._what_fits(prompts, params)
         queue = deque(_units(prompts, params, max_rows, results))
-        running: list[_Running] = []
+        running: _Running | None = None
         missing = [params.num_candidates for _ in prompts]
         with _evaluation(self.model):
             while queue or running:
                 if units := _next_units(queue, running, params, max_rows, room):
-                    running.append(self._start(units, params))
+                    started = self._start(units, params)
+                    running = started if running is None else running.join(started)
                 else:
                     self._step(running, params)
-                left = [row for cohort in running for row in cohort.finish()]
-                running = [cohort for cohort in running if cohort.rows]
+                left = running.finish()
+                running = running if running.rows else None
                 if on_progress and left:
                     on_progress(len(left))
                 for row in left:
@@ -94,7 +96,7 @@ class TorchSampler:
             running = self._start([_Unit(tuple(prompt), [row])], params)
             yield row.token_ids[-1]
             while not running.finish():
-                self._step([running], params)
+                self._step(running, params)
                 yield row.token_ids[-1]
 
     def _what_fits(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[int, int | None]:
@@ -112,7 +114,7 @@ class TorchSampler:
         return rows, tokens_that_fit(free, config, first.dtype)
 
     def _start(self, units: list[_Unit], params: SamplingParams) -> _Running:
-        """A cohort of new prompts, each run once, with the first token of every sample."""
+        """New prompts, each run once, with the first token of every sample."""
         device = next(self.model.parameters()).device
         row = prompt_row([unit.prompt for unit in units])
         units = [units[index] for index in row.order]
@@ -141,26 +143,18 @@ class TorchSampler:
         started.record(*draw(logits[cohort.lanes], uniforms[:, 0], params))
         return started
 
-    def _step(self, running: list[_Running], params: SamplingParams) -> None:
-        """One token more for every sample of every cohort."""
-        sizes = [len(each.cohort) for each in running]
+    def _step(self, running: _Running, params: SamplingParams) -> None:
+        """One token more for every sample."""
+        cohort = running.cohort
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            queries, keys, values = (x.transpose(0, 1).contiguous().split(sizes) for x in (queries, keys, values))
-            parts = [
-                each.cohort.attend(layer, *inputs) for each, *inputs in zip(running, queries, keys, values, strict=True)
-            ]
-            return torch.cat(parts).transpose(0, 1)
+            inputs = (x.transpose(0, 1).contiguous() for x in (queries, keys, values))
+            return cohort.attend(layer, *inputs).transpose(0, 1)
 
-        tokens = torch.cat([each.newest for each in running])
-        positions = torch.cat([each.cohort.positions for each in running])
-        logits = self._forward(tokens[None], positions[None], attend, logits_to_keep=0)
-        for each in running:
-            each.cohort.columns += 1
-        uniforms = torch.cat([each.uniforms[:, each.cohort.columns] for each in running])
-        drawn = (x.split(sizes) for x in draw(logits, uniforms, params))
-        for each, ids, logprobs in zip(running, *drawn, strict=True):
-            each.record(ids, logprobs)
+        logits = self._forward(running.newest[None], cohort.positions[None], attend, logits_to_keep=0)
+        cohort.advance()
+        uniforms = running.uniforms.gather(1, cohort.ages[:, None])[:, 0]
+        running.record(*draw(logits, uniforms, params))
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor], *, logits_to_keep: Tensor | int
@@ -229,6 +223,15 @@ class _Running:
                 row.logprobs.append(logprob)
                 row.stopped = token in self.stop_ids
 
+    def join(self, other: _Running) -> _Running:
+        """With the samples of another, which have but their first tokens."""
+        places = self.cohort.join(other.cohort)
+        rows = [*self.rows, *other.rows]
+        self.rows = [rows[place] for place in places.tolist()]
+        self.newest = torch.cat([self.newest, other.newest])[places]
+        self.uniforms = torch.cat([self.uniforms, other.uniforms])[places]
+        return self
+
     def finish(self) -> list[_Row]:
         """Lets finished samples go, and returns them, where they are enough to make a copy of the cache worth it."""
         alive = [place for place, row in enumerate(self.rows) if not self._is_done(row)]
@@ -266,18 +269,20 @@ def _units(
 
 
 def _next_units(
-    queue: deque[_Unit], running: Sequence[_Running], params: SamplingParams, max_rows: int, room: int | None
+    queue: deque[_Unit], running: _Running | None, params: SamplingParams, max_rows: int, room: int | None
 ) -> list[_Unit]:
     """The prompts that enter now: none while too few rows, or tokens in `room` (None: any number), are free."""
-    free = max_rows - sum(len(each.rows) for each in running)
+    free = max_rows - (len(running.rows) if running else 0)
     if not queue or (running and free < max_rows * REFILL_SHARE):
         return []
-    left = math.inf if room is None else room - sum(each.cohort.most_tokens for each in running)
+    # All prompts stand in tables as wide as the longest: one that runs, or the first to enter.
+    longest, held = (running.cohort.longest, running.cohort.most_tokens) if running else (len(queue[0].prompt), 0)
+    left = math.inf if room is None else room - held
     units: list[_Unit] = []
     tokens = 0
     while queue and len(queue[0].rows) <= free and (not units or tokens + len(queue[0].prompt) <= PREFILL_TOKENS):
         unit = queue[0]
-        left -= len(unit.prompt) + len(unit.rows) * whole_columns(params.max_new_tokens)
+        left -= longest + len(unit.rows) * whole_columns(params.max_new_tokens)
         if left < 0 and (running or units):
             break
         units.append(queue.popleft())
