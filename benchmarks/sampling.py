@@ -84,7 +84,7 @@ def _drawn(inputs: Path, size: int) -> Path:
 
 def _print_ratios(found: dict[Side, dict[str, float]]) -> None:
     ours = max((row for side, row in found.items() if side[0] == "align"), key=lambda row: row["samples_per_second"])
-    print(f"\nprompts take {ours['prefill_seconds'] / ours['seconds']:.0%} of our time")
+    print(f"\nrunning prompts takes {ours['prefill_seconds'] / ours['seconds']:.0%} of our time")
     for name in ("generate", "vllm"):
         theirs = [row["samples_per_second"] for side, row in found.items() if side[0] == name]
         if theirs:
@@ -124,11 +124,11 @@ def _sample_with_align(options: argparse.Namespace) -> dict[str, float]:
     sampler = TorchSampler(model, stop_ids=[inputs["stop"]], max_rows=options.size)
     params = SamplingParams(num_candidates=options.k, max_new_tokens=options.max_new_tokens)
     sampler.sample(inputs["others"], params)
-    start_cohort, prefill = sampler._start, []
+    run_prompts, prefill = sampler._start, []
 
     def timed(*arguments: Any) -> Any:
         start = time.perf_counter()
-        started = start_cohort(*arguments)
+        started = run_prompts(*arguments)
         prefill.append(time.perf_counter() - start)
         return started
 

@@ -122,7 +122,8 @@ def test_keys_and_values_are_the_tables_of_the_engine():
         for layer in range(config.num_hidden_layers):
             cohort.attend(layer, torch.zeros(6, 4, 16), torch.zeros(6, 2, 16), torch.zeros(6, 2, 16))
         cohort.advance()
-    tables = [table for layer in (*kept.layers, *cohort.own) for table in (layer.keys, layer.values)]
+    tables = [table for layer in kept.layers for table in (*layer.keys, *layer.values)]
+    tables += [table for layer in cohort.own for table in (layer.keys, layer.values)]
     found = kv_bytes(config, torch.float32, prompts=2, rows=6, prompt_tokens=20, new_tokens=20)
     assert found == sum(table.nbytes for table in tables)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,6 +273,48 @@ def test_samples_do_not_depend_on_how_many_rows_run_side_by_side(exact_llama, ex
     )
 
 
+def test_samples_do_not_depend_on_how_many_prompts_are_run_at_once(exact_llama, expected_samples, monkeypatch):
+    """Three lots of prompts are run before the first step, and join."""
+    monkeypatch.setattr(torch_engine, "PREFILL_TOKENS", 8)
+    calls = calls_of(exact_llama)
+    assert ids(TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=64).sample(PROMPTS, PARAMS)) == expected_samples
+    assert [tokens for _, tokens in calls[:3]] == [7, 4 + 2 + 2, 1]
+    assert calls[3][1] > 3 * PARAMS.num_candidates
+
+
+@pytest.mark.parametrize("attention", [prompt_cache.attention_with_lse, prompt_cache.plain_attention_with_lse])
+@pytest.mark.parametrize("max_rows", [3, 4, 7])
+def test_prompts_of_like_length_share_tables_as_they_come_and_go(exact_llama, monkeypatch, attention, max_rows):
+    """Each is answered as if it were alone, with the attention of CPUs and that of other devices."""
+    prompts = [[5 + (3 * number + place) % 18 for place in range(9 - number % 5)] for number in range(12)]
+    prompts.append([5 + place % 17 for place in range(40)])  # one that all others would be padded to
+    expected = [ids(TorchSampler(exact_llama, stop_ids=[3, 4]).sample([prompt], PARAMS))[0] for prompt in prompts]
+    tables = []
+    set_lengths = prompt_cache.Prompts._set_lengths
+
+    def note(kept: prompt_cache.Prompts, lengths: Tensor) -> None:
+        set_lengths(kept, lengths)
+        tables.append([(table.stop - table.start, table.columns) for table in kept.tables])
+
+    monkeypatch.setattr(prompt_cache.Prompts, "_set_lengths", note)
+    monkeypatch.setattr(prompt_cache, "attention_with_lse", attention)
+    params = replace(PARAMS, num_candidates=1)
+    firsts = [[samples[0]] for samples in expected]
+    assert ids(TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=max_rows).sample(prompts, params)) == firsts
+    assert any(count > 1 for of_prompts in tables for count, _ in of_prompts)  # some shared a table, with padding
+    assert all(columns <= 9 for of_prompts in tables for _, columns in of_prompts if (1, 40) not in of_prompts)
+    found = ids(TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=max_rows).sample(prompts, PARAMS))
+    assert found == expected
+
+
+def test_one_long_prompt_does_not_widen_the_others():
+    kept = prompt_cache.Prompts([4000, 110, 100, 90], torch.device("cpu"))
+    assert [(table.start, table.stop, table.columns) for table in kept.tables] == [(0, 1, 4000), (1, 4, 110)]
+    kept.join([prompt_cache.Prompts([500, 105, 50], torch.device("cpu"))])
+    assert [table.columns for table in kept.tables] == [4000, 500, 110, 50]
+    assert kept.lengths.tolist() == [4000, 500, 110, 105, 100, 90, 50]
+
+
 def test_samples_do_not_depend_on_the_order_of_prompts(exact_llama, expected_samples):
     found = TorchSampler(exact_llama, stop_ids=[3, 4]).sample(PROMPTS[::-1], PARAMS)
     assert ids(found)[::-1] == expected_samples
@@ -448,7 +491,7 @@ def test_finished_rows_leave_the_batch(make_llama):
     lengths = [len(sample.token_ids) for sample in samples]
     for step, count in enumerate(rows, start=1):  # this call computes token `step + 1` of every row still in
         wanted = sum(length > step for length in lengths)
-        assert wanted <= count <= max(wanted / 0.85, wanted + 1)
+        assert wanted <= count <= max(wanted / 0.93, wanted + 1)
 
 
 def test_new_prompts_take_the_rows_of_finished_samples(make_llama):

@@ -94,10 +94,10 @@ def test_prompts_that_stay_for_one_long_response_keep_others_out():
     cohort = Cohort(Prompts(lengths, torch.device("cpu")), [0, 1], most_columns=16)
     rows = [torch_engine._Row(0, torch.zeros(16)) for _ in range(4)]
     running = torch_engine._Running(cohort, rows[:2], torch.zeros(2, 16), frozenset(), 16)
-    assert cohort.most_tokens == 2 * 100 + 2 * 16
+    taken = 2 * 100 + 2 * 16
     third = torch_engine._Unit(tuple(range(100)), rows)
-    for room, enters in ((cohort.most_tokens + 100 + 4 * 16, True), (cohort.most_tokens + 100 + 4 * 16 - 1, False)):
-        units = torch_engine._next_units(deque([third]), running, params, 8, room)
+    for room, enters in ((taken + 100 + 4 * 16, True), (taken + 100 + 4 * 16 - 1, False)):
+        units = torch_engine._next_units(deque([third]), [running], params, 8, room)
         assert units == ([third] if enters else [])
-    assert torch_engine._next_units(deque([third]), None, params, 8, 10) == [third]  # alone it may try
-    assert torch_engine._next_units(deque([third]), running, params, 8, None) == [third]
+    assert torch_engine._next_units(deque([third]), [], params, 8, 10) == [third]  # alone it may try
+    assert torch_engine._next_units(deque([third]), [running], params, 8, None) == [third]

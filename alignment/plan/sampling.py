@@ -63,18 +63,20 @@ def sampling(spec: ModelSpec, draws: Draws, *, device: DeviceKind) -> Sampling:
     lengths = {"prompt_tokens": draws.prompt_tokens, "new_tokens": draws.new_tokens}
     kv_cache = kv_bytes(config, dtype, prompts=draws.prompts, rows=draws.rows, **lengths)
     columns = whole_columns(draws.new_tokens)
-    # A cohort of prompts runs as flat rows with the attention of a CPU, on every device.
-    cohort = max(1, min(draws.prompts, PREFILL_TOKENS // draws.prompt_tokens))
-    rows = Rows(cohort, draws.prompt_tokens - 1, (1,))
+    # Prompts run as flat rows with the attention of a CPU, on every device.
+    at_a_time = max(1, min(draws.prompts, PREFILL_TOKENS // draws.prompt_tokens))
+    rows = Rows(at_a_time, draws.prompt_tokens - 1, (1,))
     prefill = run_pass(spec, rows, "logprobs", device="cpu")
-    # One layer's own keys and values are copied when they grow; a step's scores and their weights stand side by side.
-    growth = 2 * draws.rows * columns * kv_width(config) * dtype.itemsize
+    # One layer's tables are copied when prompts come and go.
+    copies = 2 * (draws.prompts * draws.prompt_tokens + draws.rows * columns) * kv_width(config) * dtype.itemsize
     length = draws.prompt_tokens + columns
-    scores = 2 * draws.rows * config.num_attention_heads * (length + columns) * dtype.itemsize
+    # Scores, in float32 with their weights, and the weights in the model's type; a CPU never has those of the prompts.
+    scored = columns if device == "cpu" else length
+    scores = draws.rows * config.num_attention_heads * scored * 2 * (4 + dtype.itemsize)
     at_once = min(draws.rows, CPU_ROWS) if device == "cpu" else draws.rows
     logits = draws.rows * config.vocab_size * dtype.itemsize + 3 * 4 * at_once * config.vocab_size
     attention = 4 * config.num_hidden_layers * config.hidden_size * length
     decode = draws.rows * draws.new_tokens * (2 * weights(spec).parameters + attention)
-    total_prefill = prefill.flops * draws.prompts // cohort
+    total_prefill = prefill.flops * draws.prompts // at_a_time
     steps = draws.new_tokens * (weights(spec).parameters * dtype.itemsize + kv_cache)
-    return Sampling(kv_cache, max(prefill.peak, growth + scores + logits), total_prefill + decode, steps)
+    return Sampling(kv_cache, max(prefill.peak, copies + scores + logits), total_prefill + decode, steps)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -95,11 +96,6 @@ class Cohort:
         """Tokens of the longest prompt."""
         return int(self.prompts.lengths[0])
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens that there are keys and values of, padding included, where every sample goes on to its full length."""
-        return len(self.prompts.lengths) * self.longest + len(self) * whole_columns(self._most_columns)
-
     def attend(
         self,
         index: int,
@@ -118,8 +114,8 @@ class Cohort:
         of_prompts, sums = (order.rows(x.flatten(0, 1)) for x in self.prompts.attend(index, table))
         scores = torch.bmm(grouped, own.keys.transpose(1, 2)).add_(newest.bias)  # (S, H/G, C)
         weights = torch.cat([scores, sums[..., None]], dim=-1).softmax(-1)  # the prompt counts as one token more
-        weights = weights.to(values.dtype)
-        attended = torch.bmm(weights[..., :-1], own.values).addcmul_(of_prompts, weights[..., -1:])
+        of_own = torch.bmm(weights[..., :-1].to(values.dtype), own.values)
+        attended = of_own.addcmul_(of_prompts, weights[..., -1:].to(values.dtype))
         return attended.index_select(0, order.places).view(queries.shape)
 
     def advance(self) -> None:
@@ -128,18 +124,19 @@ class Cohort:
         self._oldest = min(self._oldest + 1, self._most_columns - 1)
         self._newest = {}
 
-    def join(self, other: Cohort) -> Int[Tensor, " R"]:
-        """Takes the samples of another, which have no tokens here yet; that one is of no use afterwards.
+    def join(self, others: Sequence[Cohort]) -> Int[Tensor, " R"]:
+        """Takes the samples of others, which have no tokens here yet; those are of no use afterwards.
 
-        Returns the order in which its own samples, and then the other's, stand now.
+        Returns the order in which its own samples, and then those of each of the others, stand now.
         """
-        assert not other._oldest
+        everybody = [self, *others]
+        assert not any(other._oldest for other in others)
         numbers = {layer.key_mean.shape[1] for layer in self.prompts.layers}
-        before = {number: self._places_with(other, number) for number in numbers}
-        places, others = self.prompts.join(other.prompts)
-        lanes = torch.cat([places[self.lanes], others[other.lanes]])
+        before = {number: _places_of(everybody, number) for number in numbers}
+        places = self.prompts.join([other.prompts for other in others])
+        lanes = torch.cat([where[each.lanes] for where, each in zip(places, everybody, strict=True)])
         rows = lanes.argsort(stable=True)
-        self.lanes, self.ages = lanes[rows], torch.cat([self.ages, other.ages])[rows]
+        self.lanes, self.ages = lanes[rows], torch.cat([each.ages for each in everybody])[rows]
         self._orders, self._newest = {}, {}
         after = {n: before[n][rows].flatten()[self._order(n).pairs].argsort() for n in numbers}
         for own, layer in zip(self.own, self.prompts.layers, strict=True):
@@ -157,11 +154,6 @@ class Cohort:
         self._orders, self._newest = {}, {}
         for own, number in zip(self.own, groups, strict=True):
             own.keep(before[number][self._order(number).pairs], whole_columns(self._oldest), self._space)
-
-    def _places_with(self, other: Cohort, groups: int) -> Int[Tensor, "R G"]:
-        """The places of its own pairs, and of the other's behind them."""
-        own, others = (each._order(groups).places.view(-1, groups) for each in (self, other))
-        return torch.cat([own, others + own.numel()])
 
     def _newest_of(self, groups: int, dtype: torch.dtype) -> Newest:
         if groups not in self._newest:
@@ -187,3 +179,10 @@ class Cohort:
             order = Order(places.flatten().argsort(), places.flatten(), slots, len(counts) * groups, width)
             self._orders[groups] = order
         return self._orders[groups]
+
+
+def _places_of(cohorts: Sequence[Cohort], groups: int) -> Int[Tensor, "R G"]:
+    """The places of the cohorts' pairs, one cohort behind the other."""
+    places = [cohort._order(groups).places.view(-1, groups) for cohort in cohorts]
+    starts = accumulate((len(each) * groups for each in cohorts), initial=0)
+    return torch.cat([start + one for start, one in zip(starts, places, strict=False)])

@@ -23,7 +23,7 @@ from alignment.sampling.cohort import Cohort
 from alignment.sampling.draw import draw, uniforms_of
 from alignment.sampling.memory import free_memory, rows_that_fit, tokens_that_fit
 from alignment.sampling.own_tokens import whole_columns
-from alignment.sampling.prompt_cache import Prompts, attend_and_keep
+from alignment.sampling.prompt_cache import Prompts, attend_and_keep, padded_length
 from alignment.sampling.prompt_row import prompt_blocks, prompt_row
 from alignment.sampling.protocol import Sample, SamplingParams
 from alignment.tree_attention import TREE_ATTENTION
@@ -61,17 +61,18 @@ class TorchSampler:
         self._check_window(prompts, params)
         max_rows, room = (self.max_rows, None) if self.max_rows else self._what_fits(prompts, params)
         queue = deque(_units(prompts, params, max_rows, results))
-        running: _Running | None = None
+        running: list[_Running] = []  # those behind the first have just been started
         missing = [params.num_candidates for _ in prompts]
         with _evaluation(self.model):
             while queue or running:
                 if units := _next_units(queue, running, params, max_rows, room):
-                    started = self._start(units, params)
-                    running = started if running is None else running.join(started)
+                    running.append(self._start(units, params))
                 else:
-                    self._step(running, params)
-                left = running.finish()
-                running = running if running.rows else None
+                    first, *others = running
+                    running = [first.join(others) if others else first]
+                    self._step(running[0], params)
+                left = [row for each in running for row in each.finish()]
+                running = [each for each in running if each.rows]
                 if on_progress and left:
                     on_progress(len(left))
                 for row in left:
@@ -223,13 +224,14 @@ class _Running:
                 row.logprobs.append(logprob)
                 row.stopped = token in self.stop_ids
 
-    def join(self, other: _Running) -> _Running:
-        """With the samples of another, which have but their first tokens."""
-        places = self.cohort.join(other.cohort)
-        rows = [*self.rows, *other.rows]
+    def join(self, others: Sequence[_Running]) -> _Running:
+        """With the samples of others, which have but their first tokens."""
+        everybody = [self, *others]
+        places = self.cohort.join([other.cohort for other in others])
+        rows = [row for each in everybody for row in each.rows]
         self.rows = [rows[place] for place in places.tolist()]
-        self.newest = torch.cat([self.newest, other.newest])[places]
-        self.uniforms = torch.cat([self.uniforms, other.uniforms])[places]
+        self.newest = torch.cat([each.newest for each in everybody])[places]
+        self.uniforms = torch.cat([each.uniforms for each in everybody])[places]
         return self
 
     def finish(self) -> list[_Row]:
@@ -269,26 +271,32 @@ def _units(
 
 
 def _next_units(
-    queue: deque[_Unit], running: _Running | None, params: SamplingParams, max_rows: int, room: int | None
+    queue: deque[_Unit], running: Sequence[_Running], params: SamplingParams, max_rows: int, room: int | None
 ) -> list[_Unit]:
     """The prompts that enter now: none while too few rows, or tokens in `room` (None: any number), are free."""
-    free = max_rows - (len(running.rows) if running else 0)
+    free = max_rows - sum(len(each.rows) for each in running)
     if not queue or (running and free < max_rows * REFILL_SHARE):
         return []
-    # All prompts stand in tables as wide as the longest: one that runs, or the first to enter.
-    longest, held = (running.cohort.longest, running.cohort.most_tokens) if running else (len(queue[0].prompt), 0)
-    left = math.inf if room is None else room - held
+    left = math.inf if room is None else room - _most_tokens(running, params)
+    longest = max([len(queue[0].prompt), *(each.cohort.longest for each in running)])
     units: list[_Unit] = []
     tokens = 0
     while queue and len(queue[0].rows) <= free and (not units or tokens + len(queue[0].prompt) <= PREFILL_TOKENS):
         unit = queue[0]
-        left -= longest + len(unit.rows) * whole_columns(params.max_new_tokens)
+        left -= padded_length(len(unit.prompt), longest) + len(unit.rows) * whole_columns(params.max_new_tokens)
         if left < 0 and (running or units):
             break
         units.append(queue.popleft())
         free -= len(unit.rows)
         tokens += len(unit.prompt)
     return units
+
+
+def _most_tokens(running: Sequence[_Running], params: SamplingParams) -> int:
+    """Tokens that there are keys and values of, padding included, where every sample goes on to its full length."""
+    lengths = [length for each in running for length in each.cohort.prompts.lengths.tolist()]
+    own = sum(len(each.cohort) for each in running) * whole_columns(params.max_new_tokens)
+    return sum(padded_length(length, max(lengths)) for length in lengths) + own
 
 
 @contextmanager
