@@ -68,8 +68,7 @@ class TorchSampler:
                 if units := _next_units(queue, running, params, max_rows, room):
                     running.append(self._start(units, params))
                 else:
-                    first, *others = running
-                    running = [first.join(others) if others else first]
+                    running = _joined(running)
                     self._step(running[0], params)
                 left = [row for each in running for row in each.finish()]
                 running = [each for each in running if each.rows]
@@ -268,6 +267,11 @@ def _units(
     for prompt in sorted(by_prompt, key=len, reverse=True):
         rows = by_prompt[prompt]
         yield from (_Unit(prompt, rows[start : start + max_rows]) for start in range(0, len(rows), max_rows))
+
+
+def _joined(running: list[_Running]) -> list[_Running]:
+    first, *others = running
+    return [first.join(others)] if others else running
 
 
 def _next_units(
