@@ -299,8 +299,9 @@ def _next_units(
 def _most_tokens(running: Sequence[_Running], params: SamplingParams) -> int:
     """Tokens that there are keys and values of, padding included, where every sample goes on to its full length."""
     lengths = [length for each in running for length in each.cohort.prompts.lengths.tolist()]
+    longest = max(lengths, default=0)
     own = sum(len(each.cohort) for each in running) * whole_columns(params.max_new_tokens)
-    return sum(padded_length(length, max(lengths)) for length in lengths) + own
+    return sum(padded_length(length, longest) for length in lengths) + own
 
 
 @contextmanager
