@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from alignment.low_rank import use_low_rank_linear
+
 # The name of the frozen adapter; the trained one has peft's own, "default".
 FROZEN_ADAPTER = "frozen"
 _FILE, _BACKBONE = "adapter_model.safetensors", "backbone"
@@ -144,7 +146,7 @@ def attach_frozen(decoder: nn.Module, adapter: Adapter) -> None:
     """Puts an adapter on a decoder, in place, frozen and in the type of its weights."""
     if not adapter.layers:
         return
-    inject_adapter_in_model(adapter.config(), decoder, adapter_name=FROZEN_ADAPTER)
+    inject_adapter_in_model(use_low_rank_linear(adapter.config()), decoder, adapter_name=FROZEN_ADAPTER)
     for layer, factors in adapter.layers.items():
         module = decoder.get_submodule(layer)
         for part, values in zip((module.lora_A, module.lora_B), factors, strict=True):

@@ -125,7 +125,9 @@ def leave_process_group() -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of every process, in their order; needs a process group."""
+    """The value of every process, in their order; collective where there is a process group."""
+    if not dist.is_initialized():
+        return [value]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found

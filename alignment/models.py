@@ -10,12 +10,14 @@ import tempfile
 import urllib.request
 import warnings
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -43,6 +45,7 @@ from alignment.config import LoraSection
 from alignment.data import file_sha256
 from alignment.distributed import gets_weights_later, save_alone, whole_weights
 from alignment.errors import ModelError
+from alignment.low_rank import use_low_rank_linear
 from alignment.runs import write_folder
 from alignment.sources import cached_folder, find_model
 from alignment.toy import TOY_VERSION
@@ -174,7 +177,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
         with warnings.catch_warnings():
             # A frozen adapter of ours may be there already; peft takes it for one in training.
             warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
-            return get_peft_model(model, config)
+            return get_peft_model(model, use_low_rank_linear(config))
 
 
 def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
@@ -245,7 +248,9 @@ def _from_pretrained(
     options = {"dtype": dtype, "attn_implementation": TREE_ATTENTION}
     try:
         if not empty:
-            return cls.from_pretrained(folder, **options, **extra)
+            model, found = cls.from_pretrained(folder, output_loading_info=True, **options, **extra)
+            _check_complete(model, found["missing_keys"], name)
+            return model
         with no_init_weights():
             model = cls.from_config(AutoConfig.from_pretrained(folder, **extra), **options)
         model.tie_weights()
@@ -254,6 +259,15 @@ def _from_pretrained(
         raise ModelError(
             f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE."
         ) from error
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{name}: its weights cannot be read ({error}). Copy or train it again.") from error
+
+
+def _check_complete(model: PreTrainedModel, missing: Collection[str], name: str) -> None:
+    """Raises ModelError where a weight is not in the files; but a chat model has no score, which starts fresh."""
+    if missing and type(model).__name__ in (model.config.architectures or []):
+        some = ", ".join(sorted(missing)[:3])
+        raise ModelError(f"{name}: {len(missing)} of its weights are in none of its files ({some}). Copy it again.")
 
 
 def _as_float32(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

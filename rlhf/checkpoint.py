@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
+from alignment.distributed import gather_objects
 from alignment.runs import Run, checkpoint_step, mark_complete, write_folder
 
 KEEP_CHECKPOINTS = 2
@@ -56,13 +58,17 @@ class Learner:
 def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], extra: Mapping[str, Any]) -> None:
     """Writes `checkpoints/checkpoint-STEP`, marks it complete last, and removes older ones but the last.
 
-    `extra` holds whatever else decides how the run goes on: numbers, texts and mappings of them.
+    Collective: every process calls it and gives its random state, the main one writes. `extra` holds whatever else
+    decides how the run goes on: numbers, texts and mappings of them.
     """
+    random_states = gather_objects(_random_state())
+    if not run_dir.writes:
+        return
     folder = run_dir.path / "checkpoints" / f"checkpoint-{step}"
 
     def fill(path: Path) -> None:
         state = {name: learner.state() for name, learner in learners.items()}
-        torch.save({"learners": state, "rng": torch.get_rng_state(), "extra": dict(extra)}, path / "state.pt")
+        torch.save({"learners": state, "random": random_states, "extra": dict(extra)}, path / "state.pt")
 
     write_folder(folder, fill)
     run_dir.note_elapsed()
@@ -76,5 +82,20 @@ def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> tuple[int,
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     for name, learner in learners.items():
         learner.load_state(state["learners"][name])
-    torch.set_rng_state(state["rng"])
+    states = state["random"]
+    _set_random_state(states[PartialState().process_index % len(states)])
     return checkpoint_step(folder), state["extra"]
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """Of torch's generators on the CPU and, where the run has one, on this process's GPU."""
+    states = {"cpu": torch.get_rng_state()}
+    if PartialState().device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_state(states: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and PartialState().device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])

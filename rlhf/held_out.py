@@ -44,9 +44,9 @@ class HeldOut:
         guard, tokens = self.section.guard, config.rewards.max_tokens_per_batch
         self._guard = guard and load_scorer(guard, state.device, max_tokens=tokens)
 
-    def is_due(self, iteration: int) -> bool:
-        """Whether to look after this iteration: before the first, every so many, and at the end."""
-        last = iteration == self.config.train.max_steps
+    def is_due(self, iteration: int, *, ends: bool = False) -> bool:
+        """Whether to look after this iteration: before the first, every so many, and at the end, however it `ends`."""
+        last = ends or iteration == self.config.train.max_steps
         return bool(self._asked) and (iteration % self.section.every == 0 or last)
 
     def look(

@@ -34,27 +34,22 @@ from rlhf.rollout import RewardModels
 class PPOModels:
     """Policy and critic in training, the frozen reference and reward models.
 
-    With LoRA the reference is the policy with its adapters off, so `reference` is None. `separate` says why the models
-    do not share their frozen weights; None where they do.
+    With LoRA the reference has the policy's own frozen weights. `separate` says why the other models do not share them
+    too; None where they do.
     """
 
     loaded: LoadedModel
     policy: nn.Module
     critic: nn.Module
-    reference: nn.Module | None
+    reference: nn.Module
     rewards: RewardModels
     separate: str | None
 
     @contextmanager
-    def reference_policy(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """The frozen policy that KL is measured from; `policy` is the trained one as wrapped for training."""
-        if self.reference is not None:
-            with lent(self.reference, next(policy.parameters()).device):
-                yield self.reference
-        else:
-            inner = policy.module if hasattr(policy, "module") else policy
-            with inner.disable_adapter():
-                yield inner
+    def reference_policy(self, device: torch.device) -> Iterator[nn.Module]:
+        """The frozen policy that KL is measured from, on the device that trains."""
+        with lent(self.reference, device):
+            yield self.reference
 
 
 def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> PPOModels:
@@ -87,7 +82,8 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> 
     # A weight of its own: the helpfulness model may share the old one.
     value.score.weight = nn.Parameter(torch.zeros_like(value.score.weight))
     rewards.check_vocabulary(loaded)
-    reference = None if lora.r else copy.deepcopy(loaded.model).to(home).requires_grad_(False)
+    reference = sharing_copy(loaded.model) if lora.r else copy.deepcopy(loaded.model).to(home)
+    reference.requires_grad_(False)
     policy = add_lora(loaded.model, lora, is_reward_model=False, seed=config.run.seed)
     critic = add_lora(value, lora, is_reward_model=True, seed=config.run.seed)
     keep_frozen_active(critic)
@@ -97,8 +93,8 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> 
             unwrap(model).enable_input_require_grads()
     policy, critic = policy.to(device), critic.to(device)
     if config.train.compile:
-        for model in (policy, critic):
-            compile_layers(model)
+        for model in (policy, critic, reference):
+            compile_layers(model, device)
     return PPOModels(loaded, policy, critic, reference, rewards, separate)
 
 

@@ -91,7 +91,8 @@ class PPOTrainer:
         """A model with its optimizer and a schedule over all iterations but the first `without`."""
         optim = self.config.optim
         groups = parameter_groups(model, optim.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+        fused = self.accelerator.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=fused)
         num_updates = (self.config.train.max_steps - without) * self._updates_per_iteration()
         scheduler = build_scheduler(optimizer, optim, num_steps=num_updates)
         model, optimizer = self.accelerator.prepare(model, optimizer)
@@ -112,12 +113,12 @@ class PPOTrainer:
     def prompts_of(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
         """The prompts of an iteration: consecutive pieces of seeded shuffles, the same on all processes."""
         count = self.config.train.batch_size // self.config.sampling.num_candidates
-        wanted = range(step * count, (step + 1) * count)
-        chosen = []
-        for position in wanted:
-            generator = torch.Generator().manual_seed(iteration_seed(self.config.run.seed, position // len(prompts)))
-            order = torch.randperm(len(prompts), generator=generator)
-            chosen.append(prompts[int(order[position % len(prompts)])])
+        chosen: list[EncodedPrompt] = []
+        while len(chosen) < count:
+            shuffle, start = divmod(step * count + len(chosen), len(prompts))
+            generator = torch.Generator().manual_seed(iteration_seed(self.config.run.seed, shuffle))
+            order = torch.randperm(len(prompts), generator=generator)[start : start + count - len(chosen)]
+            chosen += [prompts[index] for index in order.tolist()]
         return chosen
 
     def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int, critic_only: bool = False) -> dict[str, float]:
@@ -141,10 +142,11 @@ class PPOTrainer:
 
         # 2. Score them with both reward models; the gate chooses which one speaks.
         helpfulness, safety = self.rewards.score_trees(trees)
+        for name, scores in (("helpfulness", helpfulness), ("safety", safety)):
+            if not torch.isfinite(scores).all():
+                raise DataError(f"rewards.{name}: gave a score that is not a number. Look at its training run.")
         is_safety = torch.tensor([p.prompt.is_safety for p in mine]).repeat_interleave(sampling.num_candidates)
         gated = self.rewards.gate(helpfulness, safety, is_safety)
-        if not torch.isfinite(gated).all():
-            raise DataError("a reward model gave a score that is not a number. Look at its training run.")
         clock.lap("score")
 
         # 3. Whiten over the global batch, before the KL term.
@@ -170,6 +172,7 @@ class PPOTrainer:
             **reward_metrics(gated, helpfulness, safety, is_safety, gate, rollouts.mask.sum(1)),
             "truncated_rate": 1.0 - stopped.float().mean(),
             **rollout_metrics(rollouts),
+            "whitened_largest": whitened.abs().max(),
             "sampler_gap": sampler_gap(rollouts, drawn),
             "beta": self.beta,
             **{f"{name}_tokens_per_second": tokens / seconds for name, seconds in clock.phases()},
@@ -199,7 +202,7 @@ class PPOTrainer:
         self.critic.eval()
         with self._autocast():
             logprobs, entropy, values, counted = tabulate(trees, under_policy, **options)
-            with self.models.reference_policy(self.policy) as reference:
+            with self.models.reference_policy(device) as reference:
                 [ref_logprobs] = tabulate(
                     trees, lambda batch: [response_logprobs(reference, batch, temperature=temperature)], **options
                 )

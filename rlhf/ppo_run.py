@@ -51,27 +51,32 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
         if accelerator.is_main_process:
             run_dir.metrics.truncate_after(done or -1)
 
-        def look() -> dict[str, float]:
-            if not held_out.is_due(done):
+        def look(*, ends: bool = False) -> dict[str, float]:
+            if not held_out.is_due(done, ends=ends):
                 return {}
-            return held_out.look(done, trainer.sampler, trainer.rewards, policy, run_dir)
+            figures = held_out.look(done, trainer.sampler, trainer.rewards, policy, run_dir)
+            return {f"ppo/{name}": value for name, value in figures.items()}
 
         if done == 0 and (figures := look()):
-            run_dir.log(0, {f"ppo/{name}": value for name, value in figures.items()})
+            run_dir.log(0, figures)
         total = config.train.max_steps
         with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=done) as bar:
             while done < total and watch.stopped is None and not held_out.has_stopped:
                 seed, critic_only = iteration_seed(config.run.seed, done), done < config.ppo.critic_warmup
                 metrics = trainer.iterate(trainer.prompts_of(done, prompts), seed=seed, critic_only=critic_only)
                 done += 1
-                values = {f"ppo/{name}": value for name, value in {**metrics, **look()}.items()}
-                run_dir.log(done, values)
-                accelerator.log(values, step=done)
+                values = {f"ppo/{name}": value for name, value in metrics.items()}
+                try:
+                    messages = watch.look(done, metrics)
+                    values |= look(ends=watch.stopped is not None)
+                finally:  # the figures of an iteration that went wrong are worth most
+                    run_dir.log(done, values)
+                    accelerator.log(values, step=done)
                 bar.advance(1, f"reward {metrics['reward']:+.2f}  kl {metrics['kl']:.2f}")
-                for message in watch.look(done, metrics):
+                for message in messages:
                     if accelerator.is_main_process:
                         console.print(f"ppo: iteration {done}: {message}")
-                if done % config.train.save_every == 0 and accelerator.is_main_process:
+                if done % config.train.save_every == 0:
                     extra = {"beta": trainer.beta, "watch": watch.state(), "held_out": held_out.state_dict()}
                     save_checkpoint(run_dir, done, trainer.learners, extra)
     for tracker in accelerator.trackers:

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from alignment import models
@@ -63,6 +63,35 @@ def with_adapters(model, *, is_reward_model, **lora):
         if "lora_B" in name:  # starts at zero: a merge that forgets them would not show
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     return adapted
+
+
+def saved_reward_model(folder):
+    loaded = load_reward_model("toy", new_head_seed=0)
+    save_model(loaded.model, loaded, folder)
+    return folder / "model.safetensors"
+
+
+def test_a_reward_model_without_its_head_is_refused(tmp_path):
+    """transformers would draw a fresh one and only warn."""
+    file = saved_reward_model(tmp_path / "rm")
+    weights = load_file(file)
+    del weights["score.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"rm: 1 of its weights are in none of its files \(score\.weight\)"):
+        load_reward_model(str(tmp_path / "rm"))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another size"])
+def test_weights_that_cannot_be_read_are_named(damage, tmp_path):
+    file = saved_reward_model(tmp_path / "rm")
+    if damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        weights = load_file(file)
+        weights["score.weight"] = torch.zeros(1, 7)
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="rm: its weights cannot be read"):
+        load_reward_model(str(tmp_path / "rm"))
 
 
 @torch.no_grad()

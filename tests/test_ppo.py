@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from alignment.config import load_config
-from alignment.errors import ConfigError
-from alignment.prefix_batch import Branch, Tree
+from alignment.errors import ConfigError, DataError
+from alignment.prefix_batch import Branch, Tree, collate
 from rlhf import ppo, ppo_run
 from rlhf.config import PPOConfig
 from rlhf.ppo import EncodedPrompt, PPOTrainer
-from rlhf.rollout import reward_metrics
+from rlhf.rollout import Rollouts, reward_metrics
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "ppo.md"
 
@@ -135,6 +135,60 @@ def test_the_first_minibatch_has_ratio_one_and_the_first_iteration_no_divergence
     assert max(first["sampler_gap"], second["sampler_gap"]) < 1e-5
 
 
+def test_on_a_bandit_the_gradient_is_the_analytic_one(settings):
+    """Every token of the vocabulary is an arm; the loss's expectation has at logit a the gradient -pi_a (R_a - E R)."""
+    trainer = trainer_of(settings)
+    policy = trainer.policy
+    logits = policy(input_ids=torch.tensor([[5, 6]])).logits[0, -1]
+    pi = logits.detach().softmax(-1)
+    rewards = torch.randn(len(pi), generator=torch.Generator().manual_seed(0))
+    at_logits = -pi * (rewards - (pi * rewards).sum())
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(logits, trained, at_logits)
+
+    table = torch.zeros(len(pi), 1)
+    rollouts = Rollouts(
+        trees=[Tree([5, 6], [Branch([arm]) for arm in range(len(pi))])],
+        mask=table == 0,
+        logprobs=pi.log()[:, None],
+        ref_logprobs=table,
+        entropy=table,
+        rewards=table,
+        values=table,
+        trained=table == 0,
+        advantages=(pi * rewards)[:, None],  # each arm as often as it is sampled
+        returns=table,
+    )
+    batch = collate([rollouts.trees])
+    loss, _ = trainer._policy_losses(rollouts, batch, batch.target_branches, batch.target_offsets)
+    found = torch.autograd.grad(loss, trained)
+    assert max(gradient.abs().max() for gradient in expected) > 1e-2
+    for mine, analytic in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, analytic, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["helpfulness", "safety"])
+def test_a_reward_model_that_gives_no_number_is_named_before_anything_is_learned(settings, name, monkeypatch):
+    """Although the gate may let the other one speak."""
+    trainer = trainer_of(settings)
+    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    scores = {"helpfulness": torch.ones(4), "safety": torch.ones(4)}
+    scores[name][2] = torch.nan
+    monkeypatch.setattr(trainer.rewards, "score_trees", lambda _: tuple(scores.values()))
+    monkeypatch.setattr(trainer, "_measure", None)
+    with pytest.raises(DataError, match=rf"rewards\.{name}: gave a score that is not a number"):
+        trainer.iterate(prompts, seed=0)
+
+
+def test_prompts_are_pieces_of_shuffles_that_leave_none_out(settings):
+    trainer = trainer_of(settings)
+    prompts = [EncodedPrompt(prompt=toy_prompts()[0], ids=[number]) for number in range(5)]  # of which 8 an iteration
+    drawn = [prompt.ids[0] for step in range(5) for prompt in trainer.prompts_of(step, prompts)]
+    assert len(drawn) == 40
+    shuffles = [tuple(drawn[start : start + 5]) for start in range(0, 40, 5)]
+    assert all(sorted(shuffle) == [0, 1, 2, 3, 4] for shuffle in shuffles) and len(set(shuffles)) > 3
+
+
 def test_the_scale_of_scores_changes_nothing_that_is_learned(settings, monkeypatch):
     """Rewards are whitened before the KL term is added, which keeps its weight: here a hundred times the paper's."""
 
@@ -243,6 +297,13 @@ def test_held_out_prompts_are_answered_before_now_and_then_and_after(evaluated):
     explained = DOCUMENTATION.read_text(encoding="utf-8")
     for name in with_look[4].keys() - {"step", "stage"}:
         assert f"| `{name}` |" in explained, name
+
+
+def test_a_run_that_an_alarm_ends_looks_at_the_policy_that_it_saves(evaluated):
+    result, rows, folder = evaluated("alarms.action=stop", "alarms.max_ratio_error=1e-12", "train.max_steps=9")
+    assert result["iterations"] == 1 and result["stopped"] == "ratio"
+    assert [entry["iteration"] for entry in result["held_out"]["history"]] == [0, 1]
+    assert "ppo/held_out_reward" in rows[1] and len(answers(folder, 1)) == 8
 
 
 def test_a_run_whose_held_out_reward_does_not_rise_stops_and_saves_the_best_policy(evaluated, monkeypatch):

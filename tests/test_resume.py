@@ -20,6 +20,7 @@ from alignment.cli.stages import STAGES
 from alignment.config import load_config
 from alignment.errors import RunError
 from alignment.headlines import one_line
+from alignment.models import load_reward_model
 from alignment.runs import Run
 
 pytestmark = pytest.mark.e2e
@@ -140,6 +141,13 @@ def reward_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def adapted_reward_model(tmp_path_factory, save_tuned) -> Path:
+    """One that was trained with LoRA, so that PPO's models share their frozen weights."""
+    folder = tmp_path_factory.mktemp("rm-lora") / "run"
+    return save_tuned(load_reward_model("toy", new_head_seed=0), folder, seed=1, rank=2)
+
+
 def reward_settings(reward_model: Path) -> list[str]:
     keys = (f"path={reward_model}", "dtype=float32")
     return [f"rewards.{kind}.{key}" for kind in ("helpfulness", "safety") for key in keys]
@@ -152,11 +160,19 @@ def ppo_settings(reward_model: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_a_killed_ppo_resumes_bit_for_bit(lora, reward_model, tmp_path):
+PPO_MODELS = {
+    "full": ("reward_model", []),
+    "lora": ("reward_model", ["lora.r=4"]),
+    "shared": ("adapted_reward_model", ["lora.r=4", "ppo.share_backbone=always"]),
+}
+
+
+@pytest.mark.parametrize("models", PPO_MODELS)
+def test_a_killed_ppo_resumes_bit_for_bit(models, tmp_path, request):
     looks = ["evaluation.prompts=toy:prompts.heldout", "evaluation.every=4", "evaluation.max_prompts=6"]
     extra = [*looks, "evaluation.patience=9", "ppo.target_kl=0.5", "ppo.kl_horizon=40"]
-    settings = [*ppo_settings(reward_model), f"lora.r={lora}", "train.max_steps=14", *extra]
+    reward_model, lora = PPO_MODELS[models]
+    settings = [*ppo_settings(request.getfixturevalue(reward_model)), *lora, "train.max_steps=14", *extra]
     run_here("ppo", settings, tmp_path / "whole", resume=False)
     kill_after_first_checkpoint(command("ppo", settings, tmp_path / "killed"), tmp_path / "killed")
     run_here("ppo", settings, tmp_path / "killed", resume=True)
@@ -304,17 +320,18 @@ def run_in_two_processes(stage: str, settings: list[str], run_dir: Path) -> None
     assert json.loads((run_dir / "manifest.json").read_text())["num_processes"] == 2
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "rm-lora", "ppo", "ppo-lora"])
-def test_two_processes_take_the_same_step_as_one(stage, reward_model, tmp_path):
+@pytest.mark.parametrize("stage", ["sft", "rm", "rm-lora", "ppo-full", "ppo-lora", "ppo-shared"])
+def test_two_processes_take_the_same_steps_as_one(stage, tmp_path, request):
     """The same prompts are sampled with the same streams, rewards and advantages whitened over both processes."""
-    name, *lora = stage.split("-")
+    name, *models = stage.split("-")
     if name == "ppo":
+        reward_model, lora = PPO_MODELS[models[0]]
         looks = ["evaluation.prompts=toy:prompts.heldout", "evaluation.max_prompts=5"]
-        settings = [*ppo_settings(reward_model), f"lora.r={4 if lora else 0}", "train.max_steps=2", *looks]
-        # In three of the four minibatches one process has two micro-batches and the other one.
+        settings = [*ppo_settings(request.getfixturevalue(reward_model)), *lora, "train.max_steps=3", *looks]
+        # In most minibatches one process has two micro-batches and the other one.
         settings += ["train.max_tokens_per_batch=60", "train.batch_size=16", "train.minibatch_size=8"]
     else:
-        settings = [*STAGE_SETTINGS[stage], "data.max_rows=44", *(["lora.dropout=0"] if lora else [])]
+        settings = [*STAGE_SETTINGS[stage], "data.max_rows=44", *(["lora.dropout=0"] if models else [])]
     run_here(name, settings, tmp_path / "one", resume=False)
     run_in_two_processes(name, settings, tmp_path / "two")
     one, two = (load_file(tmp_path / count / "model" / "model.safetensors") for count in ("one", "two"))
@@ -325,9 +342,11 @@ def test_two_processes_take_the_same_step_as_one(stage, reward_model, tmp_path):
             [json.loads(line) for line in (tmp_path / count / "metrics.jsonl").read_text().splitlines()]
             for count in ("one", "two")
         )
-        for key in ("reward", "kl", "length", "policy_loss", "value_loss", "policy_grad_norm", "held_out_reward"):
+        names = ("reward", "kl", "length", "policy_loss", "value_loss", "policy_grad_norm", "critic_grad_norm")
+        for key in (*names, "held_out_reward"):
             found, expected = ([row[f"ppo/{key}"] for row in rows if f"ppo/{key}" in row] for rows in (second, first))
-            assert len(found) == 2 and found == pytest.approx(expected, abs=1e-5), key
+            count = 2 if key == "held_out_reward" else 3
+            assert len(found) == count and found == pytest.approx(expected, abs=1e-5), key
 
 
 @pytest.mark.parametrize("stage", SAMPLED)

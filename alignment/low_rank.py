@@ -1,0 +1,76 @@
+"""Linear layers with adapters, `x W' + x [A1; A2]' [B1 B2]'`, in two products more than the layer alone has.
+
+peft computes the same, but under autocast it turns inputs of bfloat16 into float32 and back, keeps the float32 ones for
+the backward pass, and scales and adds what each adapter gives by operations of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class LowRankLinear(Linear):
+    """peft's layer for `nn.Linear`, by its own names and with its other methods."""
+
+    def forward(self, x: Float[Tensor, "*N I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*N O"]:
+        """As peft's: of autocast's type where that is on, else of the input's."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or self.disable_adapters or self.merged or not self._is_plain(names):
+            return super().forward(x, *args, **kwargs)
+        dtype = _autocast_dtype(x.device.type) or x.dtype
+        first = torch.cat([self.lora_A[name].weight.to(dtype) for name in names])
+        second = torch.cat([(self.lora_B[name].weight * self.scaling[name]).to(dtype) for name in names], dim=1)
+        weight, bias = self.base_layer.weight.to(dtype), self.base_layer.bias
+        flat = _LowRankLinear.apply(x.to(dtype).reshape(-1, x.shape[-1]), weight, first, second)
+        y = flat.view(*x.shape[:-1], flat.shape[-1])
+        return y if bias is None else y + bias.to(dtype)
+
+    def _is_plain(self, names: list[str]) -> bool:
+        """Whether nothing but the two factors of each adapter changes the frozen weight."""
+        return (
+            bool(names)
+            and not self.base_layer.weight.requires_grad
+            and not self.lora_variant
+            and all(isinstance(self.lora_dropout[name], nn.Identity) or not self.training for name in names)
+            and not any(self.lora_bias[name] for name in names)
+        )
+
+
+def use_low_rank_linear(config: LoraConfig) -> LoraConfig:
+    """The same description, of which peft makes our layers."""
+    config._register_custom_module({nn.Linear: LowRankLinear})
+    return config
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """y = x W' + (x A') B', where W is frozen and (x A') of as few numbers a token as the rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"], first: Tensor, second: Tensor
+    ) -> Float[Tensor, "N O"]:
+        low = x @ first.T
+        ctx.save_for_backward(x, weight, first, second, low)
+        return torch.addmm(x @ weight.T, low, second.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "N O"]) -> tuple[Tensor | None, ...]:
+        x, weight, first, second, low = ctx.saved_tensors
+        grad_low = grad @ second
+        of_x = torch.addmm(grad @ weight, grad_low, first) if ctx.needs_input_grad[0] else None
+        of_first = grad_low.T @ x if ctx.needs_input_grad[2] else None
+        of_second = grad.T @ low if ctx.needs_input_grad[3] else None
+        return of_x, None, of_first, of_second
