@@ -174,9 +174,10 @@ def test_a_packed_dialogue_is_blind_to_the_one_before_it(make_llama, attention):
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
 
 
-def test_an_attention_that_takes_no_mask_is_refused(llama):
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_an_attention_that_takes_no_mask_is_refused(llama, attention):
     [part] = dialogue_batches([example(9, 2)], range(1), max_tokens=60, row_tokens=30)
-    llama.config._attn_implementation = "flash_attention_2"
+    llama.config._attn_implementation = attention
     with pytest.raises(ModelError, match="cannot keep responses in a row apart"):
         response_logprobs(llama, part.batch)
 
