@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -132,19 +132,37 @@ def fit_prompt(
 
 
 def preview(chat: ChatFormat, encoded: EncodedDialogue) -> Text:
-    """The dialogue token by token: trained tokens green and between [[ and ]], others dim, control tokens bold."""
+    """The dialogue token by token: trained tokens green and between [[ and ]], others dim, control tokens bold.
+
+    Tokens that only together make a character stand together.
+    """
     special = set(chat.tokenizer.all_special_ids)
     text = Text()
     before = False
-    for token, trained in zip(encoded.input_ids, encoded.loss_mask, strict=True):
+    for tokens, trained in _readable_groups(chat.tokenizer, encoded):
         if trained != before:
             text.append("[[" if trained else "]]", style="green bold")
-        style = ("green" if trained else "dim") + (" bold" if token in special else "")
-        text.append(chat.tokenizer.decode([token]), style=style)
+        style = ("green" if trained else "dim") + (" bold" if tokens[0] in special else "")
+        text.append(chat.tokenizer.decode(tokens), style=style)
         text.append("|", style="bright_black")
         before = trained
     text.append("]]" if before else "", style="green bold")
     return text
+
+
+def _readable_groups(tokenizer: PreTrainedTokenizerBase, encoded: EncodedDialogue) -> Iterator[tuple[list[int], bool]]:
+    """The tokens one by one, or as many as it takes to end with a whole character; never across a mask's border."""
+    special = set(tokenizer.all_special_ids)
+    pairs = zip(encoded.input_ids, encoded.loss_mask, strict=True)
+    for (trained, _), stretch in itertools.groupby(pairs, key=lambda pair: (pair[1], pair[0] in special)):
+        group: list[int] = []
+        for token, _ in stretch:
+            group.append(token)
+            if not tokenizer.decode(group).endswith("\ufffd"):
+                yield group, trained
+                group = []
+        if group:
+            yield group, trained
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatFormat:

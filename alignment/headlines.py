@@ -21,8 +21,7 @@ def one_line(result: Result) -> str:
         dropped = counted(result["dropped"])
         return f"{result['dialogues']} dialogues" + (f"; left out {dropped}" if dropped else "")
     if kind == "distil":
-        kept, gain = show(result["kept"], ".0%", bounds=True), show(result["score_gain"], "+.2f")
-        return f"{kept} of {result['prompts']} distilled answers kept, safety score {gain} by the preprompt"
+        return _distillation(result)
     if kind == "reject":
         mean, best = show(result["mean_reward"], "+.2f"), show(result["mean_best_reward"], "+.2f")
         prompts = result.get("pool_prompts", result["prompts"])
@@ -51,7 +50,18 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def _distillation(result: Result) -> str:
+    kept, gain = show(result["kept"], ".0%", bounds=True), show(result["score_gain"], "+.2f")
+    figures = f"{kept} of {result['prompts']} distilled answers kept, safety score {gain} by the preprompt"
+    left_out = {**result.get("dropped", {}), "history_cut": result.get("history_cut", 0)}
+    return "; ".join([figures, *_left_out({"": left_out})])
+
+
 def _sft(result: Result) -> str:
+    return "; ".join([_sft_figures(result), *_left_out(result.get("left_out", {}))])
+
+
+def _sft_figures(result: Result) -> str:
     before, after = result["valid_loss_before"], result["valid_loss_after"]
     if before is None:
         return f"{result['train_dialogues']} dialogues, last training loss {result['train_loss_last']:.3f}"
@@ -73,13 +83,17 @@ def _reward_model_figures(result: Result) -> str:
 
 
 def _left_out(parts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """`train left out 3 vetoed, 2 too long, cut the history of 4`, for each part that lost something."""
+    """`train left out 3 vetoed, 2 too long, cut the history of 4`, for each part that lost something.
+
+    A cut history may have taken answers with it that would have been trained: `cut the history of 4 (with 9 answers)`.
+    """
     found = []
     for part, reasons in parts.items():
-        rows = counted({name: count for name, count in reasons.items() if name != "history_cut"})
+        rows = counted({name: count for name, count in reasons.items() if name not in ("history_cut", "answers_cut")})
         words = [f"left out {rows}"] if rows else []
         if cut := reasons.get("history_cut"):
-            words.append(f"cut the history of {cut}")
+            answers = f" (with {reasons['answers_cut']} answers)" if reasons.get("answers_cut") else ""
+            words.append(f"cut the history of {cut}{answers}")
         if words:
-            found.append(f"{part} {', '.join(words)}")
+            found.append(f"{part} {', '.join(words)}".strip())
     return found

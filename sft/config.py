@@ -244,12 +244,12 @@ class DistilConfig(StageConfig):
 
     sampling: DistilSampling = DistilSampling()
 
-    preprompts: list[str] | None = None
+    preprompts: Annotated[list[str], Field(min_length=1)] | None = None
     """Safety preprompts, one drawn for each prompt; null takes the built-in ones."""
 
     templates: dict[str, str] | None = None
-    """What a good answer does, by a part of the category's name; it goes behind the preprompt. null takes the built-in
-    ones, {} none."""
+    """What a good answer does, by the name of a risk as `category` has it, alone or between commas; it goes behind the
+    preprompt. null takes the built-in ones, {} none."""
 
     max_tokens_per_batch: PositiveInt = 8192
     """Tokens scored at a time: a memory knob."""

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from alignment.chat import ChatFormat, decode_response, encode_prompt
 from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
-from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt
+from alignment.dialogue import Dialogue, Message, Messages, PreferencePair, Prompt
 from alignment.errors import DataError
 from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.memory import CPU_MAX_ROWS
-from alignment.sampling.prompts import choose_prompts, sample_shared
-from alignment.sampling.protocol import Sampler
+from alignment.sampling.prompts import choose_prompts, limit_in_words, sample_shared
+from alignment.sampling.protocol import Sample, Sampler
+from sft.answer_log import NoAnswer, Turn
 from sft.config import GattInstructions
 from sft.ghost_attention import Answer, seed_turns
 from sft.instructions import Instruction, PoolRow, built_in_pool, draw_instruction, own_pool
-
-NoAnswer = Literal["too_long", "refused"]
-
-# The sampler decodes prompts of like length side by side, so a lot has more than go side by side.
-GROUPS_IN_A_LOT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +41,11 @@ class Plan:
 
 
 def load_seeds(section: PromptSection) -> Loaded[Prompt]:
-    """Prompts, demonstrations or pairs, all as prompts. Raises DataError with every bad row."""
-    return load_rows(section.prompts, _seed, on_error=section.on_error)
+    """Prompts, demonstrations or pairs, all as prompts, of which dialogues take the user turns alone.
+
+    Raises DataError with every bad row.
+    """
+    return load_rows(section.prompts, _prompt_of, on_error=section.on_error)
 
 
 def load_own(instructions: GattInstructions) -> Loaded[PoolRow]:
@@ -67,7 +62,10 @@ def make_plans(
     turns: tuple[int, int],
     seed: int,
 ) -> list[Plan]:
-    """The dialogues that the seed decides, each with a number of user turns between the two of `turns`."""
+    """The dialogues that the seed decides, each with a number of user turns between the two of `turns`.
+
+    Raises DataError where the data has too few different opening turns to fill them up.
+    """
     rng = random.Random(seed)
     chosen = choose_prompts(data, prompts, seed)
     pool = own_pool(own.rows) if own.rows else built_in_pool(instructions.kinds, instructions.part)
@@ -78,8 +76,18 @@ def make_plans(
             draw_instruction(pool, rng, combine_rate=instructions.combine_rate),
             rng.random() < instructions.shorten_rate,
         )
-        for user_turns in seed_turns(chosen, lengths, rng)
+        for user_turns in seed_turns(chosen, lengths, rng, spare=data.rows)
     ]
+
+
+def why_unanswered(
+    reasons: Collection[str | None], model: ModelSection, prompts: PromptSection, sampling: SamplingSection
+) -> str:
+    """Why a model could answer no prompt, in words: what its chat format refuses, or which limit of length was met."""
+    if set(reasons) == {"refused"}:
+        return 'the model\'s chat format refuses all of them: see "align data preview"'
+    room = load_chat_of(model.path, model.chat_template)[1] - sampling.max_new_tokens
+    return f"none fits into {limit_in_words(prompts, room)}"
 
 
 class Speaker:
@@ -103,12 +111,10 @@ class Speaker:
         with open_sampler(model, sampling, device, max_prompt_length=length) as sampler:
             yield cls(sampler, chat, sampling, max_prompt_length=length, seed=seed)
 
-    def answer(
-        self, contexts: Mapping[int, Messages], *, turn: int, bar: ProgressBar
-    ) -> tuple[dict[int, list[Answer]], dict[int, NoAnswer]]:
+    def answer(self, contexts: Mapping[int, Messages], *, turn: int, bar: ProgressBar) -> Turn:
         """Candidates for every context by its key, and why there are none: `too_long`, or `refused` by the chat format.
 
-        A model may write what its format refuses to read again, as the tags of Llama 2's.
+        A model may write what its format refuses to read again, as the tags of Llama 2's: such an answer is marked.
         """
         fitting, missing = {}, {}
         for key, messages in contexts.items():
@@ -118,15 +124,19 @@ class Speaker:
             else:
                 missing[key] = reason
         drawn = sample_shared(self._sampler, list(fitting.values()), self.sampling, seed=self.seed + turn, bar=bar)
-        found = {
-            key: [Answer(decode_response(self.chat, one.token_ids), one.finish_reason == "stop") for one in samples]
-            for key, samples in zip(fitting, drawn, strict=True)
-        }
-        return found, missing
+        return {key: list(map(self._read, samples)) for key, samples in zip(fitting, drawn, strict=True)}, missing
 
     def fits(self, messages: Messages) -> bool:
         """Whether a context can be answered."""
         return self._encode(messages)[1] is None
+
+    def _read(self, sample: Sample) -> Answer:
+        text = decode_response(self.chat, sample.token_ids)
+        try:
+            self.chat.check([Message("assistant", text)])
+        except DataError:
+            return Answer(text, sample.finish_reason == "stop", is_refused=True)
+        return Answer(text, sample.finish_reason == "stop")
 
     def _encode(self, messages: Messages) -> tuple[list[int], NoAnswer | None]:
         try:
@@ -136,37 +146,7 @@ class Speaker:
         return ids, None if len(ids) <= self.max_prompt_length else "too_long"
 
 
-class RowLog:
-    """`total` rows on disk as they come, in lots: an interrupted run goes on after the last whole one.
-
-    A lot is what is sampled together: some groups of as many rows as are decoded side by side, `answers_a_row` each.
-    It does not depend on the machine, even where the number of these does.
-    """
-
-    def __init__(self, path: Path, *, total: int, max_rows: int | None, answers_a_row: int = 1, resume: bool) -> None:
-        self.path, self.total = path, total
-        self.size = max(1, GROUPS_IN_A_LOT * (max_rows or CPU_MAX_ROWS) // answers_a_row)
-        self.rows: list[dict[str, Any]] = []
-        if resume and path.exists():
-            self.rows = _whole_lots(path, self.total, self.size)
-
-    def missing(self) -> list[range]:
-        """The lots of rows that are not there yet."""
-        starts = range(len(self.rows), self.total, self.size)
-        return [range(start, min(start + self.size, self.total)) for start in starts]
-
-    def append(self, rows: Iterable[Mapping[str, Any]], *, writes: bool) -> None:
-        """Adds rows; only the main process writes them."""
-        rows = [dict(row) for row in rows]
-        self.rows += rows
-        if writes:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def _seed(row: Mapping[str, Any]) -> Prompt:
+def _prompt_of(row: Mapping[str, Any]) -> Prompt:
     """A row's prompt: a demonstration without its last answer, a pair without its responses."""
     source = str(row.get("source") or "")
     if "messages" in row:
@@ -174,21 +154,3 @@ def _seed(row: Mapping[str, Any]) -> Prompt:
     if "chosen" in row and row.get("prompt") is None:
         return Prompt(messages=PreferencePair.from_json(row).prompt, source=source)
     return Prompt.from_json(row)
-
-
-def _whole_lots(path: Path, total: int, size: int) -> list[dict[str, Any]]:
-    """The rows of whole lots, of which the last may be smaller; the file is cut off behind them.
-
-    What else is asked in a lot decides the random streams of repeated prompts, so a lot is sampled whole or not at all.
-    """
-    rows: list[dict[str, Any]] = []
-    ends = [0]
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            rows.append(json.loads(line))
-            ends.append(ends[-1] + len(line))
-    count = total if len(rows) == total else len(rows) - len(rows) % size
-    os.truncate(path, ends[count])
-    return rows[:count]

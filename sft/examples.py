@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from alignment.chat import ChatFormat, EncodedDialogue, drop_oldest_turns, encode_dialogue
-from alignment.data import OnError, raise_together
+from alignment.data import OnError, SourceReport, raise_together
 from alignment.dialogue import Dialogue
 from alignment.errors import DataError
 from alignment.prefix_batch import Branch, Tree, collate, micro_batches, pack
@@ -17,12 +17,26 @@ from alignment.training import MicroBatch
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded dialogues in order, as they are trained, and what did not fit: `cut` lost old turns, `dropped` is out."""
+    """Encoded dialogues in order, as they are trained, and what did not fit.
+
+    `cut` dialogues lost old turns, with `answers_cut` answers that would have been trained; `dropped` ones are out.
+    """
 
     encoded: list[EncodedDialogue]
     dialogues: list[Dialogue]
     cut: int
     dropped: dict[str, int]
+    answers_cut: int = 0
+
+    def left_out(self, sources: Sequence[SourceReport] = ()) -> dict[str, int]:
+        """Rows left out by reason, those already unreadable in their files included, and what was cut; no zeros."""
+        reasons = {
+            "unreadable": sum(sum(source.dropped.values()) for source in sources),
+            **self.dropped,
+            "history_cut": self.cut,
+            "answers_cut": self.answers_cut,
+        }
+        return {name: count for name, count in reasons.items() if count}
 
 
 def make_examples(
@@ -40,7 +54,7 @@ def make_examples(
     them.
     """
     encoded, kept, refused = [], [], []
-    cut = 0
+    cut = answers_cut = 0
     dropped: Counter[str] = Counter()
     for dialogue in dialogues:
         shorter: Dialogue | None = dialogue
@@ -60,13 +74,15 @@ def make_examples(
             dropped["too_long"] += 1
             continue
         cut += shorter is not dialogue
+        if dialogue.train_on == "all":
+            answers_cut += _num_answers(dialogue) - _num_answers(shorter)
         encoded.append(example)
         kept.append(shorter)
     if on_error == "stop":
         raise_together(refused)
     elif refused:
         dropped["refused_by_chat_format"] = len(refused)
-    return Examples(encoded, kept, cut, dict(dropped))
+    return Examples(encoded, kept, cut, dict(dropped), answers_cut)
 
 
 def dialogue_batches(
@@ -87,3 +103,7 @@ def dialogue_batches(
 
 def _num_tokens(row: Sequence[EncodedDialogue]) -> int:
     return sum(len(example.input_ids) for example in row)
+
+
+def _num_answers(dialogue: Dialogue) -> int:
+    return sum(message.role == "assistant" for message in dialogue.messages)

@@ -12,8 +12,9 @@ from alignment.hardware import process_state
 from alignment.metrics import wilson_interval
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
+from sft.answer_log import Answering, RowLog
 from sft.config import GattConfig
-from sft.conversation import Plan, RowLog, Speaker, load_own, load_seeds, make_plans
+from sft.conversation import Plan, Speaker, load_own, load_seeds, make_plans
 from sft.ghost_attention import choose_answer, context, every_turn, first_turn, training_dialogue
 
 
@@ -31,8 +32,14 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *own.sources])
 
-    sizes = {"max_rows": config.sampling.max_rows, "answers_a_row": config.sampling.num_candidates}
-    log = RowLog(run_dir.path / "sampled.jsonl", total=len(plans), **sizes, resume=resume)
+    log = RowLog(
+        run_dir.path / "sampled.jsonl",
+        total=len(plans),
+        max_rows=config.sampling.max_rows,
+        answers_a_row=config.sampling.num_candidates,
+        writes=run_dir.writes,
+        resume=resume,
+    )
     state.wait_for_everyone()
     if missing := log.missing():
         length = config.prompts.max_prompt_length
@@ -43,8 +50,7 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
             ProgressBar("gatt: answers", num_turns * config.sampling.num_candidates, shown=run_dir.writes) as bar,
         ):
             for lot in missing:
-                rows = sample_dialogues(speaker, [plans[index] for index in lot], bar)
-                log.append(rows, writes=run_dir.writes)
+                log.append(sample_dialogues(log.recorded(speaker, lot), [plans[index] for index in lot], bar))
 
     kept = [(plan, row) for plan, row in zip(plans, log.rows, strict=True) if not row["dropped"]]
     dropped = dict(Counter(row["dropped"] for row in log.rows if row["dropped"]))
@@ -68,11 +74,11 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     )
 
 
-def sample_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:
+def sample_dialogues(speaker: Answering, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:
     """The answers of every dialogue, the instruction joined to each user turn; a dialogue ends where none may stand.
 
-    `dropped` says why a dialogue ended early: `too_long`, `refused` by the chat format, `empty`, `cut_off` (its last
-    answer) or `instruction_not_kept`; null otherwise.
+    `dropped` says why a dialogue ended early: `too_long`, `refused` (the chat format refuses a turn or every answer),
+    `empty`, `cut_off` (its last answer) or `instruction_not_kept`; null otherwise.
     """
     asked = [every_turn(plan.instruction.full, plan.user_turns) for plan in plans]
     answers: list[list[str]] = [[] for _ in plans]

@@ -16,10 +16,11 @@ from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run, save_figure
+from sft.answer_log import Answering, NoAnswer, RowLog
 from sft.attention_mass import attention_picture
 from sft.checkers import CHECKERS
 from sft.config import GattEvalConfig
-from sft.conversation import Plan, RowLog, Speaker, load_own, load_seeds, make_plans
+from sft.conversation import Plan, Speaker, load_own, load_seeds, make_plans, why_unanswered
 from sft.ghost_attention import Answer, context, first_turn
 
 Row = Mapping[str, Any]
@@ -41,7 +42,7 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     attention: dict[str, list[list[float]]] = {}
     for name, section in config.policies.items():
         path, max_rows = run_dir.path / f"dialogues-{name}.jsonl", config.sampling.max_rows
-        log = RowLog(path, total=len(plans), max_rows=max_rows, resume=resume)
+        log = RowLog(path, total=len(plans), max_rows=max_rows, writes=run_dir.writes, resume=resume)
         state.wait_for_everyone()
         if missing := log.missing():
             num_turns = sum(len(plans[index].user_turns) for lot in missing for index in lot)
@@ -50,10 +51,12 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
                 ProgressBar(f"eval: {name} answers", num_turns, shown=run_dir.writes) as bar,
             ):
                 for lot in missing:
-                    log.append(hold_dialogues(speaker, [plans[index] for index in lot], bar), writes=run_dir.writes)
+                    log.append(hold_dialogues(log.recorded(speaker, lot), [plans[index] for index in lot], bar))
         rows[name] = log.rows
         if not any(row["answers"] for row in log.rows):
-            raise DataError(f"policies.{name}: no dialogue fits. Raise prompts.max_prompt_length.")
+            reasons = {row.get("ended") for row in log.rows}
+            why = why_unanswered(reasons, section, config.prompts, config.sampling)
+            raise DataError(f"policies.{name}: no dialogue has an answer. prompts: {why}.")
         if config.num_attention_dialogues:
             answered = [row for row in next(iter(rows.values())) if row["answers"]]
             dtype = compute_dtype(state.device, section.dtype)
@@ -76,20 +79,24 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     )
 
 
-def hold_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:
+def hold_dialogues(speaker: Answering, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:
     """Every dialogue with the instruction in its first turn only, and whether each answer kept it.
 
-    A dialogue ends where it no longer fits into the model. `finished` says which answers ended by themselves.
+    A dialogue ends where it no longer fits into the model, or its chat format refuses what the model wrote: `ended` is
+    then `too_long` or `refused`, null otherwise. `finished` says which answers ended by themselves.
     """
     asked = [first_turn(plan.stated, plan.user_turns) for plan in plans]
     answers: list[list[Answer]] = [[] for _ in plans]
+    ended: dict[int, NoAnswer] = {}
     for turn in range(max(map(len, asked))):
         contexts = {
             index: context(turns, [answer.text for answer in answers[index]])
             for index, turns in enumerate(asked)
-            if turn < len(turns) and len(answers[index]) == turn
+            if turn < len(turns) and index not in ended
         }
-        for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar)[0].items():
+        found, missing = speaker.answer(contexts, turn=turn, bar=bar)
+        ended |= missing
+        for index, [answer] in found.items():
             answers[index].append(answer)
     return [
         {
@@ -99,8 +106,9 @@ def hold_dialogues(speaker: Speaker, plans: Sequence[Plan], bar: ProgressBar) ->
             "answers": [answer.text for answer in found],
             "finished": [answer.is_finished for answer in found],
             "kept": [plan.instruction.holds(answer.text, is_finished=answer.is_finished) for answer in found],
+            "ended": ended.get(index),
         }
-        for plan, turns, found in zip(plans, asked, answers, strict=True)
+        for index, (plan, turns, found) in enumerate(zip(plans, asked, answers, strict=True))
     ]
 
 

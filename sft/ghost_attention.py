@@ -11,15 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignment.dialogue import Dialogue, Message, Messages, Prompt
+from alignment.errors import DataError
 from sft.instructions import Instruction
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A sampled answer; `is_finished` where it ended by itself, not at the length limit."""
+    """A sampled answer.
+
+    `is_finished` where it ended by itself, not at the length limit; `is_refused` where the chat format cannot write it
+    as a turn, such as a tag of Llama 2's layout.
+    """
 
     text: str
     is_finished: bool
+    is_refused: bool = False
 
 
 def join(instruction: str, turn: str) -> str:
@@ -56,32 +62,59 @@ def training_dialogue(user_turns: Sequence[str], answers: Sequence[str], source:
     return Dialogue(messages=messages, train_on="last", source=source)
 
 
+# Why a candidate may not stand, in the order in which these are looked at.
+REASONS = ("empty", "refused", "cut_off", "instruction_not_kept")
+
+
 def choose_answer(candidates: Sequence[Answer], instruction: Instruction, *, is_last: bool) -> tuple[str | None, str]:
-    """The first candidate that may stand, or None and why there is none.
+    """The first candidate that may stand, or None and the reason of the one that came nearest.
 
-    An answer must have text and keep the instruction, as far as a program can tell. An earlier one that was cut off is
-    context only and may stand; the last one would teach the model not to stop.
+    An answer must have text that the chat format can write, and keep the instruction, as far as a program can tell. An
+    earlier one that was cut off is context only and may stand; the last one would teach the model not to stop.
     """
-    reason = "empty"
-    for candidate in candidates:
-        if not candidate.text:
-            continue
-        if not candidate.is_finished and is_last:
-            reason = "cut_off" if reason == "empty" else reason
-        elif instruction.holds(candidate.text, is_finished=candidate.is_finished):
+    reasons = [_why_not(candidate, instruction, is_last=is_last) for candidate in candidates]
+    for candidate, reason in zip(candidates, reasons, strict=True):
+        if not reason:
             return candidate.text, ""
-        else:
-            reason = "instruction_not_kept"
-    return None, reason
+    return None, max(reasons, key=REASONS.index)
 
 
-def seed_turns(prompts: Sequence[Prompt], lengths: Sequence[int], rng: random.Random) -> list[list[str]]:
-    """As many user turns as asked for each prompt: its own, filled up with the opening turns of others."""
-    own = [[message.content for message in prompt.messages if message.role == "user"] for prompt in prompts]
-    openings = list(dict.fromkeys(turns_of[0] for turns_of in own))
+def _why_not(answer: Answer, instruction: Instruction, *, is_last: bool) -> str:
+    """One of `REASONS`, or nothing where the answer may stand."""
+    if not answer.text:
+        return "empty"
+    if answer.is_refused:
+        return "refused"
+    if is_last and not answer.is_finished:
+        return "cut_off"
+    return "" if instruction.holds(answer.text, is_finished=answer.is_finished) else "instruction_not_kept"
+
+
+def seed_turns(
+    prompts: Sequence[Prompt], lengths: Sequence[int], rng: random.Random, *, spare: Sequence[Prompt] = ()
+) -> list[list[str]]:
+    """As many user turns as asked for each prompt: its own, filled up with the opening turns of others.
+
+    Where the prompts have too few different openings, those of `spare` are drawn from as well. Raises DataError where
+    even these are too few. System messages and answers of the prompts have no part in it.
+    """
+    own = [_user_turns(prompt) for prompt in prompts]
+    openings = dict.fromkeys(turns_of[0] for turns_of in own)
+    more = [turn for turn in dict.fromkeys(_user_turns(prompt)[0] for prompt in spare) if turn not in openings]
     filled = []
     for mine, length in zip(own, lengths, strict=True):
-        others = [turn for turn in openings if turn not in mine]
         missing = max(0, length - len(mine))
-        filled.append((mine + rng.sample(others, min(missing, len(others))))[:length])
+        others = [turn for turn in openings if turn not in mine]
+        if len(others) < missing:
+            others += [turn for turn in more if turn not in mine]
+        if len(others) < missing:
+            raise DataError(
+                f"prompts.prompts: a dialogue of {length} user turns needs {missing} opening turns of other prompts, "
+                f"and there are {len(others)} different ones. Add prompts or lower prompts.turns."
+            )
+        filled.append((mine + rng.sample(others, missing))[:length])
     return filled
+
+
+def _user_turns(prompt: Prompt) -> list[str]:
+    return [message.content for message in prompt.messages if message.role == "user"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,7 +18,7 @@ from alignment.hardware import process_state
 from alignment.models import add_lora, load_chat_model, load_chat_of, save_model
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import BeforeTraining, GlobalBatchMixin, StepSchedule, training_arguments, use_run
-from sft.config import SFTConfig
+from sft.config import SFTConfig, SFTData
 from sft.evaluate import evaluate, response_loss, sample_answers
 from sft.examples import Examples, dialogue_batches, make_examples
 
@@ -44,8 +44,9 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     rows = [row for name, found in by_source for row in pick(found, at_most.get(name), seed)]
     train = make_examples(chat, pick(rows, config.data.max_rows, seed), **limits)
     valid = make_examples(chat, pick(valid_data.rows, config.data.max_valid_rows, seed), **limits)
+    left_out = {"train": train.left_out(train_data.sources), "valid": valid.left_out(valid_data.sources)}
     if not train.encoded:
-        raise DataError(f"data.train: no dialogue fits into {limits['max_length']} tokens (data.max_length).")
+        raise DataError(_nothing_left(left_out["train"], config.data, context_length))
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*train_data.sources, *valid_data.sources])
     run_dir.note(train=_counts(train), valid=_counts(valid))
@@ -104,6 +105,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
             "steps": len(schedule),
             "train_dialogues": len(train.encoded),
             "trained_tokens": sum(example.num_trained for example in train.encoded),
+            "left_out": left_out,
         }
     )
     run_dir.clear_checkpoints()
@@ -118,5 +120,24 @@ def as_dataset(examples: Sequence[EncodedDialogue]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": labels})
 
 
+def _nothing_left(left_out: Mapping[str, int], data: SFTData, context_length: int) -> str:
+    """Why no dialogue can be trained on."""
+    limit = f"{data.max_length} tokens, data.max_length"
+    if context_length < data.max_length:
+        limit = f"{context_length} tokens, the model's context"
+    remedies = {
+        "too_long": f"{'' if data.overlong == 'drop' else 'even without their older turns '}over {limit}",
+        "refused_by_chat_format": 'the chat format refuses their text: see "align data preview"',
+        "unreadable": 'bad rows were skipped: see "align data check"',
+    }
+    reasons = [f"{left_out[name]} {name} ({why})" for name, why in remedies.items() if left_out.get(name)]
+    return f"data.train: no dialogue is left to train on: {'; '.join(reasons)}."
+
+
 def _counts(examples: Examples) -> dict[str, Any]:
-    return {"rows": len(examples.encoded), "history_cut": examples.cut, "dropped": examples.dropped}
+    return {
+        "rows": len(examples.encoded),
+        "history_cut": examples.cut,
+        "answers_cut": examples.answers_cut,
+        "dropped": examples.dropped,
+    }

@@ -205,6 +205,13 @@ def test_the_preview_shows_trained_tokens_in_green(chatml):
     assert green == "[[yo<|im_end|>]]"
 
 
+def test_the_preview_keeps_the_tokens_of_a_character_together(make_tokenizer):
+    """Without merges 日 has three tokens and é two; the character and the control token after it stay apart."""
+    chat = chat_format(make_tokenizer(merges=0), "chatml")
+    text = preview(chat, encode_dialogue(chat, dialogue("日é", "🙂"))).plain
+    assert "|\n|日|é|<|im_end|>|" in text and "[[🙂|<|im_end|>|]]" in text
+
+
 # ---------------------------------------------------------------------------------------------- other templates
 
 

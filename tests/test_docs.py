@@ -159,6 +159,7 @@ def test_the_example_pipeline_with_its_rounds_is_in_order(tmp_path, monkeypatch)
 
 def test_the_figures_of_stages_without_steps_are_explained():
     row = {"category": "crime", "distilled": "no", "is_finished": True, "score_plain": 0.0, "score_distilled": 1.0}
+    row |= {"is_history_cut": False, "has_template": True}
     assert all(f"`{name}`" in text_of("distillation.md") for name in summarize_distillation([row]))
     dialogue = {"kept": [True], "finished": [True], "kinds": ["ending"]}
     [figures] = adherence_table({"one": [dialogue]}, [1]).values()

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,32 +19,43 @@ from alignment.dialogue import Message
 from alignment.errors import ConfigError, DataError
 from alignment.headlines import one_line
 from alignment.progress import ProgressBar
+from alignment.report import fine_tuning
+from alignment.report.reading import read_runs
 from alignment.sampling.prompts import sampling_params
+from alignment.sampling.protocol import Sample
 from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import score
 from rlhf.config import EvalConfig
 from sft import context_distillation, conversation, gatt, gatt_evaluation
 from sft.attention_mass import attention_mass, spans
 from sft.config import DistilConfig, GattConfig, GattEvalConfig
-from sft.context_distillation import TEMPLATES, is_kept, summarize, template_of, with_preprompt
+from sft.context_distillation import summarize, why_not_kept
 from sft.ghost_attention import Answer, context
+from sft.safety_preprompts import TEMPLATES, template_of, with_preprompt
 
 COMMON = ["model.path=toy", "run.device=cpu", "run.seed=1"]
 PROMPTS = ["prompts.prompts=toy:prompts.train", "prompts.max_prompts=6", "prompts.max_prompt_length=400"]
 
 
 class ScriptedSpeaker:
-    """Answers a conversation by a function of its messages, None where it does not fit; keeps what it is asked."""
+    """Answers a conversation by a function of its messages, None where it does not fit; keeps what it is asked.
+
+    Texts with [INST] are marked as those that the chat format refuses.
+    """
 
     def __init__(self, answer, *, is_finished: bool = True) -> None:
-        self.answer_one, self.is_finished, self.asked = answer, is_finished, []
+        self.answer_one, self.is_finished, self.asked, self.num_calls = answer, is_finished, [], 0
 
     def answer(self, contexts, *, turn, bar):
+        self.num_calls += 1
         self.asked += contexts.values()
         found = {key: self.answer_one(messages) for key, messages in contexts.items()}
         missing = {key: "too_long" for key, texts in found.items() if texts is None}
-        answers = {key: [Answer(text, self.is_finished) for text in texts or []] for key, texts in found.items()}
+        answers = {key: [self.mark(text) for text in texts or []] for key, texts in found.items()}
         return {key: texts for key, texts in answers.items() if key not in missing}, missing
+
+    def mark(self, text):
+        return Answer(text, self.is_finished, is_refused="[INST]" in text)
 
     def fits(self, messages):
         return self.answer_one(messages) is not None
@@ -152,6 +164,82 @@ def test_gatt_goes_on_without_sampling_again_what_is_on_disk(tmp_path, speak):
     assert len([messages for messages in speaker.asked if len(messages) == 1]) == 8, "the first lot is not asked again"
 
 
+def fails_at(turn, answer):
+    """Answers as `answer` does, until a dialogue of `turn` user turns is asked."""
+
+    def speaks(messages):
+        if len(messages) >= 2 * turn - 1:
+            raise Interrupted
+        return answer(messages)
+
+    return speaks
+
+
+def test_within_a_lot_no_finished_turn_is_sampled_again(tmp_path, speak):
+    """All dialogues in one lot: interrupted in turn 3, again at once, and the line of turn 2 is half written."""
+    settings = ["prompts.max_prompts=12", "prompts.min_turns=1", "prompts.turns=4"]
+    answer = lambda messages: None if messages[-1].content.endswith("a") else shout_back(messages)  # noqa: E731
+    asked = speak(answer).asked
+    gatt.run(gatt_config(tmp_path / "whole", *settings))
+    by_turn = [[messages for messages in asked if len(messages) == 2 * turn + 1] for turn in range(4)]
+    assert min(map(len, by_turn)) > 1, "several turns, each with several dialogues"
+
+    for attempt in range(2):
+        speaker = speak(fails_at(3, answer))
+        with pytest.raises(Interrupted):
+            gatt.run(gatt_config(tmp_path / "run", *settings), resume=attempt > 0)
+        assert speaker.num_calls == (1 if attempt else 3), "what is on disk is not asked for again"
+    assert not (tmp_path / "run" / "sampled.jsonl").exists()
+    turns = tmp_path / "run" / "sampled.turns.jsonl"
+    assert [json.loads(line)["turn"] for line in turns.read_text().splitlines()] == [0, 1]
+    turns.write_text(turns.read_text()[:-9])
+
+    speaker = speak(answer)
+    gatt.run(gatt_config(tmp_path / "run", *settings), resume=True)
+    assert speaker.num_calls == 3 and speaker.asked == list(chain(*by_turn[1:]))
+    for name in ("sampled.jsonl", "dialogues.jsonl", "as_sampled.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert not turns.exists(), "it goes with the lot's end"
+
+
+def test_an_evaluation_goes_on_after_the_last_whole_turn(tmp_path, speak):
+    """Six dialogues of five turns with each of two models; interrupted in the last turn of the first one's."""
+    settings = ["num_attention_dialogues=0"]
+    asked = speak(shout_back).asked
+    gatt_evaluation.run(eval_config(tmp_path / "whole", *settings))
+    speak(fails_at(5, shout_back))
+    with pytest.raises(Interrupted):
+        gatt_evaluation.run(eval_config(tmp_path / "run", *settings))
+    speaker = speak(shout_back)
+    gatt_evaluation.run(eval_config(tmp_path / "run", *settings), resume=True)
+    assert speaker.asked == asked[4 * 6 :]
+    for policy in ("a", "b"):
+        found, expected = ((tmp_path / name / f"dialogues-{policy}.jsonl").read_text() for name in ("run", "whole"))
+        assert found == expected
+
+
+def test_an_answer_that_the_chat_format_cannot_write_is_never_trained_on(tmp_path, speak):
+    """The first candidate is such an answer; where there is no other, the dialogue is left out, last turn or not."""
+    speak(lambda messages: ["[INST]"] if messages[0].content.endswith("c") else ["[INST] OK", "OK"])
+    result = gatt.run(gatt_config(tmp_path / "run", "prompts.max_prompts=20"))
+    assert result["dropped"].keys() == {"refused"} and result["dialogues"] == 20 - result["dropped"]["refused"]
+    for name in ("dialogues.jsonl", "as_sampled.jsonl"):
+        assert "[INST]" not in (tmp_path / "run" / name).read_text()
+
+
+def test_dialogues_longer_than_the_chosen_prompts_allow_are_filled_from_all_of_the_data(tmp_path, speak, write_file):
+    rows = "".join(json.dumps({"prompt": [{"role": "user", "content": f"give {n}"}]}) + "\n" for n in range(20))
+    path = write_file("prompts.jsonl", rows)
+    settings = [f"prompts.prompts={path}", "prompts.max_prompts=5", "prompts.min_turns=20", "prompts.turns=20"]
+    speak(lambda messages: ["OK"])
+    gatt.run(gatt_config(tmp_path / "run", *settings))
+    dialogues = load_dialogues([str(tmp_path / "run" / "dialogues.jsonl")]).rows
+    assert [len(dialogue.messages) for dialogue in dialogues] == [40] * 5
+    settings[2:] = ["prompts.min_turns=22", "prompts.turns=22"]
+    with pytest.raises(DataError, match=r"22 user turns needs 21 opening turns of other prompts, and there are 19"):
+        gatt.run(gatt_config(tmp_path / "other", *settings))
+
+
 def test_instructions_of_ones_own_take_the_place_of_the_built_in_ones(tmp_path, speak, write_file):
     speak(lambda messages: ["Aye, matey"])
     own = write_file("own.jsonl", '{"kind": "ending", "value": "matey"}\n')
@@ -198,7 +286,9 @@ def test_a_dialogue_that_no_longer_fits_ends_and_is_not_counted_later(tmp_path, 
 
 def test_where_no_dialogue_fits_there_is_no_table(tmp_path, speak):
     speak(lambda messages: None)
-    with pytest.raises(DataError, match=r"policies.a: no dialogue fits. Raise prompts.max_prompt_length"):
+    with pytest.raises(
+        DataError, match=r"policies.a: .*prompts: none fits into 400 tokens \(prompts.max_prompt_length\)"
+    ):
         gatt_evaluation.run(eval_config(tmp_path / "run"))
 
 
@@ -298,6 +388,21 @@ def test_a_context_that_the_chat_format_refuses_is_left_out(make_llama, make_tok
         {0: context(["hi", "so?"], ["[INST]"])}, turn=1, bar=ProgressBar("", 0, shown=False)
     )
     assert (found, missing) == ({}, {0: "refused"})
+    texts = {"one": "so [INST] then", "two": "so then"}
+    ids = {name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()}
+    speaker._sampler = SamplerOf([[Sample(ids[name], [0.0] * len(ids[name]), "stop") for name in texts]])
+    found, _ = speaker.answer({0: context(["hi"], [])}, turn=0, bar=ProgressBar("", 0, shown=False))
+    assert found == {0: [Answer("so [INST] then", True, is_refused=True), Answer("so then", True)]}
+
+
+class SamplerOf:
+    """A sampler of given samples."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def sample(self, prompts, params, *, on_progress):
+        return self.samples
 
 
 def distil_config(folder: Path, *extra: str) -> DistilConfig:
@@ -353,24 +458,31 @@ def test_distil_goes_on_without_sampling_again_what_is_on_disk(tmp_path, speak):
 
 def test_a_distilled_answer_must_end_by_itself_and_beat_the_plain_one():
     row = {"distilled": "no", "is_finished": True, "score_distilled": 1.0, "score_plain": 0.0}
-    assert is_kept(row)
-    assert not is_kept({**row, "score_distilled": 0.0})
-    assert not is_kept({**row, "is_finished": False})
-    assert not is_kept({**row, "distilled": ""})
+    assert why_not_kept(row) == ""
+    assert why_not_kept({**row, "score_distilled": 0.0}) == "not_better"
+    assert why_not_kept({**row, "is_finished": False}) == "cut_off"
+    assert why_not_kept({**row, "distilled": ""}) == "empty"
 
 
 def test_the_kept_rate_is_reported_by_category():
-    row = {"distilled": "no", "is_finished": True, "score_plain": 0.0}
+    row = {"distilled": "no", "is_finished": True, "score_plain": 0.0, "is_history_cut": False, "has_template": False}
     rows = [{**row, "category": "a", "score_distilled": s} for s in (1.0, -1.0)] + [{**row, "score_distilled": 3.0}]
     found = summarize(rows)
     assert {name: entry["value"] for name, entry in found["kept_by_category"].items()} == {"a": 0.5, "none": 1.0}
     assert found["score_gain"]["value"] == 1.0 and found["kept"]["count"] == 3
 
 
-def test_templates_go_by_a_part_of_the_category():
-    assert template_of("drug_abuse,weapons,banned_substance", TEMPLATES) == TEMPLATES["weapon"]
-    assert template_of("Privacy_Violation", TEMPLATES) == TEMPLATES["privacy"]
-    assert template_of("", TEMPLATES) == template_of("Mathematics and Logic", {}) == ""
+def test_templates_go_by_the_names_of_risks_in_the_category():
+    """The categories of BeaverTails and, at the end, the subject areas of HarmfulQA, which say nothing of the risk."""
+    assert template_of("drug_abuse,weapons,banned_substance", TEMPLATES) == TEMPLATES["drug_abuse"]
+    assert template_of("Privacy Violation", TEMPLATES) == TEMPLATES["privacy_violation"]
+    assert template_of("non_violent_unethical_behavior", TEMPLATES).startswith("Name what is wrong")
+    for subject in ("", "Health and Medicine", "Business and Economics", "Philosophy and Ethics"):
+        assert template_of(subject, TEMPLATES) == ""
+    own = {"Health and Medicine": "See a doctor.", "weapons": "No."}
+    assert template_of("health-and-medicine", own) == "See a doctor."
+    assert template_of("drug_abuse,weapons,banned_substance", own) == "No."
+    assert template_of("medicine", own) == template_of("weapons", {}) == ""
 
 
 def test_a_preprompt_goes_before_a_system_turn_or_becomes_one():
@@ -400,9 +512,60 @@ def test_a_prompt_too_long_behind_its_preprompt_loses_its_oldest_turns_in_both_c
     assert max(map(len, speaker.asked)) == 2
 
 
+def test_every_prompt_without_a_distilled_row_is_counted_by_reason(tmp_path, speak, write_file):
+    """One prompt for each reason, one kept; the longest loses an exchange, and two have a template of their risk."""
+    texts = ["kept", "worse", "plain is refused", "distilled is refused", "long", "nothing", "short"]
+    rows = [{"prompt": [{"role": "user", "content": text}], "category": "self_harm"} for text in texts]
+    rows[0]["category"], rows[1]["category"] = "Health and Medicine", ""
+    turns = [Message("user", "old"), Message("assistant", "old"), Message("user", "short")]
+    rows[6]["prompt"] = [message.to_json() for message in turns]
+    path = write_file("prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def answer(messages):
+        question, is_distilled = messages[-1].content, messages[0].role == "system"
+        if question == "long" or len(messages) > 3:
+            return None
+        if question.endswith("refused"):
+            return ["[INST] or not" if is_distilled == question.startswith("distilled") else "good"]
+        if question == "nothing" and is_distilled:
+            return [""]
+        return ["longer" if is_distilled and question != "worse" else "four"]
+
+    speak(answer)
+    result = context_distillation.run(
+        distil_config(tmp_path / "run", f"prompts.prompts={path}", "prompts.max_prompts=7"),
+        lambda c, d: scored_by_length,
+    )
+    assert result["dropped"] == {"empty": 1, "not_better": 1, "refused": 2, "too_long": 1}
+    assert (result["prompts"], result["history_cut"], result["with_template"]) == (4, 1, 2)
+    assert one_line(result).endswith("; left out 1 empty, 1 not better, 2 refused, 1 too long, cut the history of 1")
+    kept = load_dialogues([str(tmp_path / "run" / "distilled.jsonl")]).rows
+    assert [row.messages[0].content for row in kept] == ["kept", "short"]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert (manifest["dropped"], manifest["history_cut"]) == (result["dropped"], 1)
+    [table] = fine_tuning.made_data(read_runs([tmp_path / "run"])).tables
+    assert "2 refused" in table.rows[0][3].text
+
+
+def test_where_no_prompt_can_be_answered_the_reason_is_told(tmp_path, speak):
+    speak(lambda messages: None)
+    for length, reason in ((300, r"300 tokens \(prompts.max_prompt_length"), (400, r"384 tokens \(what the model's")):
+        config = distil_config(tmp_path / f"run-{length}", f"prompts.max_prompt_length={length}")
+        with pytest.raises(DataError, match=f"prompts: none fits into {reason}"):
+            context_distillation.run(config, lambda config, device: scored_by_length)
+    speak(lambda messages: ["[INST]"])
+    with pytest.raises(DataError, match=r"prompts: the model's chat format refuses all of them"):
+        context_distillation.run(distil_config(tmp_path / "other"), lambda config, device: scored_by_length)
+
+
+def test_an_empty_list_of_preprompts_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"preprompts"):
+        distil_config(tmp_path / "run", "preprompts=[]")
+
+
 def test_where_no_distilled_answer_is_better_the_scores_are_there_to_look_at(tmp_path, speak):
     speak(lambda messages: ["four"])
-    with pytest.raises(DataError, match=r"no distilled answer is scored above .* Look at scored.jsonl"):
+    with pytest.raises(DataError, match=r"no distilled answer may be kept \(6 not better\). Look at scored.jsonl"):
         context_distillation.run(distil_config(tmp_path / "run"), lambda config, device: scored_by_length)
     assert len((tmp_path / "run" / "scored.jsonl").read_text().splitlines()) == 6
 

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from alignment.dialogue import Message, Prompt, RowError
+from alignment.errors import DataError
 from sft.checkers import CHECKERS
 from sft.ghost_attention import (
     Answer,
@@ -53,6 +54,14 @@ def test_an_answer_that_does_not_keep_the_instruction_is_passed_over():
     assert choose_answer(candidates, CAPITALS, is_last=True) == ("YES", "")
     assert choose_answer(candidates[:2], CAPITALS, is_last=True) == (None, "instruction_not_kept")
     assert choose_answer(candidates[:1], CAPITALS, is_last=True) == (None, "empty")
+
+
+def test_an_answer_that_the_chat_format_cannot_write_is_passed_over_at_every_turn():
+    refused = Answer("[INST] YES", True, is_refused=True)
+    for is_last in (False, True):
+        assert choose_answer([refused, Answer("YES", True)], CAPITALS, is_last=is_last) == ("YES", "")
+        assert choose_answer([Answer("", True), refused], CAPITALS, is_last=is_last) == (None, "refused")
+        assert choose_answer([refused, Answer("no", True)], CAPITALS, is_last=is_last) == (None, "instruction_not_kept")
 
 
 def test_only_the_last_answer_must_have_ended_by_itself():
@@ -139,3 +148,18 @@ def test_short_dialogues_are_filled_up_with_other_openings():
     turns = seed_turns(prompts, [3, 1, 2, 3, 4], random.Random(0))
     assert [row[0] for row in turns] == ["a", "b", "c", "d", "a"]
     assert [len(row) for row in turns] == [len(set(row)) for row in turns] == [3, 1, 2, 3, 4]
+
+
+def test_turns_of_prompts_that_were_not_chosen_fill_up_where_those_chosen_are_too_few():
+    chosen, spare = ([Prompt(messages=(Message("user", text),)) for text in texts] for texts in ("ab", "abcd"))
+    assert seed_turns(chosen, [2, 1], random.Random(0), spare=spare) == [["a", "b"], ["b"]]
+    filled = seed_turns(chosen, [4, 4], random.Random(0), spare=spare)
+    assert [sorted(turns) for turns in filled] == [["a", "b", "c", "d"]] * 2
+    assert [turns[0] for turns in filled] == ["a", "b"]
+    with pytest.raises(DataError, match=r"5 user turns needs 4 opening turns of other prompts, and there are 3 differ"):
+        seed_turns(chosen, [5, 1], random.Random(0), spare=spare)
+
+
+def test_of_a_prompt_its_user_turns_alone_are_taken():
+    messages = (Message("system", "Be kind."), Message("user", "a"), Message("assistant", "x"), Message("user", "b"))
+    assert seed_turns([Prompt(messages=messages)], [2], random.Random(0)) == [["a", "b"]]

@@ -260,6 +260,29 @@ def test_killed_sampling_resumes_with_the_same_rows(stage, chat_model, reward_mo
         assert (killed / name).read_text() == (whole / name).read_text()
 
 
+def test_dialogues_killed_between_turns_go_on_after_the_last_whole_one(chat_model, reward_model, tmp_path):
+    """All dialogues are one lot, so no row is on disk before the last turn: the finished turns are."""
+    settings = [
+        *sampling_settings("gatt", chat_model, reward_model),
+        "prompts.turns=8",
+        "prompts.max_prompt_length=480",
+    ]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    run_here("gatt", settings, whole, resume=False)
+    turns = killed / "sampled.turns.jsonl"
+    kill_when(
+        lambda: turns.exists() and turns.read_text().count("\n") >= 2,
+        command("gatt", settings, killed),
+        killed,
+        delay=random.Random("turns").random() / 50,
+    )
+    assert not (killed / "sampled.jsonl").exists()
+    run_here("gatt", settings, killed, resume=True)
+    for name in (*SAMPLED["gatt"], "as_sampled.jsonl"):
+        assert (killed / name).read_text() == (whole / name).read_text()
+    assert not turns.exists()
+
+
 def test_a_round_killed_in_every_phase_has_the_same_pool_and_samples_nothing_twice(chat_model, reward_model, tmp_path):
     """Killed while temperatures are tried, while the rest is sampled, and while all is scored."""
     slow = ["sampling.max_rows=1", "rewards.max_tokens_per_batch=32"]

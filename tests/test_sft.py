@@ -10,13 +10,17 @@ from torch import nn
 
 from alignment.chat import CHATML, EncodedDialogue, chat_format, encode_dialogue
 from alignment.cli.summary import print_result
+from alignment.config import load_config
 from alignment.data import load_dialogues
 from alignment.dialogue import Dialogue, Message, PreferencePair
 from alignment.errors import DataError, ModelError
+from alignment.headlines import one_line
 from alignment.logprobs import response_logprobs
+from alignment.models import load_chat_of
 from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.preferences import encode_pairs
-from sft.config import SFTEvaluation
+from sft import trainer
+from sft.config import SFTConfig, SFTEvaluation
 from sft.evaluate import evaluate, response_loss, sample_answers
 from sft.examples import Examples, dialogue_batches, make_examples
 from sft.trainer import as_dataset
@@ -170,9 +174,10 @@ def test_a_packed_dialogue_is_blind_to_the_one_before_it(make_llama, attention):
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
 
 
-def test_an_attention_that_takes_no_mask_is_refused(llama):
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_an_attention_that_takes_no_mask_is_refused(llama, attention):
     [part] = dialogue_batches([example(9, 2)], range(1), max_tokens=60, row_tokens=30)
-    llama.config._attn_implementation = "flash_attention_2"
+    llama.config._attn_implementation = attention
     with pytest.raises(ModelError, match="cannot keep responses in a row apart"):
         response_logprobs(llama, part.batch)
 
@@ -186,6 +191,59 @@ def test_a_truncated_dialogue_is_counted_and_its_answer_whole(chat):
     ids = found.encoded[0].input_ids
     closing = ids[len(ids) - 1 :]
     assert ids[-len(answer) - len(closing) : -len(closing)] == answer
+
+
+def test_trained_answers_that_go_with_old_exchanges_are_counted(chat):
+    """Two of three answers go; where only the last one is trained, none that was."""
+    length = len(encode_dialogue(chat, dialogue(2)).input_ids)
+    assert make_examples(chat, [dialogue(6)], max_length=length, overlong="truncate").answers_cut == 2
+    length = len(encode_dialogue(chat, dialogue(4)).input_ids)
+    assert make_examples(chat, [dialogue(6, train_on="last")], max_length=length, overlong="truncate").answers_cut == 0
+
+
+def sft_config(folder, *extra: str) -> SFTConfig:
+    settings = ["model=toy", "model.dtype=float32", "run.device=cpu", "train.max_steps=1", "train.batch_size=2"]
+    return load_config(SFTConfig, None, [*settings, "evaluation.num_answers=0", *extra, f"run.dir={folder}"])
+
+
+def as_line(found: Dialogue) -> str:
+    return json.dumps(found.to_json()) + "\n"
+
+
+def test_what_a_run_left_out_is_in_its_result_and_its_line(tmp_path, write_file):
+    """A row of three exchanges loses two, one is too long, one unreadable; held out, one is too long."""
+    long = Dialogue(messages=(Message("user", "x" * 200), Message("assistant", "y")))
+    rows = [as_line(dialogue(2)), as_line(dialogue(6)), as_line(long), '{"messages": []}\n']
+    train, valid = write_file("train.jsonl", "".join(rows)), write_file("valid.jsonl", as_line(long) + rows[0])
+    chat = load_chat_of("toy")[0]
+    length = len(encode_dialogue(chat, dialogue(2)).input_ids)
+    settings = [f"data.train={train}", f"data.valid={valid}", f"data.max_length={length}", "data.on_error=skip"]
+    result = trainer.run(sft_config(tmp_path / "run", *settings))
+    assert result["left_out"] == {
+        "train": {"unreadable": 1, "too_long": 1, "history_cut": 1, "answers_cut": 2},
+        "valid": {"too_long": 1},
+    }
+    assert one_line(result).endswith(
+        "; train left out 1 unreadable, 1 too long, cut the history of 1 (with 2 answers); valid left out 1 too long"
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["train"] == {"rows": 2, "history_cut": 1, "answers_cut": 2, "dropped": {"too_long": 1}}
+
+
+def test_where_nothing_is_left_to_train_on_the_reason_is_told(tmp_path, write_file):
+    context = load_chat_of("toy")[1]
+    path = write_file("long.jsonl", as_line(Dialogue(messages=(Message("user", "x" * 600), Message("assistant", "y")))))
+    for length, limit in (
+        (100, "100 tokens, data.max_length"),
+        (9999, f"{context} tokens, the model's context"),
+    ):
+        with pytest.raises(DataError, match=rf"1 too_long \(even without their older turns over {limit}\)"):
+            trainer.run(sft_config(tmp_path / "run", f"data.train={path}", f"data.max_length={length}"))
+    path = write_file("tags.jsonl", as_line(Dialogue(messages=(Message("user", "[INST]"), Message("assistant", "y")))))
+    settings = [f"data.train={path}", "data.on_error=skip", "model.chat_template=llama2"]
+    with pytest.raises(DataError, match=r"1 refused_by_chat_format \(the chat format refuses their text"):
+        trainer.run(sft_config(tmp_path / "run", *settings))
+    assert not (tmp_path / "run").exists()
 
 
 class NoteTaker:

@@ -61,16 +61,19 @@ def fit_prompts(
     encoded = [fit_prompt(chat, prompt.messages, limit) for prompt in prompts]
     fitting = [(prompt, ids) for prompt, (ids, _) in zip(prompts, encoded, strict=True) if ids is not None]
     if not fitting:
-        reason = (
-            "prompts.max_prompt_length"
-            if limit == section.max_prompt_length
-            else "what the model's context leaves beside sampling.max_new_tokens; lower that"
-        )
-        raise DataError(f"prompts: none fits into {limit} tokens ({reason}).")
+        raise DataError(f"prompts: none fits into {limit_in_words(section, room)}.")
     if run_dir is not None:
         cut = sum(was_cut for _, was_cut in encoded)
         run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})
     return fitting
+
+
+def limit_in_words(section: PromptSection, room: int) -> str:
+    """The limit of a prompt's length and which setting it comes from, for messages."""
+    limit = min(section.max_prompt_length, room)
+    if limit == section.max_prompt_length:
+        return f"{limit} tokens (prompts.max_prompt_length)"
+    return f"{limit} tokens (what the model's context leaves beside sampling.max_new_tokens; lower that)"
 
 
 def sample_shared(
