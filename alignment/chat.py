@@ -121,14 +121,22 @@ def drop_oldest_turns(messages: Messages, *, keep_first: bool = False) -> Messag
 def fit_prompt(
     chat: ChatFormat, messages: Messages, room: int, *, may_cut: bool = True
 ) -> tuple[list[int] | None, bool]:
-    """Ids of a prompt within `room` tokens, without its oldest turns where need be; None where nothing fits."""
+    """Ids of a prompt within `room` tokens, and whether it lost old turns for that; None where nothing fits."""
+    fitting = cut_to_fit(chat, messages, room, may_cut=may_cut)
+    return (None, False) if fitting is None else (fitting[1], fitting[0] is not messages)
+
+
+def cut_to_fit(
+    chat: ChatFormat, messages: Messages, room: int, *, may_cut: bool = True
+) -> tuple[Messages, list[int]] | None:
+    """A prompt within `room` tokens, without its oldest turns where need be, and its ids; None where nothing fits."""
     shorter: Messages | None = messages
     while shorter is not None:
         ids = encode_prompt(chat, shorter)
         if len(ids) <= room:
-            return ids, shorter is not messages
+            return shorter, ids
         shorter = drop_oldest_turns(shorter) if may_cut else None
-    return None, False
+    return None
 
 
 def preview(chat: ChatFormat, encoded: EncodedDialogue) -> Text:

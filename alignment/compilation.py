@@ -13,7 +13,7 @@ from alignment.errors import ConfigError
 from alignment.logprobs import unwrap
 
 _ATTENTION = ("self_attn", "self_attention", "attention", "attn")
-# Kernels of one module: with and without gradients, adapters on and off, several shapes of weights.
+# Kernels of one module: with and without gradients and adapters, several shapes of weights.
 _MOST_KERNELS = 64
 
 

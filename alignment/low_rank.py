@@ -1,7 +1,7 @@
 """Linear layers with adapters, `x W' + x [A1; A2]' [B1 B2]'`, in two products more than the layer alone has.
 
-peft computes the same, but under autocast it turns inputs of bfloat16 into float32 and back, keeps the float32 ones for
-the backward pass, and scales and adds what each adapter gives by operations of their own.
+peft computes the same, but under autocast it turns inputs of bfloat16 into float32 and back, keeps a copy of them for
+every layer, and scales and adds what each adapter gives by operations of their own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class LowRankLinear(Linear):
         """Whether nothing but the two factors of each adapter changes the frozen weight."""
         return (
             bool(names)
+            and type(self.base_layer) is nn.Linear  # what is derived from it, such as quantized layers, has its own way
             and not self.base_layer.weight.requires_grad
             and not self.lora_variant
             and all(isinstance(self.lora_dropout[name], nn.Identity) or not self.training for name in names)

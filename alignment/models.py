@@ -259,13 +259,17 @@ def _from_pretrained(
         raise ModelError(
             f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE."
         ) from error
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{name}: its weights cannot be read ({error}). Copy or train it again.") from error
+        raise ModelError(f"{name}: its weights cannot be read ({error}).") from error
 
 
 def _check_complete(model: PreTrainedModel, missing: Collection[str], name: str) -> None:
     """Raises ModelError where a weight is not in the files; but a chat model has no score, which starts fresh."""
-    if missing and type(model).__name__ in (model.config.architectures or []):
+    if type(model).__name__ not in (model.config.architectures or []):
+        missing = [weight for weight in missing if not weight.startswith("score.")]
+    if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ModelError(f"{name}: {len(missing)} of its weights are in none of its files ({some}). Copy it again.")
 

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from torch import nn
 
 from alignment.distributed import gather_objects
+from alignment.errors import RunError
 from alignment.runs import Run, checkpoint_step, mark_complete, write_folder
 
 KEEP_CHECKPOINTS = 2
@@ -78,8 +79,13 @@ def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], ex
 
 
 def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict[str, Any]]:
-    """Puts a checkpoint's state back; returns the iterations done and what else was saved."""
+    """Puts a checkpoint's state back; returns the iterations done and what else was saved.
+
+    Raises RunError where an older version wrote it.
+    """
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if "random" not in state:
+        raise RunError(f"{folder}: was written by an older version. Start anew with run.overwrite=true.")
     for name, learner in learners.items():
         learner.load_state(state["learners"][name])
     states = state["random"]

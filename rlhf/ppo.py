@@ -154,6 +154,7 @@ class PPOTrainer:
         stopped = torch.tensor([sample.finish_reason == "stop" for samples in drawn for sample in samples])
         is_trained = (stopped if config.truncation == "mask" else torch.ones_like(stopped)).to(device)
         whitened = whiten_over_processes(gated, is_trained, accelerator)
+        largest = accelerator.gather(whitened.abs().max()[None]).max()
         if config.truncation == "penalise":
             whitened = whitened - config.truncation_penalty * (~stopped).to(whitened)
 
@@ -172,7 +173,7 @@ class PPOTrainer:
             **reward_metrics(gated, helpfulness, safety, is_safety, gate, rollouts.mask.sum(1)),
             "truncated_rate": 1.0 - stopped.float().mean(),
             **rollout_metrics(rollouts),
-            "whitened_largest": whitened.abs().max(),
+            "whitened_largest": largest,
             "sampler_gap": sampler_gap(rollouts, drawn),
             "beta": self.beta,
             **{f"{name}_tokens_per_second": tokens / seconds for name, seconds in clock.phases()},

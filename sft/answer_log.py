@@ -51,6 +51,8 @@ class RowLog:
             self.rows = _whole_lots(path, self.total, self.size)
         if resume and self._turns_path.exists():
             self._turns = _whole_turns(self._turns_path)
+        if writes and len(self.rows) == total:  # killed between the two
+            self._turns_path.unlink(missing_ok=True)
 
     def missing(self) -> list[range]:
         """The lots of rows that are not there yet."""

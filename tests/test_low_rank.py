@@ -1,4 +1,4 @@
-"""Linear layers with adapters: peft's own numbers, in float32 exactly so and under autocast nearer to float32's."""
+"""Linear layers with adapters: peft's own numbers, and under autocast as near to float32's."""
 
 from __future__ import annotations
 

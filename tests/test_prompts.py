@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from alignment.chat import encode_prompt
 from alignment.config import PromptSection
 from alignment.data import Loaded
 from alignment.dialogue import Message, Prompt
@@ -33,6 +36,18 @@ def test_the_share_of_safety_prompts_where_there_are_enough_of_both(safety, othe
     assert chosen == sorted(chosen, key=data.rows.index) and len(set(chosen)) == len(chosen)
     if safety + other > 60:
         assert choose_prompts(data, section, seed=1) != chosen
+
+
+def test_a_prompt_that_lost_its_oldest_turns_is_what_was_answered():
+    """The pool of rejection sampling would else hold prompts that are too long to train on."""
+    chat, context = load_chat_of("toy")
+    turns = tuple(Message(role, letter * 30) for role, letter in zip(("user", "assistant") * 2, "abcd", strict=True))
+    asked = Prompt(messages=(*turns, Message("user", "e")), is_safety=True, category="x")
+    section = PromptSection(prompts=["x"], max_prompt_length=10_000)
+    [(whole, ids)] = fit_prompts(chat, [asked], section, room=context)
+    assert whole == asked
+    [(cut, fewer)] = fit_prompts(chat, [asked], section, room=len(ids) - 1)
+    assert cut == replace(asked, messages=asked.messages[2:]) and fewer == encode_prompt(chat, cut.messages)
 
 
 def test_a_prompt_must_leave_room_for_its_response_in_the_models_context():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import PartialState
 
-from alignment.chat import ChatFormat, decode_response, fit_prompt
+from alignment.chat import ChatFormat, cut_to_fit, decode_response
 from alignment.config import PromptSection, SamplingSection
 from alignment.data import Loaded
 from alignment.dialogue import Candidate, Prompt
@@ -45,7 +46,10 @@ def sample_prompts(
 def fit_prompts(
     chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, *, room: int, run_dir: Run | None = None
 ) -> list[tuple[Prompt, list[int]]]:
-    """The prompts that fit with their token ids; the others are counted in the manifest.
+    """The prompts that fit, without the oldest turns of those that are too long, and their token ids.
+
+    So what is scored, kept and trained on later is what was answered. Those that do not fit, and those that lost old
+    turns, are counted in the manifest.
 
     Args:
         chat: the format of the model that answers.
@@ -58,13 +62,14 @@ def fit_prompts(
         DataError: no prompt fits.
     """
     limit = min(section.max_prompt_length, room)
-    encoded = [fit_prompt(chat, prompt.messages, limit) for prompt in prompts]
-    fitting = [(prompt, ids) for prompt, (ids, _) in zip(prompts, encoded, strict=True) if ids is not None]
+    cuts = [cut_to_fit(chat, prompt.messages, limit) for prompt in prompts]
+    found = [(prompt, cut) for prompt, cut in zip(prompts, cuts, strict=True) if cut is not None]
+    fitting = [(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
     if not fitting:
         raise DataError(f"prompts: none fits into {limit_in_words(section, room)}.")
     if run_dir is not None:
-        cut = sum(was_cut for _, was_cut in encoded)
-        run_dir.note(prompts={"used": len(fitting), "history_cut": cut, "too_long": len(prompts) - len(fitting)})
+        num_cut = sum(messages is not prompt.messages for prompt, (messages, _) in found)
+        run_dir.note(prompts={"used": len(fitting), "history_cut": num_cut, "too_long": len(prompts) - len(fitting)})
     return fitting
 
 
