@@ -85,7 +85,8 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
         f"{draws.rows} responses side by side; micro-batches of {rows.count} x {length} + "
         f"{draw.num_candidates} x {draw.max_new_tokens} tokens",
     )
-    return planner.plan(config, name, phases, "iteration", work, units=train.max_steps, responses=draws.rows, notes=notes)
+    more = {"units": train.max_steps, "responses": draws.rows, "notes": notes}
+    return planner.plan(config, name, phases, "iteration", work, **more)
 
 
 def _shares(config: Any, planner: Planner) -> tuple[bool, str]:
