@@ -370,15 +370,10 @@ def test_fewer_responses_side_by_side_are_advised_though_their_number_was_left_t
     tips = advice(configs["reject"], plan, tight)
     assert any(tip.startswith(f"sampling.max_rows={plan.responses // 2}: ") for tip in tips)
     assert any(tip.startswith("prompts.max_prompt_length=256: ") for tip in tips)
+    assert any(tip.startswith("sampling.max_new_tokens=64: ") for tip in tips)
 
 
-def test_shorter_prompts_and_answers_smaller_minibatches_and_upper_layers_are_advised():
-    lora = tips_on(10**5, "ppo", "lora.r=4", "prompts.max_prompt_length=384", "sampling={max_new_tokens: 128}",
-                   "rewards={helpfulness: toy, safety: toy, max_tokens_per_batch: 512}",
-                   "train={batch_size: 8, minibatch_size: 4, max_tokens_per_batch: 512}", "ppo.offload=true",
-                   "model.gradient_checkpointing=true")  # fmt: skip
-    assert any(tip.startswith("sampling.max_new_tokens=64: ") for tip in lora)
-    assert any(tip.startswith("prompts.max_prompt_length=192: ") for tip in lora)
+def test_smaller_minibatches_and_upper_layers_are_advised():
     short = tips_on(10**5, "ppo", "lora.r=4", "prompts.max_prompt_length=32", "sampling={max_new_tokens: 64}",
                     "rewards={helpfulness: toy, safety: toy, max_tokens_per_batch: 512}",
                     "train={batch_size: 8, minibatch_size: 4, max_tokens_per_batch: 512}")  # fmt: skip
@@ -415,6 +410,27 @@ def test_every_stage_of_the_toy_pipeline_is_planned():
     plans = json.loads(found.stdout)
     assert {plan["stage"] for plan in plans} == {"sft", "gatt", "rm", "reject", "ppo", "eval"}
     assert all(plan["fits"] and plan["peak_gb"] > 0 and plan["seconds_per_unit"] > 0 for plan in plans)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("recipe", "devices"),
+    [
+        ("llama2-7b/lora.yaml", []),
+        ("llama2-7b/lora.yaml", ["--gpus", "8"]),
+        ("sft llama2-7b/sft-full.yaml", ["--gpus", "8", "--fsdp"]),
+        ("rm llama2-7b/rm-helpfulness-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
+        ("rm llama2-7b/rm-safety-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
+        ("sft llama2-70b/sft-lora.yaml", ["--gpus", "32", "--fsdp"]),
+        ("sft llama2-70b/sft-full.yaml", ["--gpus", "32", "--fsdp"]),
+        ("rm llama2-70b/rm-lora.yaml", ["model.path=llama-2-70b", "--gpus", "32", "--fsdp"]),
+    ],
+)
+def test_the_recipes_of_llama_2_fit_the_cards_they_name(recipe, devices):
+    *stage, path = recipe.split()
+    found = CliRunner().invoke(app, ["plan", *stage, f"recipes/{path}", *devices, "--gpu", "h100-80gb", "--json"])
+    assert found.exit_code == 0, found.output
+    assert all(plan["fits"] for plan in json.loads(found.stdout))
 
 
 def test_the_table_says_what_does_not_fit():
