@@ -16,7 +16,8 @@ PAGES = [
     *sorted(ROOT.glob("docs/*.md")),
 ]
 PROGRAMS = {
-    "accelerate", "align", "cd", "export", "git", "make", "pip", "printf", "pytest", "python", "source", "torchrun",
+    "accelerate", "align", "cd", "cp", "export", "git", "make", "pip", "printf", "pytest", "python", "source",
+    "torchrun",
 }  # fmt: skip
 _ASSIGNMENT = re.compile(r"[A-Z_]+=")
 
