@@ -262,6 +262,9 @@ def test_help_and_dry_runs_end_well(words, tmp_path, monkeypatch):
     for word in re.findall(r"[\w.-]+\.jsonl", " ".join(words)):
         write_stand_in(tmp_path / word, stand_in_rows(word))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    copied = (ROOT / "recipes" / "quickstart" / "pipeline.yaml").read_text(encoding="utf-8")  # and changed as told
+    changed = copied.replace("runs/quickstart", "runs/mine").replace("${here}", "recipes/quickstart")
+    (tmp_path / "mine.yaml").write_text(changed, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     run([word.replace("smollm2-135m-instruct", "toy") for word in words])
 
