@@ -1,6 +1,6 @@
 # make quickstart   set everything up and run the whole pipeline on SmolLM2-135M (6 to 10 minutes on two cores)
 # make test         set everything up and run the tests, toy pipelines included
-# make notebooks    set everything up and run the notebooks (minutes)
+# make notebooks    set everything up and run the notebooks; one that takes over two minutes is an error
 # make test-real    tests on SmolLM2-135M and, where ALIGN_DATA_DIR is set, on real data (minutes)
 # make docs         build the documentation as a site in docs/_build/html; a warning is an error
 # make test-vllm    tests of the vLLM engine, in an environment of its own with vLLM's build for CPUs (minutes)
@@ -14,7 +14,7 @@ SHELL := /bin/bash
 
 .PHONY: quickstart test notebooks test-real test-vllm docs lint setup
 
-quickstart: setup
+quickstart: $(VENV)/.ready-demo
 	$(BIN)/align run recipes/quickstart/pipeline.yaml
 
 # a process for every core, each with one thread: models are tiny, and sharing their work out costs more than it saves
@@ -39,10 +39,16 @@ lint: setup
 
 setup: $(VENV)/.ready
 
+# what the pipeline needs, without tests, notebooks and documentation
+$(VENV)/.ready-demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	touch $@
+
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo,docs]"
-	touch $@
+	touch $@ $(VENV)/.ready-demo
 
 # vLLM wants an older transformers, among others, than constraints.txt names; what this toolkit calls most is as tested.
 # torchvision and its like would have to fit torch's build, and vLLM does without.

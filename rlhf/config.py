@@ -22,6 +22,7 @@ from alignment.config import (
     StageConfig,
     TrainSection,
 )
+from alignment.errors import ConfigError
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -284,6 +285,16 @@ class PPOConfig(StageConfig):
                 f"{train.minibatch_size}. A minibatch takes all rollouts of a prompt."
             )
         return self
+
+
+def check_shares(config: PPOConfig, num_processes: int) -> None:
+    """Raises ConfigError where the processes cannot share every minibatch evenly, whole prompts each."""
+    minibatch, rollouts = config.train.minibatch_size, config.sampling.num_candidates
+    if minibatch % (rollouts * num_processes):
+        raise ConfigError(
+            f"train.minibatch_size = {minibatch} cannot be shared by {num_processes} processes "
+            f"with {rollouts} rollouts a prompt. Choose a multiple of their product."
+        )
 
 
 class EvalSampling(SamplingSection):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from alignment.dialogue import Prompt
 from alignment.distributed import mean_over_processes, whiten_over_processes
-from alignment.errors import ConfigError, DataError
+from alignment.errors import DataError
 from alignment.logprobs import response_logprobs, response_stats, token_values
 from alignment.models import context_length
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
@@ -36,7 +36,7 @@ from alignment.training import build_scheduler
 from rlhf.advantages import gae
 from rlhf.checkpoint import Learner
 from rlhf.clock import PhaseClock
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, check_shares
 from rlhf.gating import safety_gate
 from rlhf.kl_control import adapted_beta
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, is_clipped
@@ -72,12 +72,7 @@ class PPOTrainer:
         self.beta = config.ppo.beta
         self.models = load_models(config, dtype, accelerator.device)
         self.rewards = self.models.rewards
-        num_processes = accelerator.num_processes
-        if config.train.minibatch_size % (config.sampling.num_candidates * num_processes):
-            raise ConfigError(
-                f"train.minibatch_size = {config.train.minibatch_size} cannot be shared by {num_processes} processes "
-                f"with {config.sampling.num_candidates} rollouts a prompt. Choose a multiple of their product."
-            )
+        check_shares(config, accelerator.num_processes)
         self.learners = {
             "policy": self._learner(self.models.policy, config.optim.lr, without=config.ppo.critic_warmup),
             "critic": self._learner(self.models.critic, config.ppo.critic_lr),

@@ -44,13 +44,62 @@ def report(pipeline: Path) -> Path:
     return pipeline / "report.html"
 
 
+# What the toy pipeline does not measure, on its models: tuned temperatures, held-out prompts and a guard in PPO and in
+# the evaluation, dialogues of Ghost Attention.
+MORE_STAGES = """
+runs: {folder}/more
+defaults:
+  model: {{dtype: float32}}
+  run: {{seed: 0, device: cpu, num_threads: 1}}
+  sampling: {{max_new_tokens: 8, max_rows: 64}}
+  rewards: {{helpfulness: "{toy}/rm-helpfulness", safety: "{toy}/rm-safety"}}
+stages:
+  reject:
+    model: {toy}/sft
+    prompts: {{prompts: "toy:prompts.train", max_prompts: 24}}
+    sampling: {{num_candidates: 4, temperature_grid: [0.7, 1.0, 1.3], temperature_prompts: 8}}
+  ppo:
+    model: {toy}/rs
+    prompts: {{prompts: "toy:prompts.train", max_prompts: 64}}
+    train: {{max_steps: 3, batch_size: 16, minibatch_size: 8}}
+    evaluation: {{prompts: "toy:prompts.heldout", max_prompts: 16, every: 1, guard: "{toy}/rm-helpfulness"}}
+  eval:
+    policies: {{sft: "{toy}/sft", ppo: "${{ppo}}"}}
+    prompts: {{prompts: "toy:prompts.heldout", max_prompts: 16}}
+    guard: {toy}/rm-safety
+  memory:
+    stage: eval
+    kind: gatt
+    policies: {{before: toy, after: "{toy}/sft"}}
+    prompts: {{prompts: "toy:prompts.heldout", max_prompts: 4, turns: 3, max_prompt_length: 400}}
+    report_turns: [1, 2, 3]
+"""
+FIGURES_OF_MORE = {
+    "temperatures", "potential", "ppo-held-out", "ppo-violations", "policies-scores-eval", "policies-gains-eval",
+    "adherence-memory", "adherence-kinds-memory",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report_of_more(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of stages with everything measured that the toy pipeline leaves out."""
+    folder = tmp_path_factory.mktemp("more")
+    (folder / "more.yaml").write_text(MORE_STAGES.format(folder=folder, toy=pipeline), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "alignment.cli.main", "run", str(folder / "more.yaml")],
+        capture_output=True, text=True, cwd=ROOT, check=False, env=dict(os.environ),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "more" / "report.html"
+
+
 @pytest.fixture
 def open_page(browser: Any, report: Path) -> Iterator[Any]:
-    """`open_page(width=1280, dark=False)`: the report; fails on console messages and on requests for anything else."""
+    """`open_page(width=1280, dark=False, path=report)`: fails on console messages and on requests for anything else."""
     troubles: list[str] = []
     contexts = []
 
-    def open_report(width: int = 1280, *, dark: bool = False) -> Any:
+    def open_report(width: int = 1280, *, dark: bool = False, path: Path = report) -> Any:
         context = browser.new_context(
             viewport={"width": width, "height": 900},
             color_scheme="dark" if dark else "light",
@@ -61,8 +110,8 @@ def open_page(browser: Any, report: Path) -> Iterator[Any]:
         page.set_default_timeout(120_000)
         page.on("console", lambda message: troubles.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        page.on("request", lambda request: troubles.append(request.url) if request.url != report.as_uri() else None)
-        page.goto(report.as_uri())
+        page.on("request", lambda request: troubles.append(request.url) if request.url != path.as_uri() else None)
+        page.goto(path.as_uri())
         return page
 
     yield open_report
@@ -71,8 +120,8 @@ def open_page(browser: Any, report: Path) -> Iterator[Any]:
     assert not troubles
 
 
-def test_every_figure_is_there_with_a_size_a_caption_and_a_label(open_page):
-    page = open_page()
+def check_figures(page: Any) -> set[str]:
+    """The names of all figures, each with a size, a caption and a label."""
     figures = page.eval_on_selector_all(
         "figure",
         """found => found.map(figure => {
@@ -82,14 +131,35 @@ def test_every_figure_is_there_with_a_size_a_caption_and_a_label(open_page):
                     texts: svg.querySelectorAll("text").length};
         })""",
     )
-    found = {figure["id"] for figure in figures}
-    assert found >= FIGURES
-    for prefix in FIGURES_OF_RUNS:
-        assert any(name.startswith(prefix) for name in found), prefix
     for figure in figures:
         assert figure["width"] > 200 and figure["height"] > 60, figure
         assert figure["title"] == figure["label"] and figure["caption"].endswith("."), figure
         assert figure["texts"] > 2, figure
+    return {figure["id"] for figure in figures}
+
+
+def test_every_figure_is_there_with_a_size_a_caption_and_a_label(open_page):
+    found = check_figures(open_page())
+    assert found >= FIGURES
+    for prefix in FIGURES_OF_RUNS:
+        assert any(name.startswith(prefix) for name in found), prefix
+
+
+def test_temperatures_held_out_prompts_the_guard_and_dialogues_have_their_figures(open_page, report_of_more):
+    page = open_page(path=report_of_more)
+    found = check_figures(page)
+    for prefix in FIGURES_OF_MORE:
+        assert any(name.startswith(prefix) for name in found), prefix
+    for name, series in (
+        ("ppo-held-out", "guard"),
+        ("policies-scores-eval", "guard"),
+        ("policies-gains-eval", "guard"),
+    ):
+        assert series in page.locator(f"figure[id^={name}] svg").text_content(), name
+    headings = page.locator("#answers details.answers > summary").all_inner_texts()
+    assert any("Dialogues of memory" in heading for heading in headings)
+    assert any("Held-out prompts along ppo" in heading for heading in headings)
+    assert not page.locator(".warnings", has_text="Not shown").count()
 
 
 def test_a_click_or_a_key_on_a_columns_name_sorts_the_table(open_page):
@@ -112,6 +182,10 @@ def test_a_click_or_a_key_on_a_columns_name_sorts_the_table(open_page):
     numbers = [float(text.split()[0]) for text in column(4)]
     assert numbers == sorted(numbers) and len(set(numbers)) > 2  # by number: as text, "+4" would stand before "-1"
     assert header.get_attribute("aria-sort") == "none"
+    [place] = [place for place, name in enumerate(table.locator("th").all_inner_texts(), start=1) if "KL" in name]
+    for _ in range(2):  # the first policy has no distance from itself: it stays last, both ways
+        table.locator("th").nth(place - 1).locator("button").click()
+        assert column(1)[-1] == "base" and column(place)[-1] == "–"
 
 
 def test_answers_are_filtered_by_text_and_by_kind_of_prompt(open_page):
@@ -152,6 +226,20 @@ def test_dark_mode_changes_paper_and_ink_and_print_is_light(open_page):
     dark_page.emulate_media(media="print", color_scheme="dark")
     assert dark_page.evaluate(look) == light
     assert not dark_page.locator("nav").is_visible()
+
+
+def test_on_paper_everything_is_open_and_afterwards_as_it_was(open_page):
+    page = open_page()
+    shown, closed = "article.asked:not([hidden])", "details:not([open])"
+    few = page.locator(shown).count()
+    folded = page.locator(closed).count()
+    assert folded and few < page.locator("article.asked").count()
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")  # a second one forgets nothing
+    assert page.locator(closed).count() == 0
+    assert page.locator(shown).count() == page.locator("article.asked").count()
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert (page.locator(closed).count(), page.locator(shown).count()) == (folded, few)
 
 
 def test_a_phone_needs_no_sideways_scrolling_and_its_text_is_large_enough(open_page):

@@ -351,6 +351,54 @@ def test_ppo_is_not_told_to_split_its_models():
     assert any(tip.startswith("ppo.offload=true") for tip in tips)
 
 
+def tips_on(memory, stage, *overrides):
+    """Advice for a stage of the toy model on a GPU of that many bytes."""
+    configs, origins = load_stages(None, stage, ["model=toy", *overrides])
+    planner = Planner(Setting(replace(GPU, memory=memory)), origins)
+    return advice(configs[stage], plan_stage(configs[stage], stage, planner), planner)
+
+
+def test_fewer_responses_side_by_side_are_advised_though_their_number_was_left_to_the_plan():
+    """`sampling.max_rows` is null by default: 128 in `reject` on a GPU with room, of which a half is named."""
+    sizes = ["prompts.max_prompt_length=512", "sampling={max_new_tokens: 128, num_candidates: 8}",
+             "rewards={helpfulness: toy, safety: toy, max_tokens_per_batch: 512}"]  # fmt: skip
+    configs, origins = load_stages(None, "reject", ["model=toy", *sizes])
+    assert configs["reject"].sampling.max_rows is None
+    plan = plan_stage(configs["reject"], "reject", Planner(Setting(GPU), origins))
+    assert plan.worst.name == "sample" and plan.responses > 8
+    tight = Planner(Setting(replace(GPU, memory=plan.peak // 2)), origins)
+    tips = advice(configs["reject"], plan, tight)
+    assert any(tip.startswith(f"sampling.max_rows={plan.responses // 2}: ") for tip in tips)
+    assert any(tip.startswith("prompts.max_prompt_length=256: ") for tip in tips)
+    assert any(tip.startswith("sampling.max_new_tokens=64: ") for tip in tips)
+
+
+def test_smaller_minibatches_and_upper_layers_are_advised():
+    short = tips_on(10**5, "ppo", "lora.r=4", "prompts.max_prompt_length=32", "sampling={max_new_tokens: 64}",
+                    "rewards={helpfulness: toy, safety: toy, max_tokens_per_batch: 512}",
+                    "train={batch_size: 8, minibatch_size: 4, max_tokens_per_batch: 512}")  # fmt: skip
+    assert any(tip.startswith("train.minibatch_size=2: ") for tip in short)
+    assert any(tip.startswith("lora.last_layers=1: ") for tip in tips_on(10**5, "sft", "lora.r=4"))
+
+
+def test_changes_are_joined_until_they_are_enough():
+    sizes = ["data.max_length=128", "train={max_tokens_per_batch: 4096, batch_size: 64}"]
+    plan = planned("sft", *sizes, device=GPU)
+    enough = [tip for tip in tips_on(plan.peak - 1, "sft", *sizes) if tip.startswith("together")]
+    assert not enough  # the first change alone was
+    [joined] = [tip for tip in tips_on(10**5, "sft", *sizes) if tip.startswith("together")]
+    for part in ("model.gradient_checkpointing=true", "train.max_tokens_per_batch=1024", "lora.r=16"):
+        assert part in joined
+    assert joined.endswith("still too much")
+
+
+def test_processes_that_cannot_share_a_minibatch_are_refused_as_the_run_refuses_them():
+    sizes = ["sampling.num_candidates=4", "train={batch_size: 64, minibatch_size: 16}", "prompts.max_prompt_length=32"]
+    with pytest.raises(ConfigError, match=r"minibatch_size = 16 cannot be shared by 8 processes with 4 rollouts"):
+        planned("ppo", *sizes, device=GPU, processes=8)
+    assert planned("ppo", *sizes, "sampling.max_new_tokens=16", device=GPU, processes=4).peak
+
+
 def test_work_takes_as_long_as_the_slower_of_arithmetic_and_memory():
     assert Work(flops=4e13).seconds(GPU, 0.4) == pytest.approx(1.0)  # 1e14 a second, of which 0.4
     assert Work(flops=4e13, bytes_read=1.2e12).seconds(GPU, 0.4) == pytest.approx(3.0)
@@ -362,6 +410,27 @@ def test_every_stage_of_the_toy_pipeline_is_planned():
     plans = json.loads(found.stdout)
     assert {plan["stage"] for plan in plans} == {"sft", "gatt", "rm", "reject", "ppo", "eval"}
     assert all(plan["fits"] and plan["peak_gb"] > 0 and plan["seconds_per_unit"] > 0 for plan in plans)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("recipe", "devices"),
+    [
+        ("llama2-7b/lora.yaml", []),
+        ("llama2-7b/lora.yaml", ["--gpus", "8"]),
+        ("sft llama2-7b/sft-full.yaml", ["--gpus", "8", "--fsdp"]),
+        ("rm llama2-7b/rm-helpfulness-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
+        ("rm llama2-7b/rm-safety-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
+        ("sft llama2-70b/sft-lora.yaml", ["--gpus", "32", "--fsdp"]),
+        ("sft llama2-70b/sft-full.yaml", ["--gpus", "32", "--fsdp"]),
+        ("rm llama2-70b/rm-lora.yaml", ["model.path=llama-2-70b", "--gpus", "32", "--fsdp"]),
+    ],
+)
+def test_the_recipes_of_llama_2_fit_the_cards_they_name(recipe, devices):
+    *stage, path = recipe.split()
+    found = CliRunner().invoke(app, ["plan", *stage, f"recipes/{path}", *devices, "--gpu", "h100-80gb", "--json"])
+    assert found.exit_code == 0, found.output
+    assert all(plan["fits"] for plan in json.loads(found.stdout))
 
 
 def test_the_table_says_what_does_not_fit():

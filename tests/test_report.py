@@ -213,6 +213,38 @@ def test_counts_of_a_manifest_are_shown_where_they_are_not_zero(tmp_path):
     assert found == [["train · rows", "6"], ["train · veto · drop", "1"]]
 
 
+def write_reward_model(folder: Path, valid: dict) -> Path:
+    return write_run(folder, "rm", {"valid": valid}, metrics=[{"step": 1, "rm/ranking_loss": 0.7}])
+
+
+JUDGED = {
+    "pairs": 10, "accuracy": ENTRY, "by_rating": {"better": ENTRY}, "by_source": {"s": ENTRY}, "by_safety_bin": {},
+    "calibration": {"ece": 0.1, "bins": [{"accuracy": 0.6, "confidence": 0.7, "count": 10}]},
+    "histogram": {"edges": [0, 1], "chosen": [3], "rejected": [2]}, "length_correlation": {"responses": 0.1},
+    "mean_chosen": 1.0, "mean_rejected": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("figure", ["calibration", "by_rating", "histogram", "length_correlation"])
+def test_a_result_of_another_version_is_left_out_of_its_section_and_said_to_be(tmp_path, figure):
+    old = {key: value for key, value in JUDGED.items() if key != figure}
+    write_reward_model(tmp_path / "runs" / "new", JUDGED)
+    write_reward_model(tmp_path / "runs" / "old", old)
+    page = write_report([tmp_path / "runs"]).read_text(encoding="utf-8")
+    assert f"<b>old</b> Not shown under “Reward models”: its files have no “{figure}”" in page
+    assert 'id="rm-accuracy"' in page and "scores-" in page and "<b>new</b>" not in page
+
+
+def test_evaluations_and_fine_tunings_of_another_version_are_left_out_too(tmp_path):
+    write_run(tmp_path / "runs" / "sft", "sft", {"valid_by_source": {"after": {"s": {"loss": 1.0}}}})
+    write_run(tmp_path / "runs" / "gatt", "gatt", {"dialogues": 3})
+    gatt = write_run(tmp_path / "runs" / "eval", "eval", {"policies": {"p": {"by_kind": {}}}, "dialogues": 2})
+    edit_manifest(gatt, settings={"kind": "gatt"})
+    page = write_report([tmp_path / "runs"]).read_text(encoding="utf-8")
+    for run, figure in (("sft", "tokens"), ("gatt", "kept_by_kind"), ("eval", "by_turn")):
+        assert re.search(f"<b>{run}</b> Not shown under “[^”]+”: its files have no “{figure}”", page)
+
+
 # Answers
 
 
@@ -295,6 +327,16 @@ def test_a_chart_has_the_pages_colours_and_a_label():
     assert "$x_1$" in chart.svg and "20 %" in chart.svg  # text stays text
     again = curve_chart("name", "Title", "Look.", [curve, curve], x_label="$x_1$", y_label="share", percent=True)
     assert again.svg == chart.svg
+
+
+def test_fourteen_series_look_different_without_their_dashes():
+    """In charts of estimates there are no lines: colour, marker and fill have to tell."""
+    looks = {(style.color, style.marker, style.fill) for style in map(style_of, range(14))}
+    assert len(looks) == 14
+    assert len({style_of(index).fill for index in range(7, 14)}) == 1
+    rows = {"row": {f"series {index}": ENTRY for index in range(14)}}
+    svg = interval_chart("n", "t", "c", rows, x_label="x").svg
+    assert len(set(re.findall(r"<use [^>]*?style=\"[^\"]*\"", svg))) >= 14
 
 
 def test_nothing_is_drawn_where_there_is_nothing():

@@ -18,45 +18,55 @@ Changes = Mapping[str, Any]
 def advice(config: StageConfig, plan: StagePlan, planner: Planner) -> list[str]:
     """Changes of settings one by one and then together, other ways to share models, larger devices; the effect of each.
 
-    Only what lowers the peak is named.
+    Only what lowers the peak is named; together are the first of them that are enough, or all.
     """
     found, together = [], {}
-    best = plan.peak
-    for text, changes in _changes(config):
+    best = plan
+    for changes in _changes(config, plan, planner):
         changed = _replan(config, plan.name, planner, changes)
         if changed is None or changed.peak >= 0.99 * plan.peak:
             continue
-        found.append(f"{text}: {_effect(changed)}")
+        found.append(f"{_shown(changes)}: {_effect(changed)}")
         joined = merge(together, changes)
-        both = _replan(config, plan.name, planner, joined)
-        if both is not None and both.peak < best:
-            together, best = joined, both.peak
-    if len(found) > 1 and (all_of_them := _replan(config, plan.name, planner, together)) is not None:
-        found.append(f"all that help together ({_shown(together)}): {_effect(all_of_them)}")
+        both = None if best.fits else _replan(config, plan.name, planner, joined)
+        if both is not None and both.peak < best.peak:
+            together, best = joined, both
+    if len(list(_leaves(together))) > 1:
+        found.append(f"together {_shown(together)}: {_effect(best)}")
     return [*found, *_other_devices(config, plan, planner)]
 
 
-def _changes(config: Any) -> Iterator[tuple[str, Changes]]:
+def _changes(config: Any, plan: StagePlan, planner: Planner) -> Iterator[Changes]:
     """What may make a stage smaller, what changes least in its results first."""
     has = type(config).model_fields
+    # The same results, to rounding:
     if "train" in has and not config.model.gradient_checkpointing:
-        yield "model.gradient_checkpointing=true", {"model": {"gradient_checkpointing": True}}
+        yield {"model": {"gradient_checkpointing": True}}
     if "train" in has and (tokens := config.train.max_tokens_per_batch) > 512:
-        for fewer in (tokens // 2, tokens // 4):
-            yield f"train.max_tokens_per_batch={fewer}", {"train": {"max_tokens_per_batch": fewer}}
-    if "data" in has and (length := config.data.max_length) > 1024:
-        yield f"data.max_length={length // 2}", {"data": {"max_length": length // 2}}
-    if "sampling" in has and (rows := config.sampling.max_rows or 0) > 8:
-        for fewer in (rows // 2, rows // 4, rows // 8):
-            yield f"sampling.max_rows={fewer}", {"sampling": {"max_rows": fewer}}
-    if "rewards" in has and (tokens := config.rewards.max_tokens_per_batch) > 2048:
-        yield "rewards.max_tokens_per_batch=2048", {"rewards": {"max_tokens_per_batch": 2048}}
+        yield from ({"train": {"max_tokens_per_batch": tokens // part}} for part in (2, 4))
+    if (rows := plan.responses or 0) > 8:
+        yield from ({"sampling": {"max_rows": rows // part}} for part in (2, 4, 8))
+    if "rewards" in has and config.rewards.max_tokens_per_batch > 2048:
+        yield {"rewards": {"max_tokens_per_batch": 2048}}
     if "ppo" in has and not config.ppo.offload:
-        yield "ppo.offload=true", {"ppo": {"offload": True}}
-    if "lora" in has and not config.lora.r:
-        yield "lora.r=16", {"lora": {"r": 16}}
+        yield {"ppo": {"offload": True}}
     if "ppo" in has and config.ppo.share_backbone == "never":
-        yield "ppo.share_backbone=auto", {"ppo": {"share_backbone": "auto"}}
+        yield {"ppo": {"share_backbone": "auto"}}
+    # Another training:
+    if "lora" in has and not config.lora.r:
+        yield {"lora": {"r": 16}}
+    if "lora" in has and config.lora.r and config.lora.last_layers is None:
+        layers = planner.trained(config.model, config.lora, "lm").shape.num_hidden_layers
+        yield {"lora": {"last_layers": layers // 2}}
+    if "ppo" in has:
+        yield {"train": {"minibatch_size": config.train.minibatch_size // 2}}
+    # Other rows:
+    if "data" in has and (length := config.data.max_length) > 1024:
+        yield {"data": {"max_length": length // 2}}
+    if "prompts" in has and (length := config.prompts.max_prompt_length) > 256:
+        yield {"prompts": {"max_prompt_length": length // 2}}
+    if "sampling" in has and (tokens := config.sampling.max_new_tokens) > 64:
+        yield {"sampling": {"max_new_tokens": tokens // 2}}
 
 
 def _other_devices(config: StageConfig, plan: StagePlan, planner: Planner) -> Iterator[str]:
@@ -91,9 +101,14 @@ def _effect(plan: StagePlan) -> str:
     return f"{plan.peak / 1e9:.1f} GB, {'fits' if plan.fits else 'still too much'}"
 
 
-def _shown(changes: Changes, prefix: str = "") -> str:
-    parts = []
+def _shown(changes: Changes) -> str:
+    return " ".join(f"{key}={str(value).lower()}" for key, value in _leaves(changes))
+
+
+def _leaves(changes: Changes, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
     for key, value in changes.items():
-        nested = isinstance(value, Mapping)
-        parts.append(_shown(value, f"{prefix}{key}.") if nested else f"{prefix}{key}={str(value).lower()}")
-    return " ".join(parts)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

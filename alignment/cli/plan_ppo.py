@@ -14,10 +14,15 @@ from alignment.plan.phases import StagePlan, Work, together
 from alignment.plan.sampling import sampling
 from alignment.plan.shapes import ModelSpec, weights
 from alignment.plan.training import gradients, held, load_phases, optimizer_state, saving_phases, training_pass
+from rlhf.config import check_shares
 
 
 def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
-    """The plan of a PPO run: every process holds all models whole (DDP)."""
+    """The plan of a PPO run: every process holds all models whole (DDP).
+
+    Raises ConfigError where the processes cannot share a minibatch, as the run itself would.
+    """
+    check_shares(config, planner.setting.processes)
     setting, train, draw = planner.setting, config.train, config.sampling
     policy = planner.trained(config.model, config.lora, "lm")
     critic = planner.trained(config.rewards.helpfulness, config.lora, "score")
@@ -80,7 +85,8 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
         f"{draws.rows} responses side by side; micro-batches of {rows.count} x {length} + "
         f"{draw.num_candidates} x {draw.max_new_tokens} tokens",
     )
-    return planner.plan(config, name, phases, "iteration", work, units=train.max_steps, notes=notes)
+    more = {"units": train.max_steps, "responses": draws.rows, "notes": notes}
+    return planner.plan(config, name, phases, "iteration", work, **more)
 
 
 def _shares(config: Any, planner: Planner) -> tuple[bool, str]:

@@ -153,7 +153,7 @@ def _reject(config: Any, name: str, planner: Planner) -> StagePlan:
     score, judging = _score(planner, judges, draws, config.sampling, config.rewards.max_tokens_per_batch, count)
     phases = [*load_phases(planner.setting, held(policy), file_bytes(planner, config.model)), draw, score]
     notes = (f"{draws.rows} responses side by side, prompts of {draws.prompt_tokens} tokens",)
-    return planner.plan(config, name, phases, unit, [*work, *judging], units=units, notes=notes)
+    return planner.plan(config, name, phases, unit, [*work, *judging], units=units, responses=draws.rows, notes=notes)
 
 
 def _gatt(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -164,7 +164,7 @@ def _gatt(config: Any, name: str, planner: Planner) -> StagePlan:
     work = [replace(each, flops=each.flops * config.prompts.turns, bytes_read=each.bytes_read * config.prompts.turns)
             for each in work]  # fmt: skip
     notes = (f"{draws.rows} responses side by side, dialogues of {draws.prompt_tokens} tokens",)
-    return planner.plan(config, name, phases, unit, work, units=units, notes=notes)
+    return planner.plan(config, name, phases, unit, work, units=units, responses=draws.rows, notes=notes)
 
 
 def _distil(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -175,7 +175,7 @@ def _distil(config: Any, name: str, planner: Planner) -> StagePlan:
     score, judging = _score(planner, [judge], draws, both, config.max_tokens_per_batch, count)
     phases = [*load_phases(planner.setting, held(policy), file_bytes(planner, config.model)), draw, score]
     notes = (f"{draws.rows} responses side by side, prompts of {draws.prompt_tokens} tokens",)
-    return planner.plan(config, name, phases, unit, [*work, *judging], units=units, notes=notes)
+    return planner.plan(config, name, phases, unit, [*work, *judging], units=units, responses=draws.rows, notes=notes)
 
 
 def _eval(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -205,7 +205,7 @@ def _eval(config: Any, name: str, planner: Planner) -> StagePlan:
         phases.append(replace(guard, name="guard"))
         work += [each for each in judging for _ in config.policies]
     notes = (f"{draws.rows} responses side by side, prompts of {draws.prompt_tokens} tokens",)
-    return planner.plan(config, name, phases, unit, work, units=units, notes=notes)
+    return planner.plan(config, name, phases, unit, work, units=units, responses=draws.rows, notes=notes)
 
 
 def _eval_gatt(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -222,7 +222,7 @@ def _eval_gatt(config: Any, name: str, planner: Planner) -> StagePlan:
             beside = {"activations": heads * length**2 * (4 + 2 * policy.dtype.itemsize)}
             phases.append(planner.phase(f"attention of {policy_name}", held(policy), held(policy), beside))
     notes = (f"{draws.rows} responses side by side, dialogues of {draws.prompt_tokens} tokens",)
-    return planner.plan(config, name, phases, unit, work, units=units, notes=notes)
+    return planner.plan(config, name, phases, unit, work, units=units, responses=draws.rows, notes=notes)
 
 
 def _ppo(config: Any, name: str, planner: Planner) -> StagePlan:

@@ -49,6 +49,7 @@ class StagePlan:
         unit: what `unit_seconds` are of: a step, an iteration, a thousand prompts.
         unit_seconds: at the utilisation planned with.
         units: how many, or None where that is not known.
+        responses: decoded side by side, where the stage samples.
         notes: what was assumed.
     """
 
@@ -59,6 +60,7 @@ class StagePlan:
     unit: str
     unit_seconds: float
     units: float | None
+    responses: int | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -80,7 +80,8 @@ def curve_chart(
                 axes.plot(curve.x, curve.y, color=curve.style.color, linewidth=0.8, alpha=0.35)
                 continue
             marker = curve.style.marker if curve.markers else None
-            [line] = axes.plot(curve.x, curve.y, color=curve.style.color, linestyle=curve.style.dash, marker=marker)
+            look = {"color": curve.style.color, "linestyle": curve.style.dash, "markerfacecolor": curve.style.fill}
+            [line] = axes.plot(curve.x, curve.y, marker=marker, **look)
             if curve.low is not None and curve.high is not None:
                 axes.fill_between(curve.x, curve.low, curve.high, color=curve.style.color, alpha=0.16, linewidth=0)
             handles[short(curve.label)] = line
@@ -220,7 +221,8 @@ def path_chart(
             for place, point in enumerate(zip(x, y, strict=True)):  # the later, the stronger
                 alpha = 0.25 + 0.75 * (place + 1) / len(x)
                 look = {"color": style.color, "marker": style.marker, "markersize": 4.5, "alpha": alpha}
-                [handles[short(label)]] = axes.plot(*point, linestyle="none", markeredgewidth=0, **look)
+                look |= {"markerfacecolor": style.fill, "markeredgewidth": 0 if style.fill == style.color else 1}
+                [handles[short(label)]] = axes.plot(*point, linestyle="none", **look)
             for a, b, text in zip(x, y, texts, strict=True):
                 if text:
                     axes.annotate(short(text), (a, b), (4, 4), textcoords="offset points", size=8.5)
@@ -232,7 +234,8 @@ def path_chart(
 def _mark(axes: Any, y: float, entry: Row, style: Style) -> Any:
     if is_number(entry.get("low")) and is_number(entry.get("high")):
         axes.plot([entry["low"], entry["high"]], [y, y], color=style.color, linewidth=1.6, solid_capstyle="butt")
-    [mark] = axes.plot([entry["value"]], [y], color=style.color, marker=style.marker, linestyle="none", markersize=5)
+    look = {"color": style.color, "marker": style.marker, "markerfacecolor": style.fill, "markersize": 5}
+    [mark] = axes.plot([entry["value"]], [y], linestyle="none", **look)
     return mark
 
 

@@ -54,11 +54,15 @@ _STYLE |= {"grid.color": GRID, "axes.facecolor": "none", "figure.facecolor": "no
 
 @dataclass(frozen=True)
 class Style:
-    """How one series looks; two differ in colour, dashes and marker, so that none of them alone has to tell."""
+    """How one series looks; two differ in colour, dashes and marker, so that none of them alone has to tell.
+
+    The second seven have the colours and markers of the first, but empty.
+    """
 
     color: str
     dash: Any
     marker: str
+    fill: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class Chart:
 def style_of(index: int, *, dash: int | None = None) -> Style:
     """The look of the series with this number; `dash` overrides the number of its dashes."""
     dash = index if dash is None else dash
-    return Style(PALETTE[index % len(PALETTE)], DASHES[dash % len(DASHES)], MARKERS[index % len(MARKERS)])
+    color = PALETTE[index % len(PALETTE)]
+    fill = PAPER if index // len(PALETTE) % 2 else color
+    return Style(color, DASHES[dash % len(DASHES)], MARKERS[index % len(MARKERS)], fill)
 
 
 def short(label: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -48,6 +48,7 @@ def render(runs: Sequence[RunFolder], title: str) -> str:
     """The page as text."""
     script = (FILES / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    sections, missing = sections_of(runs)
     environment = Environment(
         loader=FileSystemLoader(FILES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -58,27 +59,54 @@ def render(runs: Sequence[RunFolder], title: str) -> str:
         script=Markup(script),
         script_hash=digest,
         facts=overview.facts(runs),
-        warnings=overview.warnings(runs),
-        sections=sections_of(runs),
+        warnings=[*overview.warnings(runs), *missing],
+        sections=sections,
     )
 
 
-def sections_of(runs: Sequence[RunFolder]) -> list[Section]:
-    """All sections that have something to show, the outcome first, then the stages in order."""
-    made = [
-        overview.section(runs),
-        evaluation.section(runs),
-        answers.section(runs),
-        fine_tuning.section(runs),
-        fine_tuning.made_data(runs),
-        evaluation.ghost_attention(runs),
-        reward_models.section(runs),
-        rejection.section(runs),
-        ppo.section(runs),
-        inputs.data(runs),
-        inputs.settings(runs),
-    ]
-    return [section for section in made if not section.is_empty]
+SECTIONS = (
+    overview.section,
+    evaluation.section,
+    answers.section,
+    fine_tuning.section,
+    fine_tuning.made_data,
+    evaluation.ghost_attention,
+    reward_models.section,
+    rejection.section,
+    ppo.section,
+    inputs.data,
+    inputs.settings,
+)
+
+
+def sections_of(runs: Sequence[RunFolder]) -> tuple[list[Section], list[tuple[str, str]]]:
+    """All sections that have something to show, the outcome first, then the stages in order.
+
+    And run and sentence for what is missing: results of other versions may lack figures that a section needs.
+    """
+    made, missing = [], []
+    for section_of in SECTIONS:
+        try:
+            made.append(section_of(runs))
+        except KeyError:
+            lacking = {run: figure for run in runs if (figure := _lacks(section_of, run)) is not None}
+            found = section_of([run for run in runs if run not in lacking])
+            made.append(found)
+            missing += [
+                (run.label, f"Not shown under “{found.title}”: its files have no “{figure}”, since another version of "
+                            "align wrote them. Run the stage again to see it.")
+                for run, figure in lacking.items()
+            ]  # fmt: skip
+    return [section for section in made if not section.is_empty], missing
+
+
+def _lacks(section_of: Callable[[Sequence[RunFolder]], Section], run: RunFolder) -> str | None:
+    """The figure for want of which a section cannot show this run."""
+    try:
+        section_of([run])
+    except KeyError as error:
+        return str(error.args[0])
+    return None
 
 
 def _check_replaceable(out: Path) -> None:
