@@ -66,7 +66,7 @@ def simple_commands(line: str) -> Iterator[tuple[str, ...]]:
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, ";"]:
-        if word[0] in "|&;":
+        if word[:1] in ("|", "&", ";"):
             if words:
                 yield tuple(words)
             words = []

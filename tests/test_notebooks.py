@@ -1,11 +1,7 @@
 """The notebooks as files: without outputs, listed, and calling the library only. `make notebooks` runs them."""
 
 import ast
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -56,16 +52,3 @@ def test_links_lead_somewhere(path):
 def test_every_notebook_is_listed():
     listed = re.findall(r"\]\((\w+\.ipynb)\)", (FOLDER / "README.md").read_text(encoding="utf-8"))
     assert listed == [path.name for path in NOTEBOOKS]
-
-
-@pytest.mark.e2e
-@pytest.mark.parametrize(("limit", "code", "outcome"), [("600", 0, "1 passed"), ("0.01", 1, "took")])
-def test_a_notebook_that_takes_too_long_fails(tmp_path, limit, code, outcome):
-    shutil.copy(FOLDER / "conftest.py", tmp_path)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert True")])
-    nbformat.write(notebook, tmp_path / "short.ipynb")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbmake", "."],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "NOTEBOOK_LIMIT_SECONDS": limit},
-    )  # fmt: skip
-    assert done.returncode == code and outcome in done.stdout, done.stdout

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from alignment.cli.plan_stages import Planner, draws_for, file_bytes, fill, judged, prompt_length, repeated, vllm_share
+from alignment.errors import ConfigError
 from alignment.plan.passes import Rows
 from alignment.plan.phases import StagePlan, Work, together
 from alignment.plan.sampling import sampling
@@ -22,7 +23,10 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
 
     Raises ConfigError where the processes cannot share a minibatch, as the run itself would.
     """
-    check_shares(config, planner.setting.processes)
+    try:
+        check_shares(config, planner.setting.processes)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     setting, train, draw = planner.setting, config.train, config.sampling
     policy = planner.trained(config.model, config.lora, "lm")
     critic = planner.trained(config.rewards.helpfulness, config.lora, "score")
