@@ -19,7 +19,7 @@ HEALTHY = {
     ("name", "figure", "within", "beyond", "advice"),
     [
         ("kl", "kl_k3", 50.0, 50.1, "ppo.beta"),
-        ("ratio", "first_ratio_error", 0.05, 0.051, "lora.dropout=0"),
+        ("ratio", "first_ratio_error", 0.1, 0.101, "lora.dropout=0"),
         ("sampler", "sampler_gap", 0.2, 0.201, "sampling.engine=torch"),
         ("entropy", "entropy", 0.4, 0.39, "Lower optim.lr"),
         ("length", "length", 80.0, 80.1, "reward_length_correlation"),
