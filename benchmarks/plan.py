@@ -1,6 +1,6 @@
 """`align plan` against measured peaks: SmolLM2-135M on this machine's CPU, small runs of stages that train or sample.
 
-    python benchmarks/plan.py                                  # about ten minutes on two idle cores
+    python benchmarks/plan.py                                  # some minutes
     python benchmarks/plan.py --cases sft-lora reject --tokens 4096
     python benchmarks/plan.py --as-run                         # with the allocator's settings of the align command only
 
