@@ -70,9 +70,9 @@ class PPOTrainer:
     ) -> None:
         self.config, self.accelerator, self.dtype = config, accelerator, dtype
         self.beta = config.ppo.beta
+        check_shares(config, accelerator.num_processes)
         self.models = load_models(config, dtype, accelerator.device)
         self.rewards = self.models.rewards
-        check_shares(config, accelerator.num_processes)
         self.learners = {
             "policy": self._learner(self.models.policy, config.optim.lr, without=config.ppo.critic_warmup),
             "critic": self._learner(self.models.critic, config.ppo.critic_lr),

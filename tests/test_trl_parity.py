@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
 import trl
+from parity import open_parity_run, steps_in_order
 from transformers import TrainingArguments
 
 from alignment.chat import CHATML, chat_format
-from alignment.config import TrainSection
 from alignment.dialogue import Message, PreferencePair
-from alignment.runs import Run, open_run
-from alignment.training import StepSchedule, training_arguments, use_run
+from alignment.runs import Run
+from alignment.training import use_run
 from reward_models.config import RewardModelConfig
 from reward_models.preferences import EncodedPair, encode_pairs, pair_batches
 from reward_models.trainer import RewardTrainer, pair_loss
@@ -50,25 +49,8 @@ def encode(tokenizer: Any, pairs: list[PreferencePair], margins: dict[str, float
     return encoded
 
 
-def open_rm_run(tmp_path: Path) -> tuple[Run, dict[str, Any]]:
-    """A run, and our TrainingArguments as keywords: TRL's trainer gets the same optimizer, schedule and clipping."""
-    config = RewardModelConfig.model_validate(
-        {
-            "kind": "helpfulness",
-            "model": "toy",
-            "data": {"train": "unused"},
-            "optim": {"lr": 1e-3, "min_warmup_steps": 1},
-            "run": {"dir": str(tmp_path / "run")},
-        }
-    )
-    run = open_run(config)
-    values = training_arguments(run, config, num_steps=NUM_STEPS, dtype=torch.float32, device=torch.device("cpu"))
-    return run, {**values, "save_strategy": "no"}
-
-
 def train_ours(model: Any, encoded: list[EncodedPair], values: dict[str, Any], run: Run) -> list[float]:
-    schedule = StepSchedule(len(encoded), TrainSection(batch_size=BATCH_SIZE), seed=0)
-    schedule.steps = [list(range(start, start + BATCH_SIZE)) for start in range(0, len(encoded), BATCH_SIZE)]
+    schedule = steps_in_order(len(encoded), BATCH_SIZE)
     trainer = RewardTrainer(model=model, args=TrainingArguments(**values))
     loss = pair_loss(safety_weight=0.0, centering_weight=0.0)
     trainer.use_steps(schedule, lambda rows: pair_batches(encoded, rows, max_tokens=120), loss)
@@ -91,7 +73,7 @@ def train_trl(
 @pytest.mark.parametrize("margins", [{}, MARGINS], ids=["no margin", "margin"])
 def test_losses_and_weights_are_those_of_trl(margins, tokenizer, pairs, make_reward_model, tmp_path):
     encoded = encode(tokenizer, pairs, margins)
-    run, values = open_rm_run(tmp_path)
+    run, values = open_parity_run(RewardModelConfig, tmp_path, num_steps=NUM_STEPS, kind="helpfulness")
     ours, theirs = (make_reward_model(len(tokenizer)) for _ in range(2))
     theirs.config.pad_token_id = tokenizer.pad_token_id
     before = {name: parameter.clone() for name, parameter in ours.named_parameters()}

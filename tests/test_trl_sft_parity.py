@@ -9,12 +9,12 @@ import datasets
 import pytest
 import torch
 import trl
+from parity import open_parity_run, steps_in_order
 
 from alignment.chat import CHATML, EncodedDialogue, chat_format
-from alignment.config import TrainSection
 from alignment.dialogue import Dialogue, Message
-from alignment.runs import Run, open_run
-from alignment.training import StepSchedule, training_arguments, use_run
+from alignment.runs import Run
+from alignment.training import use_run
 from sft.config import SFTConfig
 from sft.evaluate import response_loss
 from sft.examples import dialogue_batches, make_examples
@@ -58,25 +58,14 @@ def prompt_completion(dialogue: Dialogue) -> dict[str, str]:
 
 
 def open_sft_run(tmp_path: Path) -> tuple[Run, dict[str, Any]]:
-    """A run, and our settings as TRL takes them: its trainer gets the same optimizer, schedule and clipping."""
-    config = SFTConfig.model_validate(
-        {
-            "model": "toy",
-            "data": {"train": "unused"},
-            "optim": {"lr": 1e-3, "min_warmup_steps": 1},
-            "run": {"dir": str(tmp_path / "run")},
-        }
-    )
-    run = open_run(config)
-    values = training_arguments(run, config, num_steps=NUM_STEPS, dtype=torch.float32, device=torch.device("cpu"))
-    return run, {**values, "save_strategy": "no", "max_length": None}
+    run, values = open_parity_run(SFTConfig, tmp_path, num_steps=NUM_STEPS)
+    return run, {**values, "max_length": None}
 
 
 def train_ours(
     model: Any, tokenizer: Any, encoded: list[EncodedDialogue], values: dict[str, Any], run: Run, *, packed: bool
 ) -> list[float]:
-    schedule = StepSchedule(len(encoded), TrainSection(batch_size=BATCH_SIZE), seed=0)
-    schedule.steps = [list(range(start, start + BATCH_SIZE)) for start in range(0, len(encoded), BATCH_SIZE)]
+    schedule = steps_in_order(len(encoded), BATCH_SIZE)
     trainer = MaskedSFTTrainer(
         model=model,
         args=trl.SFTConfig(**values, dataset_kwargs={"skip_prepare_dataset": True}),
