@@ -8,14 +8,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
+from alignment.errors import ConfigError
 from alignment.tensor_ops import masked_sum, whiten
 
 Item = TypeVar("Item")
@@ -77,6 +79,41 @@ def shares(items: Sequence[Item], count: int, *, together: Callable[[Item], Hash
     for rank, group in enumerate(groups.values()):
         parts[rank % count] += group
     return [sorted(part) for part in parts]
+
+
+def most_over_processes(count: int, accelerator: Accelerator) -> int:
+    """The largest of the processes' counts: how many passes all of them run, where these are collective."""
+    if accelerator.num_processes == 1:
+        return count
+    return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
+
+
+def is_split(accelerator: Accelerator) -> bool:
+    """Whether FSDP holds a part of each trained model on each process, so that every pass is collective."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def check_split(accelerator: Accelerator) -> None:
+    """FSDP 2 alone: what it splits can be gathered and written whole. Raises ConfigError for anything else."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"{kind.value} is not supported. Launch with --multi_gpu or with --use_fsdp --fsdp_version 2."
+        )
+    if is_split(accelerator) and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError("FSDP 1, accelerate's default, is not supported. Add --fsdp_version 2 to accelerate launch.")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP may have split, on its device; then collective. Another is itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, split as `like` is; every process has the whole one. Not collective."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

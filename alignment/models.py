@@ -43,7 +43,7 @@ from alignment.adapters import (
 from alignment.chat import ChatFormat, chat_format
 from alignment.config import LoraSection
 from alignment.data import file_sha256
-from alignment.distributed import gets_weights_later, save_alone, whole_weights
+from alignment.distributed import gets_weights_later, save_alone, whole, whole_weights
 from alignment.errors import ModelError
 from alignment.low_rank import use_low_rank_linear
 from alignment.runs import write_folder
@@ -181,9 +181,24 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
 
 
 def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
-    """A separate plain model with adapters merged into the weights, e.g. to sample from a policy in training."""
-    twin = copy.deepcopy(model)
-    return (twin.merge_and_unload() if isinstance(twin, PeftModel) else twin).to(dtype).eval()
+    """A separate chat model in `dtype` with adapters merged into the weights, e.g. to sample from a policy in training.
+
+    Collective where FSDP has split the model, which has no adapters then: every process gets all weights, one by one.
+    Buffers keep their type: in bfloat16 the frequencies of rotary positions would be others.
+    """
+    if isinstance(model, PeftModel):
+        twin = copy.deepcopy(model).merge_and_unload()
+        for parameter in twin.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return twin.eval()
+    config, options = copy.deepcopy(model.config), {"dtype": dtype, "attn_implementation": TREE_ATTENTION}
+    with no_init_weights(), next(model.parameters()).device:
+        twin = AutoModelForCausalLM.from_config(config, **options)
+    twin.tie_weights()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            twin.get_parameter(name).copy_(whole(weight))
+    return twin.requires_grad_(False).eval()
 
 
 def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:

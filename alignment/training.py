@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
 
 from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
-from alignment.distributed import gather_objects
-from alignment.errors import ConfigError, TrainingError
+from alignment.distributed import check_split, gather_objects, is_split
+from alignment.errors import TrainingError
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar
 from alignment.runs import Run, mark_complete
@@ -91,7 +89,7 @@ class GlobalBatchMixin:
 
         Raises ConfigError where the models would be split over processes in a way that is not supported.
         """
-        _check_split(self.accelerator)
+        check_split(self.accelerator)
         self._schedule, self._batcher, self._loss_function = schedule, batcher, loss_function
         self.step_metrics: dict[str, float] = {}
 
@@ -117,12 +115,12 @@ class GlobalBatchMixin:
         sums_by_name: dict[str, Tensor] = {}
         loss_sum = torch.zeros((), device=accelerator.device)
         # FSDP without a sum over processes in every pass keeps whole gradients on each, as DDP does anyway.
-        is_split = accelerator.distributed_type == DistributedType.FSDP
+        collective = is_split(accelerator)
         # Processes run equally many passes (FSDP gathers weights in each): the missing ones weigh nothing.
         for index in range(count):
             part = parts[min(index, len(parts) - 1)].to(accelerator.device)
             takes_part = bool(share) and index < len(parts)
-            exchanges = is_split or index == count - 1
+            exchanges = collective or index == count - 1
             with nullcontext() if exchanges else accelerator.no_sync(model):
                 with accelerator.autocast():
                     loss, metrics = self._loss_function(model, part)
@@ -149,17 +147,6 @@ class GlobalBatchMixin:
     def floating_point_ops(self, inputs: Any) -> int:
         """Trainer's estimate needs padded tensors; ours have none."""
         return 0
-
-
-def _check_split(accelerator: Accelerator) -> None:
-    """FSDP 2 alone: what it splits can be gathered and written whole."""
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"{kind.value} is not supported. Launch with --multi_gpu or with --use_fsdp --fsdp_version 2."
-        )
-    if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise ConfigError("FSDP 1, accelerate's default, is not supported. Add --fsdp_version 2 to accelerate launch.")
 
 
 class BeforeTraining(TrainerCallback):

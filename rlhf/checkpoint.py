@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from alignment.distributed import gather_objects
+from alignment.distributed import as_part, gather_objects, whole
 from alignment.errors import RunError
 from alignment.runs import Run, checkpoint_step, mark_complete, write_folder
 
@@ -27,33 +27,57 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
-    def state(self) -> dict[str, Any]:
-        """Trained parameters by name, moments and the schedule's position."""
+    def state(self, *, keep: bool = True) -> dict[str, Any]:
+        """Trained parameters by name, moments and the schedule's position, all of them whole.
+
+        Collective where FSDP has split the model. Without `keep` this process only takes part.
+        """
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            index: {name: _gathered(value, keep=keep) for name, value in of_parameter.items()}
+            for index, of_parameter in optimizer["state"].items()
+        }
         return {
-            "parameters": self.parameters(),
-            "optimizer": self.optimizer.state_dict(),
+            "parameters": self.parameters(keep=keep),
+            "optimizer": optimizer | {"state": moments},
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Puts a state back. Raises KeyError where it has a parameter that the model lacks."""
         self.load_parameters(state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            index: {
+                name: as_part(value, trained[index]) if value.shape == trained[index].shape else value
+                for name, value in of_parameter.items()
+            }
+            for index, of_parameter in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.scheduler.load_state_dict(state["scheduler"])
 
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """A copy of the trained parameters by name, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self._named_parameters() if p.requires_grad}
+    def parameters(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
+        """A copy of the trained parameters by name, on the CPU; collective, and with `keep`, as `state`."""
+        trained = ((name, p.detach()) for name, p in self._named_parameters() if p.requires_grad)
+        found = {name: _gathered(p, keep=keep) for name, p in trained}
+        return {name: p.clone() for name, p in found.items() if p is not None}
 
     def load_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Puts parameters back. Raises KeyError where the model lacks one."""
         own = dict(self._named_parameters())
         with torch.no_grad():
             for name, value in parameters.items():
-                own[name].copy_(value)
+                own[name].copy_(as_part(value, own[name]))
 
     def _named_parameters(self) -> Any:
         return (self.model.module if hasattr(self.model, "module") else self.model).named_parameters()
+
+
+def _gathered(value: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
+    """The whole of a tensor on the CPU, or None; not a copy where it is there already."""
+    found = whole(value)
+    return found.cpu() if keep else None
 
 
 def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], extra: Mapping[str, Any]) -> None:
@@ -63,12 +87,12 @@ def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], ex
     decides how the run goes on: numbers, texts and mappings of them.
     """
     random_states = gather_objects(_random_state())
+    state = {name: learner.state(keep=run_dir.writes) for name, learner in learners.items()}
     if not run_dir.writes:
         return
     folder = run_dir.path / "checkpoints" / f"checkpoint-{step}"
 
     def fill(path: Path) -> None:
-        state = {name: learner.state() for name, learner in learners.items()}
         torch.save({"learners": state, "random": random_states, "extra": dict(extra)}, path / "state.pt")
 
     write_folder(folder, fill)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.integrations import is_fsdp_enabled
 
 from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, set_decoder
 from alignment.compilation import compile_layers
@@ -55,6 +56,8 @@ class PPOModels:
 def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> PPOModels:
     """All models of a PPO run, on `device`; with `ppo.offload` reference and reward models stay on the CPU.
 
+    Where FSDP is going to split policy and critic they are on the CPU too, until it brings their parts to the devices.
+
     With LoRA, models that differ from the policy's start by adapters are put on its weights, which all then share.
 
     The critic starts from the helpfulness model, with a head of zeros. Our choice: the paper does not say where its
@@ -68,13 +71,14 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> 
     start, lora = config.model, config.lora
     weights = dtype if lora.r else torch.float32
     loaded = load_chat_model(start.path, dtype=weights, chat_template=start.chat_template)
-    loaded.model.to(device)
+    begins = torch.device("cpu") if is_fsdp_enabled() else device
+    loaded.model.to(begins)
     home = torch.device("cpu") if config.ppo.offload else device
     on_backbone, separate = _on_one_backbone(config, loaded, weights)
     if on_backbone is None:
         rewards = RewardModels.load(config.rewards, device, offload=config.ppo.offload)
         critic_path, critic_template = config.rewards.helpfulness.path, config.rewards.helpfulness.chat_template
-        value = load_reward_model(critic_path, dtype=weights, chat_template=critic_template).model.to(device)
+        value = load_reward_model(critic_path, dtype=weights, chat_template=critic_template).model.to(begins)
     else:
         scorers = (Scorer(model, max_tokens=config.rewards.max_tokens_per_batch) for model in on_backbone)
         rewards = RewardModels(*scorers, threshold=config.rewards.threshold, device=device)
@@ -91,7 +95,7 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> 
         for model in (policy, critic):
             unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
             unwrap(model).enable_input_require_grads()
-    policy, critic = policy.to(device), critic.to(device)
+    policy, critic = policy.to(begins), critic.to(begins)
     if config.train.compile:
         for model in (policy, critic, reference):
             compile_layers(model, device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from alignment.models import merged_copy
 from alignment.sampling.engines import open_vllm
@@ -75,8 +76,11 @@ class PolicySampler:
         return self._vllm
 
     def _torch_sampler(self) -> TorchSampler:
-        """On a merged copy in the fast type, which lives while it samples, or on the policy itself."""
-        policy = self._policy
-        is_plain = not isinstance(policy, PeftModel) and next(policy.parameters()).dtype == self._dtype
+        """On a merged copy in the fast type, which lives while it samples, or on the policy itself.
+
+        Making a copy is collective where FSDP has split the policy: all processes sample, if only nothing.
+        """
+        policy, some = self._policy, next(self._policy.parameters())
+        is_plain = not (isinstance(policy, PeftModel) or isinstance(some, DTensor)) and some.dtype == self._dtype
         model = policy if is_plain else merged_copy(policy, self._dtype)
         return TorchSampler(model, stop_ids=self._stop_ids, max_rows=self._max_rows)

@@ -21,9 +21,16 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from alignment.dialogue import Prompt
-from alignment.distributed import mean_over_processes, whiten_over_processes
+from alignment.distributed import (
+    is_split,
+    mean_over_processes,
+    most_over_processes,
+    whiten_over_processes,
+    whole,
+)
 from alignment.errors import DataError
 from alignment.logprobs import response_logprobs, response_stats, token_values
 from alignment.models import context_length
@@ -189,6 +196,7 @@ class PPOTrainer:
         config, device = self.config, self.accelerator.device
         temperature = config.sampling.temperature
         options = {"max_tokens": config.train.max_tokens_per_batch, "device": device}
+        collective = self.accelerator if is_split(self.accelerator) else None
 
         def under_policy(batch: PrefixBatch) -> Sequence[Tensor]:
             stats = response_stats(self.policy, batch, temperature=temperature)
@@ -197,7 +205,7 @@ class PPOTrainer:
         self.policy.eval()
         self.critic.eval()
         with self._autocast():
-            logprobs, entropy, values, counted = tabulate(trees, under_policy, **options)
+            logprobs, entropy, values, counted = tabulate(trees, under_policy, collective=collective, **options)
             with self.models.reference_policy(device) as reference:
                 [ref_logprobs] = tabulate(
                     trees, lambda batch: [response_logprobs(reference, batch, temperature=temperature)], **options
@@ -237,22 +245,22 @@ class PPOTrainer:
             # DDP averages gradients over processes; the loss is a mean over the trained tokens of all of them.
             scale = accelerator.num_processes / accelerator.reduce(tokens.float(), reduction="sum").clamp_min(1)
             totals: dict[str, Tensor] = {}
-            # Processes run equally many passes, which DDP counts on; the missing ones weigh nothing.
-            count = int(accelerator.gather(torch.tensor([len(batches)], device=accelerator.device)).max())
+            # Processes run equally many passes, which DDP and FSDP count on; the missing ones weigh nothing.
+            count = most_over_processes(len(batches), accelerator)
             for index in range(count):
-                takes_part, last = index < len(batches), index == count - 1
+                takes_part, exchanges = index < len(batches), is_split(accelerator) or index == count - 1
                 micro_batch = batches[min(index, len(batches) - 1)]
                 # One model after the other, so that the activations of one are held at a time.
                 for model, learner in learners.items():
-                    with nullcontext() if last else accelerator.no_sync(learner.model):
+                    with nullcontext() if exchanges else accelerator.no_sync(learner.model):
                         loss, figures = losses_of[model](rollouts, *micro_batch)
                         accelerator.backward(loss * (scale if takes_part else 0.0))
                     for name, value in figures.items():
                         totals[name] = totals.get(name, 0.0) + value.detach() * takes_part
             norms = {}
             for name, learner in learners.items():
-                norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.optim.max_grad_norm)
-                norms[f"{name}_grad_norm"] = float(norm)
+                norm = clip_grad_norm_(learner.model.parameters(), config.optim.max_grad_norm)
+                norms[f"{name}_grad_norm"] = float(whole(norm))
                 learner.optimizer.step()
                 learner.optimizer.zero_grad()
                 learner.scheduler.step()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from accelerate import Accelerator, DistributedType
+import torch
+from accelerate import Accelerator, PartialState
+from transformers.integrations import is_fsdp_enabled
 
 from alignment.data import load_prompts
+from alignment.distributed import check_split, is_split
 from alignment.errors import ConfigError
-from alignment.hardware import process_state
+from alignment.hardware import compute_dtype, process_state
 from alignment.models import save_model
 from alignment.progress import ProgressBar, console
 from alignment.runs import newest_checkpoint, open_run
@@ -25,15 +28,13 @@ from rlhf.ppo import PPOTrainer, iteration_seed
 def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains the policy; returns the headline figures."""
     state = process_state(config.run.device)
-    trackers = config.run.report_to or None
-    accelerator = Accelerator(cpu=config.run.device == "cpu", log_with=trackers, project_dir=config.run.dir)
-    _check_whole_models(accelerator)
+    accelerator = _accelerator(config, state)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     held_out_data = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
     dtype = run_dir.dtype(accelerator.device, config.model.dtype)
-    if trackers:
+    if config.run.report_to:
         accelerator.init_trackers("align-ppo")
     with open_policy_vllm(config, dtype) as vllm:
         trainer = PPOTrainer(config, accelerator, dtype, vllm)
@@ -106,10 +107,23 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     return result
 
 
-def _check_whole_models(accelerator: Accelerator) -> None:
-    """Raises ConfigError where processes would hold parts of the models: sampling and checkpoints take whole ones."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+def _accelerator(config: PPOConfig, state: PartialState) -> Accelerator:
+    """The run's processes. FSDP computes in the type that it gathers weights in; elsewhere autocast sees to that.
+
+    Raises ConfigError where models would be split over processes in a way that is not supported.
+    """
+    dtype = compute_dtype(state.device, config.model.dtype)
+    in_bf16 = is_fsdp_enabled() and dtype == torch.bfloat16
+    accelerator = Accelerator(
+        cpu=config.run.device == "cpu",
+        mixed_precision="bf16" if in_bf16 else "no",
+        log_with=config.run.report_to or None,
+        project_dir=config.run.dir,
+    )
+    check_split(accelerator)
+    if is_split(accelerator) and config.lora.r:
         raise ConfigError(
-            f"ppo: {accelerator.distributed_type.value} splits the models over processes, and sampling needs them "
-            "whole. Launch it with accelerate launch --multi_gpu; lora.r=16 lets all models stand on one backbone."
+            "ppo: with LoRA all models stand on one copy of the weights, which FSDP would split for the policy alone. "
+            "Launch it with accelerate launch --multi_gpu, or train in full (lora.r=0)."
         )
+    return accelerator

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignment.config import ModelSection
 from alignment.dialogue import Candidate
-from alignment.distributed import for_all, map_over_processes
+from alignment.distributed import for_all, map_over_processes, most_over_processes
 from alignment.errors import ModelError
 from alignment.hardware import compute_dtype, lent
 from alignment.models import LoadedModel
@@ -220,15 +220,19 @@ def tabulate(
     max_tokens: int,
     device: torch.device,
     on_progress: Callable[[int], None] | None = None,
+    collective: Accelerator | None = None,
 ) -> list[Float[Tensor, "N T"]]:
     """Token measurements of all branches as tables, computed in micro-batches without gradients.
 
     `measure` maps a batch with M counted tokens to tensors of shape (M,). `on_progress` hears of trees that are done.
+    `collective` is given where FSDP has split the model: all processes run as many passes as the one that has most.
     """
     first = branch_offsets(trees)
     longest = max(len(branch.ids) for tree in trees for branch in tree.branches)
     tables: list[Tensor] = []
-    for group in micro_batches(trees, lambda tree: tree.num_tokens, max_tokens=max_tokens):
+    groups = list(micro_batches(trees, lambda tree: tree.num_tokens, max_tokens=max_tokens))
+    count = len(groups) if collective is None else most_over_processes(len(groups), collective)
+    for group in groups + groups[-1:] * (count - len(groups)):  # what is measured again is the same
         batch = collate([[trees[index]] for index in group]).to(device)
         with torch.no_grad():
             measured = measure(batch)

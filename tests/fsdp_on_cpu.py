@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 
 from alignment import training
 from alignment.cli.main import main
+from rlhf import checkpoint
 
 start_state, mark_complete = AcceleratorState.__init__, training.mark_complete
 
@@ -36,5 +37,5 @@ def mark_and_die(folder):
 if __name__ == "__main__":
     AcceleratorState.__init__ = start_with_fsdp
     if os.environ.get("DIE_AFTER_CHECKPOINT"):
-        training.mark_complete = mark_and_die
+        training.mark_complete = checkpoint.mark_complete = mark_and_die
     sys.exit(main())

@@ -90,6 +90,54 @@ def run_split(stage: str, settings: list[str], run_dir: Path, *options: str, fai
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
 
 
+def ppo_settings(folder: Path) -> list[str]:
+    """PPO in full on reward models with fresh heads. In most minibatches one process has more micro-batches."""
+    for seed, name in enumerate(("helpfulness", "safety")):
+        reward = load_reward_model("toy", new_head_seed=seed)
+        save_model(reward.model, reward, folder / name)
+    rewards = [f"rewards.{name}={{path: {folder / name}, dtype: float32}}" for name in ("helpfulness", "safety")]
+    return [
+        *rewards, "model={path: toy, dtype: float32}", "run.device=cpu", "run.seed=3", "optim.lr=1e-3",
+        "prompts.prompts=toy:prompts.train", "sampling={max_new_tokens: 8, num_candidates: 2}",
+        "train={max_steps: 3, batch_size: 16, minibatch_size: 8, max_tokens_per_batch: 60, save_every: 1}",
+        "evaluation={prompts: toy:prompts.heldout, max_prompts: 5, every: 1, patience: 3}",
+    ]  # fmt: skip
+
+
+def ppo_figures(run_dir: Path) -> list[list[float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    names = ("reward", "kl", "length", "entropy", "sampler_gap", "policy_loss", "value_loss", "policy_grad_norm",
+             "critic_grad_norm", "first_ratio_error", "held_out_reward")  # fmt: skip
+    return [[row.get(f"ppo/{name}", 0.0) for name in names] for row in rows]
+
+
+@pytest.mark.parametrize("efficient", ["true", "false"])
+def test_ppo_on_split_models_takes_the_same_steps_as_one_process(efficient, tmp_path):
+    """Sampling from gathered weights, the best policy kept and put back, all figures; also after a kill."""
+    settings = ppo_settings(tmp_path)
+    run_here("ppo", settings, tmp_path / "one", resume=False)
+    split, options = tmp_path / "split", {"FSDP_CPU_RAM_EFFICIENT_LOADING": efficient}
+    run_split("ppo", settings, split, fails=True, DIE_AFTER_CHECKPOINT="1", **options)
+    assert [path.parent.name for path in split.glob("checkpoints/*/complete")] == ["checkpoint-1"]
+    run_split("ppo", settings, split, "--resume", **options)
+    assert_same_model(tmp_path / "one", split, atol=1e-5)
+    one, two = ppo_figures(tmp_path / "one"), ppo_figures(split)
+    assert len(one) == len(two) == 4
+    for expected, found in zip(one, two, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    found = [json.loads((path / "result.json").read_text()) for path in (tmp_path / "one", split)]
+    assert found[0]["saved_iteration"] == found[1]["saved_iteration"] > 0
+
+
+def test_ppo_on_split_models_in_bfloat16_differs_by_rounding_alone(tmp_path):
+    settings = [each.replace("toy, dtype: float32", "toy, dtype: bfloat16") for each in ppo_settings(tmp_path)]
+    run_here("ppo", settings, tmp_path / "one", resume=False)
+    run_split("ppo", settings, tmp_path / "split")
+    assert_same_model(tmp_path / "one", tmp_path / "split", atol=5e-3)
+    first, second = (ppo_figures(tmp_path / count)[1] for count in ("one", "split"))
+    assert second == pytest.approx(first, rel=0.1, abs=0.02)
+
+
 def assert_same_model(first: Path, second: Path, *, atol: float) -> None:
     adapters = [(path / "model" / FILES[1]).exists() for path in (first, second)]
     assert adapters[0] == adapters[1]

@@ -207,14 +207,30 @@ def test_what_is_saved_for_the_backward_pass_is_what_the_real_model_saves():
     ],
     ids=["full", "lora", "last-layers", "checkpointing"],
 )
-def test_two_layers_and_three_stand_for_all(device, options):
+def test_three_layers_and_four_stand_for_all(device, options):
     spec = small_spec(is_trained=True, **options)
     rows = Rows(4, 10, (30, 20))
     whole = passes._run(spec, spec.adapted_layers, rows, "logprobs", device, True)
     found = run_pass(spec, rows, "logprobs", device=device, train=True)
-    assert found.peak - (0 if device == "cpu" else 2 * 4 * 96 * (200 - 32)) == whole.peak
+    assert found.peak - (0 if device == "cpu" else 2 * 4 * 96 * (200 - 32)) == max(whole.peaks)
     if spec.adapted_layers == 6:
         assert found.flops == whole.flops
+
+
+@pytest.mark.parametrize("vocab_size", [96, 13_000, 40_000])
+@pytest.mark.parametrize(("head", "reader"), [("score", "scores"), ("lm", "logprobs")])
+def test_few_layers_stand_for_all_wherever_their_peak_is(head, reader, vocab_size):
+    """A large embedding's gradient is the peak of few layers, while six have theirs where the loss is."""
+    spec = small_spec(head=head, is_trained=True, compute=BF16)
+    spec = replace(spec, config=json.dumps(json.loads(spec.config) | {"vocab_size": vocab_size}))
+    rows = Rows(4, 10, (30, 20))
+    few, whole = (passes._run(spec, layers, rows, reader, "cpu", True) for layers in (3, spec.adapted_layers))
+    assert run_pass(spec, rows, reader, device="cpu", train=True).peak == max(whole.peaks)
+    if (head, vocab_size) == ("score", 13_000):
+        at_embedding, at_loss = few.backward[-1], few.forward[-1]
+        assert at_embedding > at_loss and max(whole.peaks) > whole.backward[-1]
+    without = run_pass(spec, rows, reader, device="cpu").peak
+    assert without == max(passes._run(spec, spec.adapted_layers, rows, reader, "cpu", False).peaks)
 
 
 def test_a_pass_grows_with_tokens_and_shrinks_with_checkpointing_and_last_layers():
@@ -339,16 +355,35 @@ def test_advice_is_planned_and_appears_where_it_does_not_fit():
     assert any(tip.startswith("--gpu rtx4090-24gb: ") for tip in tips)
 
 
-def test_ppo_is_not_told_to_split_its_models():
-    sizes = ["prompts.max_prompt_length=32", "sampling={max_new_tokens: 16, max_rows: 16}",
+def test_ppo_is_told_to_split_its_models_where_they_are_trained_in_full():
+    sizes = ["prompts.max_prompt_length=32", "sampling={max_new_tokens: 16, max_rows: 64}",
+             "rewards={helpfulness: toy, safety: toy, max_tokens_per_batch: 256}",
+             "train={batch_size: 64, minibatch_size: 32, max_tokens_per_batch: 256}"]  # fmt: skip
+    whole = planned("ppo", *sizes, device=GPU).peak
+    for lora, memory, is_told in (("lora.r=0", whole - 1, True), ("lora.r=4", 10**5, False)):
+        configs, origins = load_stages(None, "ppo", ["model=toy", *sizes, lora])
+        planner = Planner(Setting(replace(GPU, memory=memory)), origins)
+        tips = advice(configs["ppo"], plan_stage(configs["ppo"], "ppo", planner), planner)
+        assert any(tip.startswith("--fsdp --gpus 8") for tip in tips) == is_told
+        assert any("more devices do not help" in tip for tip in tips) != is_told
+        assert any(tip.startswith("ppo.offload=true") for tip in tips) == is_told
+
+
+def test_fsdp_splits_ppos_policy_and_critic_and_leaves_the_others_whole():
+    sizes = ["prompts.max_prompt_length=32", "sampling={max_new_tokens: 16, max_rows: 8}",
              "rewards={helpfulness: toy, safety: toy, max_tokens_per_batch: 256}",
              "train={batch_size: 8, minibatch_size: 4, max_tokens_per_batch: 256}"]  # fmt: skip
-    configs, origins = load_stages(None, "ppo", ["model=toy", *sizes])
-    planner = Planner(Setting(replace(GPU, memory=10**5)), origins)
-    tips = advice(configs["ppo"], plan_stage(configs["ppo"], "ppo", planner), planner)
-    assert not any("--fsdp" in tip for tip in tips)
-    assert any("more devices do not help" in tip for tip in tips)
-    assert any(tip.startswith("ppo.offload=true") for tip in tips)
+    copied, split = (planned("ppo", *sizes, device=GPU, processes=2, fsdp=fsdp) for fsdp in (False, True))
+    spec, critic = spec_of("toy"), spec_of("toy", head="score")
+    count, judge = 2 * weights(spec).parameters, weights(replace(critic, dtype=BF16)).base
+    both = weights(spec).base + weights(critic).base
+    assert parts(copied, "score")["exchange"] == both  # DDP's buckets
+    frozen = weights(spec).base + 2 * judge  # the reference in float32
+    assert parts(split, "score")["weights"] == both // 2 + frozen
+    assert parts(split, "sample")["weights"] == both // 2 + frozen + count
+    assert parts(split, "update")["weights"] == both // 2 + frozen + count  # both layers, in bfloat16
+    assert parts(split, "update")["optimizer"] == both and "exchange" not in parts(split, "update")
+    assert split.notes[-1] == "FSDP has been run on CPUs only in this project"
 
 
 def tips_on(memory, stage, *overrides):

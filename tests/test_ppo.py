@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 
 from alignment.config import load_config
 from alignment.errors import ConfigError, DataError
@@ -207,12 +209,19 @@ def test_the_scale_of_scores_changes_nothing_that_is_learned(settings, monkeypat
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_models_split_over_processes_are_refused_before_any_is_loaded(settings, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "version", "lora", "message"), [
+    ("DEEPSPEED", 0, "lora.r=0", "DEEPSPEED is not supported.*multi_gpu"),
+    ("FSDP", 1, "lora.r=0", "Add --fsdp_version 2"),
+    ("FSDP", 2, "lora.r=2", "ppo: with LoRA.*multi_gpu"),
+])  # fmt: skip
+def test_splits_that_are_not_supported_are_refused_before_a_model_is_loaded(
+    settings, tmp_path, monkeypatch, kind, version, lora, message
+):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType[kind]))
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", SimpleNamespace(fsdp_version=version), raising=False)
     monkeypatch.setattr(ppo_run, "PPOTrainer", None)
-    config = load_config(PPOConfig, None, [*settings, f"run.dir={tmp_path / 'run'}"])
-    with pytest.raises(ConfigError, match=f"ppo: {kind} splits the models.*multi_gpu"):
+    config = load_config(PPOConfig, None, [*settings, f"run.dir={tmp_path / 'run'}", lora])
+    with pytest.raises(ConfigError, match=message):
         ppo_run.run(config)
     assert not (tmp_path / "run").exists()
 

@@ -11,20 +11,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
 from alignment.cli.pipeline import load_pipeline
 from alignment.cli.plan_advice import advice
-from alignment.cli.plan_stages import Origin, Planner, plan_stage
+from alignment.cli.plan_stages import Planner, plan_stage
 from alignment.cli.stages import STAGES
 from alignment.cli.summary import clock
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
-from alignment.errors import ConfigError, ModelError
-from alignment.models import ADAPTER_FOLDER
+from alignment.errors import ConfigError
 from alignment.plan.devices import find_device
+from alignment.plan.origins import Origin, origin_on_disk
 from alignment.plan.phases import KINDS, StagePlan
 from alignment.plan.training import Setting
-from alignment.sources import find_model
 
 # What a stage needs to be told but its memory does not depend on.
 _PLACEHOLDERS: Mapping[str, Any] = {
@@ -89,7 +87,7 @@ def load_stages(
     origins: dict[str, Origin] = {}
     for config in configs.values():
         for _, model, kind in config.input_names():
-            if kind == "model" and model not in origins and (origin := _on_disk(model)):
+            if kind == "model" and model not in origins and (origin := origin_on_disk(model)):
                 origins[model] = origin
         if config.stage in ("sft", "rm", "ppo"):
             origins[config.run.dir] = _made(config, origins.get(config.model.path))
@@ -102,20 +100,6 @@ def _made(config: Any, start: Origin | None) -> Origin:
     if not config.lora.r:
         return Origin(start.shape, config.run.dir)
     return Origin(start.shape, start.base, None if start.rank is None else start.rank + config.lora.r)
-
-
-def _on_disk(name: str) -> Origin | None:
-    """What a finished run's model was made from, as far as its adapter says so."""
-    try:
-        folder = find_model(name)
-    except ModelError:
-        return None
-    weights = folder / ADAPTER_FOLDER / "adapter_model.safetensors" if isinstance(folder, Path) else None
-    if weights is None or not weights.is_file():
-        return None
-    with safe_open(weights, framework="pt") as file:
-        ranks = [file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key]  # noqa: SIM118
-        return Origin(str(folder), (file.metadata() or {}).get("backbone", str(folder)), max(ranks, default=0))
 
 
 def _stage_of(values: Mapping[str, Any], path: Path | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from alignment.cli.plan_stages import Planner, plan_stage
+from alignment.cli.plan_stages import Planner, is_split_by_fsdp, plan_stage
 from alignment.config import StageConfig, build_config, merge
 from alignment.errors import AlignError
 from alignment.plan.devices import larger_devices
@@ -72,15 +72,15 @@ def _changes(config: Any, plan: StagePlan, planner: Planner) -> Iterator[Changes
 def _other_devices(config: StageConfig, plan: StagePlan, planner: Planner) -> Iterator[str]:
     """FSDP over more devices, for the stages that can be split, and the smallest card that has room."""
     setting = planner.setting
-    if config.stage in ("sft", "rm") and setting.device.kind == "gpu" and not setting.fsdp:
+    if is_split_by_fsdp(config) and setting.device.kind == "gpu" and not setting.fsdp:
         for processes in (8, 16, 32):
             split = replace(setting, processes=processes, fsdp=True)
             changed = _replan(config, plan.name, replace(planner, setting=split), {})
             if changed is not None and changed.fits:
                 yield f"--fsdp --gpus {processes} (run on CPUs only in this project): {_effect(changed)}"
                 break
-    elif config.stage not in ("sft", "rm"):
-        yield "more devices do not help: every process holds whole models (FSDP is for sft and rm)"
+    elif not is_split_by_fsdp(config):
+        yield "more devices do not help: every process holds whole models (FSDP is for sft, rm and ppo in full)"
     for card in larger_devices(setting.device):
         changed = _replan(config, plan.name, replace(planner, setting=replace(setting, device=card)), {})
         if changed is not None and changed.fits:

@@ -14,6 +14,7 @@ import torch
 from alignment.config import LoraSection, ModelSection, SamplingSection, StageConfig
 from alignment.errors import AlignError, ConfigError
 from alignment.models import context_length
+from alignment.plan.origins import Origin
 from alignment.plan.passes import Pass, Rows, run_pass
 from alignment.plan.phases import Phase, StagePlan, Work, together
 from alignment.plan.sampling import Draws, draws_of, sampling
@@ -24,18 +25,6 @@ from alignment.sources import find_data
 
 # Prompts of a stage that takes all there are, where their number is not known.
 MANY = 1000
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model comes from: `shape` names its architecture, `base` the weights that its adapter belongs on.
-
-    `rank` is that of all adapters merged into it since; None where all weights were trained.
-    """
-
-    shape: str
-    base: str
-    rank: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -95,11 +84,18 @@ class Planner:
 def plan_stage(config: StageConfig, name: str, planner: Planner) -> StagePlan:
     """The plan of a stage. Raises ModelError where a model's shape is not known, ConfigError where it cannot run so."""
     kind = f"{config.stage} {config.kind}" if config.stage == "eval" else config.stage
-    if not planner.setting.fsdp or config.stage in ("sft", "rm"):
+    if not planner.setting.fsdp or is_split_by_fsdp(config):
         return _PLANS[kind](config, name, planner)
     whole = replace(planner, setting=replace(planner.setting, fsdp=False))
     found = _PLANS[kind](config, name, whole)
-    return replace(found, notes=(*found.notes, "whole models in every process: FSDP is for sft and rm"))
+    return replace(
+        found, notes=(*found.notes, "whole models in every process, with or without FSDP: launch --multi_gpu")
+    )
+
+
+def is_split_by_fsdp(config: StageConfig) -> bool:
+    """Whether the stage trains models that FSDP may split: SFT, reward models, and PPO in full."""
+    return config.stage in ("sft", "rm") or (config.stage == "ppo" and not config.lora.r)
 
 
 def _sft(config: Any, name: str, planner: Planner) -> StagePlan:

@@ -1,6 +1,7 @@
 """What a forward or training pass needs beside weights, gradients and optimizer state: the real code on fake tensors.
 
-Layers are alike, so two and three of them are run and the difference stands for every further one.
+Layers are alike, so three and four of them are run, and the difference stands for every further one: at each place,
+since the peak of a few layers may be elsewhere (where the embedding gets its gradient, say) than that of many.
 """
 
 from __future__ import annotations
@@ -68,18 +69,44 @@ def run_pass(spec: ModelSpec, rows: Rows, reader: str, *, device: DeviceKind, tr
     """
     options = (rows, reader, device, train)
     depth = spec.adapted_layers
-    if depth <= 3:
-        found = _run(spec, depth, *options)
+    if depth <= 4:
+        run = _run(spec, depth, *options)
+        peak, flops = max(run.peaks), run.flops
     else:
-        two, three = _run(spec, 2, *options), _run(spec, 3, *options)
-        found = Pass(*(a + (depth - 2) * (b - a) for a, b in ((two.peak, three.peak), (two.flops, three.flops))))
+        three, four = _run(spec, 3, *options), _run(spec, 4, *options)
+        peak = max(_at(depth, *pair) for pair in zip(three.peaks, four.like_three, strict=True))
+        flops = _at(depth, three.flops, four.flops)
     frozen_below = max(0, spec.shape.num_hidden_layers - depth - 1)
     layer = weights(spec).parameters // max(1, spec.shape.num_hidden_layers)
     extra = _extra_logits(spec, rows) if device == "gpu" and spec.head == "lm" else 0
-    return Pass(found.peak + extra, found.flops + 2 * frozen_below * layer * rows.num_tokens)
+    return Pass(peak + extra, flops + 2 * frozen_below * layer * rows.num_tokens)
 
 
-def _run(spec: ModelSpec, layers: int, rows: Rows, reader: str, device: DeviceKind, train: bool) -> Pass:
+@dataclass(frozen=True)
+class _Run:
+    """The peak of every part of a pass: a layer's forward, head and loss, a layer's backward."""
+
+    forward: list[int]
+    backward: list[int]
+    flops: int
+
+    @property
+    def peaks(self) -> list[int]:
+        """In order; the head is the last part of the forward pass."""
+        return self.forward + self.backward
+
+    @property
+    def like_three(self) -> list[int]:
+        """The peaks of four layers at the places of three: first, last, and the one between that is nearer the loss."""
+        return [*self.forward[:-4], *self.forward[-3:], *self.backward[:2], *self.backward[3:]]
+
+
+def _at(depth: int, three: int, four: int) -> int:
+    """A figure at that many layers, by those of three and four."""
+    return three + (depth - 3) * (four - three)
+
+
+def _run(spec: ModelSpec, layers: int, rows: Rows, reader: str, device: DeviceKind, train: bool) -> _Run:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model(spec, mode, layers=layers, device=device)
     known = [*model.parameters(), *model.buffers()]
@@ -94,13 +121,37 @@ def _run(spec: ModelSpec, layers: int, rows: Rows, reader: str, device: DeviceKi
         batch = replace(batch, **{f.name: mode.from_tensor(getattr(batch, f.name)) for f in fields(batch)})
     autocast = spec.is_trained and spec.arithmetic != torch.float32  # frozen models compute in their weights' type
     tracker = MemoryTracker(known)
+    _mark_layers(model, tracker)
     attention = memory_efficient_attention() if device == "gpu" else nullcontext()
     with tracker, attention, torch.set_grad_enabled(train):
         with torch.autocast("cpu", dtype=spec.arithmetic, enabled=autocast):
             found = READERS[reader](model, batch).sum()
         if train:
             found.backward()
-    return Pass(tracker.peak, tracker.flops)
+    forward = model.config.num_hidden_layers + 1
+    return _Run(tracker.peaks[:forward], tracker.peaks[forward:], tracker.flops)
+
+
+def _mark_layers(model: nn.Module, tracker: MemoryTracker) -> None:
+    """A part of the pass ends with each layer's forward, and where the gradient of each layer's output is there."""
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    is_backward = False
+
+    def gradient_is_there(_: Tensor) -> None:
+        nonlocal is_backward
+        is_backward = True
+        tracker.next_part()
+
+    def layer_is_done(_: nn.Module, __: Any, output: Any) -> None:
+        if is_backward:  # checkpointing computes the layer again
+            return
+        tracker.next_part()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(gradient_is_there)
+
+    for layer in layers:
+        layer.register_forward_hook(layer_is_done)
 
 
 @contextmanager

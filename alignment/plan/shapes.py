@@ -183,7 +183,6 @@ class Weights:
         parameters: all, those of LoRA left out.
         trained: parameters that are trained; gradients and AdamW's two moments are float32, as they are.
         largest: parameters of the largest tensor.
-        largest_trained: of the largest that is trained.
         linear: (sum of inputs and outputs) of the linear layers: what a rank of an adapter adds.
     """
 
@@ -192,7 +191,6 @@ class Weights:
     parameters: int
     trained: int
     largest: int
-    largest_trained: int
     linear: int
 
 
@@ -215,6 +213,5 @@ def weights(spec: ModelSpec) -> Weights:
         parameters=parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         largest=max(p.numel() for p in model.parameters()),
-        largest_trained=max((p.numel() for p in model.parameters() if p.requires_grad), default=0),
         linear=sum(m.in_features + m.out_features for m in linear),
     )

@@ -21,14 +21,24 @@ class MemoryTracker(TorchDispatchMode):
 
     Attributes:
         live: bytes alive now.
-        peak: the most there were.
+        peaks: the most there were in each part of the block; `next_part` begins another.
         flops: of matrix products and attention, by torch's own formulas.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.flops = 0
+        self.peaks = [0]
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    @property
+    def peak(self) -> int:
+        """The most bytes there were."""
+        return max(self.peaks)
+
+    def next_part(self) -> None:
+        """What is alive from here on counts as the next part's."""
+        self.peaks.append(self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,7 +57,7 @@ class MemoryTracker(TorchDispatchMode):
             return
         self._sizes[key] = storage.nbytes()
         self.live += self._sizes[key]
-        self.peak = max(self.peak, self.live)
+        self.peaks[-1] = max(self.peaks[-1], self.live)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:

@@ -45,11 +45,19 @@ def optimizer_state(*specs: ModelSpec) -> dict[str, int]:
     return {"optimizer": 8 * sum(weights(spec).trained for spec in specs)}
 
 
+def shards(setting: Setting, *parts: Mapping[str, int]) -> dict[str, int]:
+    """A process's part of what FSDP splits."""
+    return {kind: -(-size // setting.processes) for kind, size in together(*parts).items()}
+
+
 def training_pass(spec: ModelSpec, rows: Rows, reader: str, setting: Setting) -> Pass:
-    """Forward and backward of a micro-batch. FSDP computes with gathered weights of the arithmetic's type."""
-    if setting.fsdp:
-        spec = replace(spec, dtype=spec.arithmetic)
-    return run_pass(spec, rows, reader, device=setting.device.kind, train=True)
+    """Forward and backward of a micro-batch."""
+    return run_pass(as_computed(spec, setting), rows, reader, device=setting.device.kind, train=True)
+
+
+def as_computed(spec: ModelSpec, setting: Setting) -> ModelSpec:
+    """The model that a pass sees: FSDP gathers weights in the arithmetic's type, so that autocast copies none."""
+    return replace(spec, dtype=spec.arithmetic) if setting.fsdp else spec
 
 
 def training_phases(
@@ -64,9 +72,7 @@ def training_phases(
     activations = {"activations": learns.peak}
     model, extra = held(spec), together(gradients(setting, spec), optimizer_state(spec))
     if setting.fsdp:
-        shards = {kind: -(-size // setting.processes) for kind, size in together(model, extra).items()}
-        gathered = {"weights": _gathered(spec)}
-        train = together(shards, gathered, activations)
+        train = together(shards(setting, model, extra), gathered(spec), activations)
         return [Phase("train", together(setting.program, train))], learns
     phases = load_phases(setting, model, file_bytes)
     phases.append(Phase("train", together(setting.program, model, extra, activations)))
@@ -93,13 +99,13 @@ def saving_phases(spec: ModelSpec, setting: Setting, held_there: Mapping[str, in
     return [Phase("save", together(setting.program, held_there, merged, exchange))]
 
 
-def _gathered(spec: ModelSpec) -> int:
+def gathered(spec: ModelSpec) -> dict[str, int]:
     """Whole weights that FSDP holds at a time: two layers, the one in use and the next, and what is in no layer."""
     size, layers = spec.arithmetic.itemsize, spec.shape.num_hidden_layers
     none, some = (_parameters(spec, count) for count in (1, 2))
     layer = some - none
     assert layers * layer <= weights(spec).parameters
-    return size * (weights(spec).parameters - layers * layer + 2 * layer)
+    return {"weights": size * (weights(spec).parameters - layers * layer + 2 * layer)}
 
 
 def _parameters(spec: ModelSpec, layers: int) -> int:

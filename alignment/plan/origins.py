@@ -1,0 +1,77 @@
+"""Where models come from, read off their files without loading them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from alignment.adapters import fingerprint
+from alignment.errors import ModelError
+from alignment.models import ADAPTER_FOLDER, DEMO_MODEL, model_folder
+from alignment.plan.shapes import meta_model, spec_of
+from alignment.sources import cache_dir, find_model
+
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: `shape` names its architecture, `base` the weights that its adapter belongs on.
+
+    `rank` is that of all adapters merged into it since; None where all weights were trained.
+    """
+
+    shape: str
+    base: str
+    rank: int | None = 0
+
+
+def origin_on_disk(name: str) -> Origin | None:
+    """What a finished run's model was made from, as far as its adapter says so."""
+    try:
+        folder = find_model(name)
+    except ModelError:
+        return None
+    weights = folder / ADAPTER_FOLDER / "adapter_model.safetensors" if isinstance(folder, Path) else None
+    if weights is None or not weights.is_file():
+        return None
+    with safe_open(weights, framework="pt") as file:
+        ranks = [file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key]  # noqa: SIM118
+        return Origin(str(folder), (file.metadata() or {}).get("backbone", str(folder)), max(ranks, default=0))
+
+
+def known_base(base: str) -> str:
+    """The fingerprint of the weights that are named so, where they are on this machine; else the name."""
+    try:
+        folder = find_model(base)
+    except ModelError:
+        return base
+    if folder == DEMO_MODEL and not (cache_dir() / DEMO_MODEL).is_dir():
+        return base
+    folder = folder if isinstance(folder, Path) or "/" in folder else Path(model_folder(folder))
+    files = _files(folder) if isinstance(folder, Path) else {}
+    names = [name for name, _ in meta_model(spec_of(base)).get_decoder().named_parameters()] if files else []
+    prefix = next((key.removesuffix(names[0]) for key in files if names and key.endswith(names[0])), "")
+    if not names or any(prefix + name not in files for name in names):
+        return base
+    return fingerprint((name, _read(files[prefix + name], prefix + name)) for name in names)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The safetensors file of every weight in a folder."""
+    index = folder / f"{_WEIGHTS}.index.json"
+    if index.is_file():
+        return {key: folder / file for key, file in json.loads(index.read_text())["weight_map"].items()}
+    if not (folder / _WEIGHTS).is_file():
+        return {}
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        return dict.fromkeys(file.keys(), folder / _WEIGHTS)
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
