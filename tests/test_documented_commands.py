@@ -126,10 +126,37 @@ def test_what_is_planned_can_be_read(words, monkeypatch):
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("words", those("plan"), ids=" ".join)
-def test_plans_are_made(words, monkeypatch):
+def test_plans_are_made_and_come_to_the_peaks_that_are_written_beside_them(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     done = CliRunner().invoke(app, list(words))
     assert done.exit_code == 0, done.output or done.exception
+    if words in PEAKS:
+        [found] = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+        assert found["peak_gb"] == pytest.approx(PEAKS[words], abs=0.06)
+
+
+def peaks_in_tables() -> dict[tuple[str, ...], float]:
+    """GB by the command that is the last cell of their row."""
+    rows = re.findall(r"^\|.*?\| ([\d.]+) GB.*`align (plan [^`]+)` \|$", SCALING, flags=re.MULTILINE)
+    return {tuple(shlex.split(command)): float(peak) for peak, command in rows}
+
+
+SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+PEAKS = peaks_in_tables()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("column", "gpus"), [(0, "1"), (1, "8")])
+def test_the_recipe_for_one_gpu_comes_to_the_peaks_of_its_table(column, gpus, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = "recipes/llama2-7b/lora.yaml"
+    table = SCALING.partition(f"| stage of `{path}`")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (\w.*?) \(.*?\| ([\d.]+) GB[^|]*\| ([\d.]+) GB", table, flags=re.MULTILINE)
+    found = json.loads(CliRunner().invoke(app, ["plan", path, "--gpus", gpus, "--json"]).stdout)
+    peaks = {plan["name"]: plan["peak_gb"] for plan in found}
+    named = {name: float(row[column]) for names, *row in rows for name in names.split(", ")}
+    assert named.keys() == peaks.keys()
+    assert named == pytest.approx(peaks, abs=0.06)
 
 
 LAUNCHED = [command for command in COMMANDS if command.program in ("accelerate", "torchrun") and "-m" in command.words]

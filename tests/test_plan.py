@@ -456,6 +456,10 @@ def test_every_stage_of_the_toy_pipeline_is_planned():
         ("sft llama2-7b/sft-full.yaml", ["--gpus", "8", "--fsdp"]),
         ("rm llama2-7b/rm-helpfulness-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
         ("rm llama2-7b/rm-safety-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
+        (
+            "ppo llama2-7b/ppo-full.yaml",
+            ["model=llama-2-7b", "rewards={helpfulness: llama-2-7b, safety: llama-2-7b}", "--gpus", "8", "--fsdp"],
+        ),
         ("sft llama2-70b/sft-lora.yaml", ["--gpus", "32", "--fsdp"]),
         ("sft llama2-70b/sft-full.yaml", ["--gpus", "32", "--fsdp"]),
         ("rm llama2-70b/rm-lora.yaml", ["model.path=llama-2-70b", "--gpus", "32", "--fsdp"]),
