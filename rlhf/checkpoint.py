@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
-from alignment.distributed import as_part, gather_objects, whole
-from alignment.errors import RunError
+from alignment.distributed import as_part, whole
 from alignment.runs import Run, checkpoint_step, mark_complete, write_folder
 
 KEEP_CHECKPOINTS = 2
@@ -83,17 +81,16 @@ def _gathered(value: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
 def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], extra: Mapping[str, Any]) -> None:
     """Writes `checkpoints/checkpoint-STEP`, marks it complete last, and removes older ones but the last.
 
-    Collective: every process calls it and gives its random state, the main one writes. `extra` holds whatever else
-    decides how the run goes on: numbers, texts and mappings of them.
+    Collective: every process calls it, the main one writes. `extra` holds whatever else decides how the run goes on:
+    numbers, texts and mappings of them. Random numbers come from the run's seed and the iteration: no state is left.
     """
-    random_states = gather_objects(_random_state())
     state = {name: learner.state(keep=run_dir.writes) for name, learner in learners.items()}
     if not run_dir.writes:
         return
     folder = run_dir.path / "checkpoints" / f"checkpoint-{step}"
 
     def fill(path: Path) -> None:
-        torch.save({"learners": state, "random": random_states, "extra": dict(extra)}, path / "state.pt")
+        torch.save({"learners": state, "extra": dict(extra)}, path / "state.pt")
 
     write_folder(folder, fill)
     run_dir.note_elapsed()
@@ -103,29 +100,8 @@ def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], ex
 
 
 def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict[str, Any]]:
-    """Puts a checkpoint's state back; returns the iterations done and what else was saved.
-
-    Raises RunError where an older version wrote it.
-    """
+    """Puts a checkpoint's state back; returns the iterations done and what else was saved."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    if "random" not in state:
-        raise RunError(f"{folder}: was written by an older version. Start anew with run.overwrite=true.")
     for name, learner in learners.items():
         learner.load_state(state["learners"][name])
-    states = state["random"]
-    _set_random_state(states[PartialState().process_index % len(states)])
     return checkpoint_step(folder), state["extra"]
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    """Of torch's generators on the CPU and, where the run has one, on this process's GPU."""
-    states = {"cpu": torch.get_rng_state()}
-    if PartialState().device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_state(states: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and PartialState().device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"])

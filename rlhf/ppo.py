@@ -164,8 +164,10 @@ class PPOTrainer:
         rollouts = self._measure(trees, whitened, is_trained)
         clock.lap("measure")
 
-        # 5. One gradient step a minibatch, policy and critic.
-        update = self._update(rollouts, critic_only=critic_only)
+        # 5. One gradient step a minibatch, policy and critic. Every iteration and process drops out by its own.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed * accelerator.num_processes + accelerator.process_index)
+            update = self._update(rollouts, critic_only=critic_only)
         self.sampler.weights_changed()
         clock.lap("update")
 

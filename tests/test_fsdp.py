@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from launching import fsdp, launch_two
 from safetensors.torch import load_file
 from test_resume import STAGE_SETTINGS, run_here
 from torch import multiprocessing
@@ -76,20 +75,6 @@ def test_a_split_model_is_saved_as_the_whole_one_bit_for_bit(tmp_path):
         assert configs[0] == configs[1]
 
 
-def run_split(stage: str, settings: list[str], run_dir: Path, *options: str, fails: bool = False, **env: str) -> None:
-    model_folder("toy")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/fsdp_on_cpu.py"]
-    done = subprocess.run(
-        [*launch, stage, *settings, f"run.dir={run_dir}", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
-    )
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-
-
 def ppo_settings(folder: Path) -> list[str]:
     """PPO in full on reward models with fresh heads. In most minibatches one process has more micro-batches."""
     for seed, name in enumerate(("helpfulness", "safety")):
@@ -116,10 +101,10 @@ def test_ppo_on_split_models_takes_the_same_steps_as_one_process(efficient, tmp_
     """Sampling from gathered weights, the best policy kept and put back, all figures; also after a kill."""
     settings = ppo_settings(tmp_path)
     run_here("ppo", settings, tmp_path / "one", resume=False)
-    split, options = tmp_path / "split", {"FSDP_CPU_RAM_EFFICIENT_LOADING": efficient}
-    run_split("ppo", settings, split, fails=True, DIE_AFTER_CHECKPOINT="1", **options)
+    split, options = tmp_path / "split", fsdp(efficient=efficient)
+    launch_two(options, "ppo", settings, split, dies=True)
     assert [path.parent.name for path in split.glob("checkpoints/*/complete")] == ["checkpoint-1"]
-    run_split("ppo", settings, split, "--resume", **options)
+    launch_two(options, "ppo", settings, split, "--resume")
     assert_same_model(tmp_path / "one", split, atol=1e-5)
     one, two = ppo_figures(tmp_path / "one"), ppo_figures(split)
     assert len(one) == len(two) == 4
@@ -132,7 +117,7 @@ def test_ppo_on_split_models_takes_the_same_steps_as_one_process(efficient, tmp_
 def test_ppo_on_split_models_in_bfloat16_differs_by_rounding_alone(tmp_path):
     settings = [each.replace("toy, dtype: float32", "toy, dtype: bfloat16") for each in ppo_settings(tmp_path)]
     run_here("ppo", settings, tmp_path / "one", resume=False)
-    run_split("ppo", settings, tmp_path / "split")
+    launch_two(fsdp(), "ppo", settings, tmp_path / "split")
     assert_same_model(tmp_path / "one", tmp_path / "split", atol=5e-3)
     first, second = (ppo_figures(tmp_path / count)[1] for count in ("one", "split"))
     assert second == pytest.approx(first, rel=0.1, abs=0.02)
@@ -158,7 +143,7 @@ def test_fsdp_trains_and_saves_the_same_model_as_one_process(name, efficient, tm
     stage, *lora = name.split("-")
     settings = [*STAGE_SETTINGS[name], *FEW, *(["lora.dropout=0"] if lora else ["evaluation.num_answers=2"])]
     run_here(stage, settings, tmp_path / "one", resume=False)
-    run_split(stage, settings, tmp_path / "split", FSDP_CPU_RAM_EFFICIENT_LOADING=efficient)
+    launch_two(fsdp(efficient=efficient), stage, settings, tmp_path / "split")
     assert_same_model(tmp_path / "one", tmp_path / "split", atol=1e-5)
     one, split = (json.loads((tmp_path / count / "result.json").read_text()) for count in ("one", "split"))
     figures = {"sft": ("valid_loss_before", "valid_loss_after"), "rm": ("accuracy",)}
@@ -172,7 +157,7 @@ def test_a_reward_model_is_split_in_bfloat16_with_its_head_in_float32(tmp_path):
     """What FSDP computes in differs from one process's autocast by bfloat16's rounding alone."""
     settings = [*STAGE_SETTINGS["rm-lora"], *FEW, "lora.dropout=0", "model.dtype=bfloat16"]
     run_here("rm", settings, tmp_path / "one", resume=False)
-    run_split("rm", settings, tmp_path / "split")
+    launch_two(fsdp(), "rm", settings, tmp_path / "split")
     assert_same_model(tmp_path / "one", tmp_path / "split", atol=2e-3)
     one, split = ((tmp_path / count / "metrics.jsonl").read_text().splitlines() for count in ("one", "split"))
     losses, expected = ([json.loads(row)["rm/loss"] for row in rows] for rows in (split, one))
@@ -186,7 +171,7 @@ def test_a_split_run_that_was_killed_resumes(name, kind, tmp_path):
     settings = [*STAGE_SETTINGS[name], *FEW, *(["lora.dropout=0"] if name == "sft-lora" else [])]
     run_here("sft", settings, tmp_path / "one", resume=False)
     killed = tmp_path / "killed"
-    run_split("sft", settings, killed, fails=True, FSDP_STATE_DICT_TYPE=kind, DIE_AFTER_CHECKPOINT="1")
+    launch_two(fsdp(state_dict=kind), "sft", settings, killed, dies=True)
     assert [path.parent.name for path in killed.glob("checkpoints/*/complete")] == ["checkpoint-3"]
-    run_split("sft", settings, killed, "--resume", FSDP_STATE_DICT_TYPE=kind)
+    launch_two(fsdp(state_dict=kind), "sft", settings, killed, "--resume")
     assert_same_model(tmp_path / "one", killed, atol=1e-5)

@@ -94,6 +94,22 @@ def test_weights_that_cannot_be_read_are_named(damage, tmp_path):
         load_reward_model(str(tmp_path / "rm"))
 
 
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_a_copy_to_sample_from_rounds_weights_and_not_positions(is_adapted):
+    model = load_chat_model("toy").model
+    model = with_adapters(model, is_reward_model=False) if is_adapted else model
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+    copied = merged_copy(model, torch.bfloat16)
+    assert {weight.dtype for weight in copied.parameters()} == {torch.bfloat16} and not copied.training
+    buffers = dict(copied.named_buffers())
+    assert any(name.endswith("inv_freq") for name in buffers)
+    expected = dict(load_chat_model("toy", dtype=torch.bfloat16).model.named_buffers())
+    assert all(buffer.dtype == torch.float32 and buffer.equal(expected[name]) for name, buffer in buffers.items())
+    for weight in copied.parameters():
+        weight.data.zero_()
+    assert all(weight.equal(weights[name]) for name, weight in model.named_parameters())  # a copy
+
+
 @torch.no_grad()
 def test_a_policy_with_adapters_is_saved_merged(tmp_path):
     loaded = load_chat_model("toy")

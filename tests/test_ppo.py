@@ -226,6 +226,21 @@ def test_splits_that_are_not_supported_are_refused_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_drops_out_is_decided_by_the_iterations_seed_alone(settings, monkeypatch):
+    trainer = trainer_of(settings)
+    monkeypatch.setattr(trainer, "_update", lambda *_, **__: {"drawn": float(torch.rand(()))})
+
+    def drawn(before: int, *, seed: int) -> float:
+        torch.manual_seed(before)
+        expected = torch.get_rng_state()
+        prompts = [EncodedPrompt(prompt, [5, 6, 7]) for prompt in toy_prompts()]
+        found = trainer.iterate(prompts, seed=seed)["drawn"]
+        assert torch.get_rng_state().equal(expected)
+        return found
+
+    assert drawn(1, seed=4) == drawn(2, seed=4) != drawn(1, seed=5)
+
+
 def test_reward_figures_by_hand():
     found = reward_metrics(
         torch.tensor([1.0, 3.0, 2.0, 2.0]),

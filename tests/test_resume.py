@@ -1,7 +1,6 @@
 """Killed with SIGKILL and resumed, every training stage ends bit for bit where the uninterrupted run ends."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import DDP, launch_two
 from safetensors.torch import load_file
 
 from alignment.cli.pipeline import load_pipeline, run_stages
@@ -330,17 +330,17 @@ def test_a_stage_made_from_an_older_run_is_not_passed_off_as_finished(tmp_path):
 
 
 def run_in_two_processes(stage: str, settings: list[str], run_dir: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alignment.cli.main"]
-    done = subprocess.run(
-        [*launch, stage, *settings, f"run.dir={run_dir}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two(DDP, stage, settings, run_dir)
     assert json.loads((run_dir / "manifest.json").read_text())["num_processes"] == 2
+
+
+def test_two_killed_processes_that_drop_out_resume_bit_for_bit(reward_model, tmp_path):
+    settings = [*ppo_settings(reward_model), "lora={r: 4, dropout: 0.2}", "train.max_steps=4"]
+    launch_two(DDP, "ppo", settings, tmp_path / "whole")
+    launch_two(DDP, "ppo", settings, tmp_path / "killed", dies=True)
+    assert list((tmp_path / "killed" / "checkpoints").glob("checkpoint-3/complete"))
+    launch_two(DDP, "ppo", settings, tmp_path / "killed", "--resume")
+    assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "rm-lora", "ppo-full", "ppo-lora", "ppo-shared"])

@@ -1,4 +1,4 @@
-"""Starts `align` under accelerate's FSDP on CPUs: torchrun's module in tests/test_fsdp.py, no test itself.
+"""What `accelerate launch` runs in tests/launching.py, no test itself: `align`, under FSDP where the launcher says so.
 
 accelerate takes up its FSDP plugin only where it finds several accelerators. Here it is told to, by the same lines that
 it has for those; all that follows (splitting, gathering, checkpoints) is its own code and torch's, over gloo.
@@ -8,8 +8,6 @@ import os
 import signal
 import sys
 
-os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
-
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -18,6 +16,7 @@ from alignment.cli.main import main
 from rlhf import checkpoint
 
 start_state, mark_complete = AcceleratorState.__init__, training.mark_complete
+splits = []
 
 
 def start_with_fsdp(self, *args, fsdp_plugin=None, **options):
@@ -27,6 +26,7 @@ def start_with_fsdp(self, *args, fsdp_plugin=None, **options):
         if self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
         self.fsdp_plugin = fsdp_plugin
+        splits.append(fsdp_plugin)
 
 
 def mark_and_die(folder):
@@ -36,6 +36,8 @@ def mark_and_die(folder):
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = start_with_fsdp
-    if os.environ.get("DIE_AFTER_CHECKPOINT"):
+    if os.environ.get("DIES"):
         training.mark_complete = checkpoint.mark_complete = mark_and_die
-    sys.exit(main())
+    code = main()
+    assert bool(splits) == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    sys.exit(code)
