@@ -1,4 +1,4 @@
-# make quickstart   set everything up and run the whole pipeline on SmolLM2-135M (6 to 10 minutes on two cores)
+# make quickstart   set everything up and run the whole pipeline on SmolLM2-135M (some minutes)
 # make test         set everything up and run the tests, toy pipelines included
 # make notebooks    set everything up and run the notebooks; one that takes over two minutes is an error
 # make test-real    tests on SmolLM2-135M and, where ALIGN_DATA_DIR is set, on real data (minutes)

@@ -114,6 +114,8 @@ def capitals_without_instruction(model: Path, file: Path) -> list[float]:
 
 
 def test_everybody_keeps_the_instruction_in_the_turn_that_states_it(adherence):
+    for name in ("base", "with", "without"):
+        print(f"adherence by turn, {name}: {[round(turn['value'], 2) for turn in adherence[name]]}")
     assert all(adherence[name][0]["value"] > 0.9 for name in ("base", "with", "without"))
 
 

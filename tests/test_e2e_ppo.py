@@ -1,4 +1,4 @@
-"""PPO on the toy task over three seeds, judged by its computable truth."""
+"""PPO on the toy task over three seeds, judged by its computable truth. `pytest -rP` shows the figures."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ def violations(candidates: list[Candidate]) -> list[float]:
 def test_true_reward_rises(judged, seed):
     """By 0.15 of a scale from 0 to 1, outside the paired 95 % interval."""
     found = rise(true_rewards(judged[f"gated-{seed}"]), true_rewards(judged["sft"]))
+    print(f"seed {seed}: true reward, gated less SFT {found}")
     assert found.low > 0.15, found
 
 
@@ -88,6 +89,7 @@ def test_the_gate_lowers_violations_below_the_sft_models_and_the_ungated_runs(ju
     gated = violations(judged[f"gated-{seed}"])
     for other in ("sft", f"ungated-{seed}"):
         found = rise(violations(judged[other]), gated)
+        print(f"seed {seed}: violations, {other} less gated {found}")
         assert found.low > 0.2, (other, found)
 
 

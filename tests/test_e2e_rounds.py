@@ -206,6 +206,8 @@ def test_accumulating_rounds_keeps_a_skill_that_the_last_round_alone_forgets(run
         versions[how] = lab.sft(f"v2-{how}", pool / "sft.jsonl")
     skill = lab.prompts("skill", "toy:prompts.heldout", lambda p: not p.is_safety and is_skill(p))
     truth = lab.truth("eval-skill", skill, **versions)
+    for name, rewards in truth.items():
+        print(f"true reward on what round 1 alone asks for, {name}: {mean_interval(rewards)}")
     assert fmean(truth["v1"]) > 0.5
     assert rise(truth["v1"], truth["last"]).low > 0.3, "the last round alone forgets"
     for how in ("best", "all"):
