@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
@@ -102,6 +103,29 @@ def check_split(accelerator: Accelerator) -> None:
         )
     if is_split(accelerator) and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ConfigError("FSDP 1, accelerate's default, is not supported. Add --fsdp_version 2 to accelerate launch.")
+
+
+def compute_in(accelerator: Accelerator, dtype: torch.dtype) -> None:
+    """Lets FSDP gather weights and sum gradients in this type; call before `prepare`. Autocast does not reach these."""
+    if is_split(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = None
+        if dtype == torch.bfloat16:
+            plugin.set_mixed_precision("bf16", override=True)
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Leaves each process its parts alone of what FSDP has gathered: after a forward pass without a backward one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def from_main_process(value: Tensor) -> Tensor:
+    """The main process's tensor; the others give one of its shape, type and device. Collective."""
+    if dist.is_initialized():
+        dist.broadcast(value, src=0)
+    return value
 
 
 def whole(tensor: Tensor) -> Tensor:

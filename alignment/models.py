@@ -198,6 +198,8 @@ def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             twin.get_parameter(name).copy_(whole(weight))
+        for name, buffer in model.named_buffers():
+            twin.get_buffer(name).copy_(buffer)
     return twin.requires_grad_(False).eval()
 
 

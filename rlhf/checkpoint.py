@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
-from alignment.distributed import as_part, whole
+from alignment.distributed import as_part, from_main_process, whole
 from alignment.runs import Run, checkpoint_step, mark_complete, write_folder
 
 KEEP_CHECKPOINTS = 2
@@ -58,15 +59,25 @@ class Learner:
     def parameters(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
         """A copy of the trained parameters by name, on the CPU; collective, and with `keep`, as `state`."""
         trained = ((name, p.detach()) for name, p in self._named_parameters() if p.requires_grad)
-        found = {name: _gathered(p, keep=keep) for name, p in trained}
-        return {name: p.clone() for name, p in found.items() if p is not None}
+        gathered = ((name, whole(p)) for name, p in trained)
+        return {name: p.to("cpu", copy=True) for name, p in gathered if keep}
 
     def load_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Puts parameters back. Raises KeyError where the model lacks one."""
+        """Puts parameters back, which every process has. Raises KeyError where the model lacks one."""
         own = dict(self._named_parameters())
         with torch.no_grad():
             for name, value in parameters.items():
                 own[name].copy_(as_part(value, own[name]))
+
+    def load_from_main_process(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Puts parameters back that the main process has. Collective."""
+        is_main = PartialState().is_main_process
+        with torch.no_grad():
+            for name, own in self._named_parameters():
+                if own.requires_grad:
+                    empty = torch.empty(own.shape, dtype=own.dtype, device=own.device)
+                    value = parameters[name].to(own.device) if is_main else empty
+                    own.copy_(as_part(from_main_process(value), own))
 
     def _named_parameters(self) -> Any:
         return (self.model.module if hasattr(self.model, "module") else self.model).named_parameters()
@@ -101,7 +112,8 @@ def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], ex
 
 def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict[str, Any]]:
     """Puts a checkpoint's state back; returns the iterations done and what else was saved."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    # Mapped, since all processes read it.
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, learner in learners.items():
         learner.load_state(state["learners"][name])
     return checkpoint_step(folder), state["extra"]

@@ -79,7 +79,8 @@ class HeldOut:
         }
         if all(figures["reward"] > earlier["reward"] for earlier in self.history):
             self.best_iteration = iteration
-            self._best = {} if self.section.patience is None else policy.parameters()
+            keep = self.state.is_main_process
+            self._best = {} if self.section.patience is None else policy.parameters(keep=keep)
             self._gains["best"] = self._gains["last"]
         self.history.append({"iteration": iteration, **figures})
         on_safety = [answer.safety < 0 for answer in answers if answer.prompt.is_safety]
@@ -96,10 +97,10 @@ class HeldOut:
         return self.section.patience is not None and since >= self.section.patience
 
     def restore_best(self, policy: Learner) -> bool:
-        """Puts the best policy back where early stopping is on; whether it did."""
-        if not self._best:
+        """Puts the best policy back where early stopping is on; whether it did. Collective."""
+        if self.section.patience is None or not self.history:
             return False
-        policy.load_parameters(self._best)
+        policy.load_from_main_process(self._best)
         return True
 
     def summary(self) -> dict[str, Any] | None:
@@ -122,3 +123,5 @@ class HeldOut:
         """Puts a checkpoint's state back."""
         for name, value in state.items():
             setattr(self, name, value)
+        if not self.state.is_main_process:
+            self._best = {}

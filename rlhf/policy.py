@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.integrations import is_fsdp_enabled
 
 from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, set_decoder
 from alignment.compilation import compile_layers
@@ -53,10 +52,10 @@ class PPOModels:
             yield self.reference
 
 
-def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> PPOModels:
+def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device, *, is_split: bool = False) -> PPOModels:
     """All models of a PPO run, on `device`; with `ppo.offload` reference and reward models stay on the CPU.
 
-    Where FSDP is going to split policy and critic they are on the CPU too, until it brings their parts to the devices.
+    With `is_split` policy and critic are on the CPU too, until FSDP brings their parts to the devices.
 
     With LoRA, models that differ from the policy's start by adapters are put on its weights, which all then share.
 
@@ -71,14 +70,15 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device) -> 
     start, lora = config.model, config.lora
     weights = dtype if lora.r else torch.float32
     loaded = load_chat_model(start.path, dtype=weights, chat_template=start.chat_template)
-    begins = torch.device("cpu") if is_fsdp_enabled() else device
+    begins = torch.device("cpu") if is_split else device
     loaded.model.to(begins)
     home = torch.device("cpu") if config.ppo.offload else device
     on_backbone, separate = _on_one_backbone(config, loaded, weights)
     if on_backbone is None:
         rewards = RewardModels.load(config.rewards, device, offload=config.ppo.offload)
         critic_path, critic_template = config.rewards.helpfulness.path, config.rewards.helpfulness.chat_template
-        value = load_reward_model(critic_path, dtype=weights, chat_template=critic_template).model.to(begins)
+        options = {"dtype": weights, "chat_template": critic_template, "for_training": is_split}
+        value = load_reward_model(critic_path, **options).model.to(begins)
     else:
         scorers = (Scorer(model, max_tokens=config.rewards.max_tokens_per_batch) for model in on_backbone)
         rewards = RewardModels(*scorers, threshold=config.rewards.threshold, device=device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from alignment.models import merged_copy
 from alignment.sampling.engines import open_vllm
@@ -80,7 +80,7 @@ class PolicySampler:
 
         Making a copy is collective where FSDP has split the policy: all processes sample, if only nothing.
         """
-        policy, some = self._policy, next(self._policy.parameters())
-        is_plain = not (isinstance(policy, PeftModel) or isinstance(some, DTensor)) and some.dtype == self._dtype
+        policy = self._policy
+        is_plain = not isinstance(policy, PeftModel | FSDPModule) and next(policy.parameters()).dtype == self._dtype
         model = policy if is_plain else merged_copy(policy, self._dtype)
         return TorchSampler(model, stop_ids=self._stop_ids, max_rows=self._max_rows)

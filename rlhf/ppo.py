@@ -25,6 +25,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from alignment.dialogue import Prompt
 from alignment.distributed import (
+    compute_in,
+    drop_gathered,
     is_split,
     mean_over_processes,
     most_over_processes,
@@ -78,7 +80,8 @@ class PPOTrainer:
         self.config, self.accelerator, self.dtype = config, accelerator, dtype
         self.beta = config.ppo.beta
         check_shares(config, accelerator.num_processes)
-        self.models = load_models(config, dtype, accelerator.device)
+        compute_in(accelerator, dtype)
+        self.models = load_models(config, dtype, accelerator.device, is_split=is_split(accelerator))
         self.rewards = self.models.rewards
         self.learners = {
             "policy": self._learner(self.models.policy, config.optim.lr, without=config.ppo.critic_warmup),
@@ -212,6 +215,8 @@ class PPOTrainer:
                 [ref_logprobs] = tabulate(
                     trees, lambda batch: [response_logprobs(reference, batch, temperature=temperature)], **options
                 )
+        for model in (self.policy, self.critic):
+            drop_gathered(model)
         mask = counted > 0
         token_rewards = per_token_rewards(rewards, logprobs, ref_logprobs, mask, beta=self.beta)
         advantages, returns = gae(token_rewards, values, mask, gamma=config.ppo.gamma, lam=config.ppo.lam)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from accelerate import Accelerator, PartialState
-from transformers.integrations import is_fsdp_enabled
+from accelerate import Accelerator
 
 from alignment.data import load_prompts
 from alignment.distributed import check_split, is_split
 from alignment.errors import ConfigError
-from alignment.hardware import compute_dtype, process_state
+from alignment.hardware import process_state
 from alignment.models import save_model
 from alignment.progress import ProgressBar, console
 from alignment.runs import newest_checkpoint, open_run
@@ -28,7 +26,7 @@ from rlhf.ppo import PPOTrainer, iteration_seed
 def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains the policy; returns the headline figures."""
     state = process_state(config.run.device)
-    accelerator = _accelerator(config, state)
+    accelerator = _accelerator(config)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     held_out_data = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
     run_dir = open_run(config, resume=resume, state=state)
@@ -107,19 +105,13 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     return result
 
 
-def _accelerator(config: PPOConfig, state: PartialState) -> Accelerator:
-    """The run's processes. FSDP computes in the type that it gathers weights in; elsewhere autocast sees to that.
+def _accelerator(config: PPOConfig) -> Accelerator:
+    """The run's processes.
 
     Raises ConfigError where models would be split over processes in a way that is not supported.
     """
-    dtype = compute_dtype(state.device, config.model.dtype)
-    in_bf16 = is_fsdp_enabled() and dtype == torch.bfloat16
-    accelerator = Accelerator(
-        cpu=config.run.device == "cpu",
-        mixed_precision="bf16" if in_bf16 else "no",
-        log_with=config.run.report_to or None,
-        project_dir=config.run.dir,
-    )
+    cpu, trackers = config.run.device == "cpu", config.run.report_to or None
+    accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=config.run.dir)
     check_split(accelerator)
     if is_split(accelerator) and config.lora.r:
         raise ConfigError(

@@ -6,7 +6,6 @@ it has for those; all that follows (splitting, gathering, checkpoints) is its ow
 
 import os
 import signal
-import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -38,6 +37,7 @@ if __name__ == "__main__":
     AcceleratorState.__init__ = start_with_fsdp
     if os.environ.get("DIES"):
         training.mark_complete = checkpoint.mark_complete = mark_and_die
-    code = main()
-    assert bool(splits) == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
-    sys.exit(code)
+    try:
+        main()
+    finally:
+        assert bool(splits) == (os.environ.get("ACCELERATE_USE_FSDP") == "true")

@@ -145,6 +145,10 @@ SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 PEAKS = peaks_in_tables()
 
 
+def test_the_peaks_of_tables_are_found():
+    assert len(PEAKS) > 10 and PEAKS.keys() <= set(those("plan"))
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize(("column", "gpus"), [(0, "1"), (1, "8")])
 def test_the_recipe_for_one_gpu_comes_to_the_peaks_of_its_table(column, gpus, monkeypatch):

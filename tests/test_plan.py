@@ -167,7 +167,7 @@ def test_the_tracker_counts_storages_as_they_come_and_go():
         del first
         assert tracker.live == 4100  # the view keeps it
         del view
-        assert (tracker.live, tracker.peak) == (second.nbytes, 4100)
+        assert (tracker.live, tracker.peaks) == (second.nbytes, [4100])
 
 
 def test_what_is_saved_for_the_backward_pass_is_what_the_real_model_saves():
@@ -212,7 +212,9 @@ def test_three_layers_and_four_stand_for_all(device, options):
     rows = Rows(4, 10, (30, 20))
     whole = passes._run(spec, spec.adapted_layers, rows, "logprobs", device, True)
     found = run_pass(spec, rows, "logprobs", device=device, train=True)
-    assert found.peak - (0 if device == "cpu" else 2 * 4 * 96 * (200 - 32)) == max(whole.peaks)
+    head = len(whole.forward) - 1
+    whole.forward[head] += 0 if device == "cpu" else 2 * 4 * 96 * (200 - 32)
+    assert found.peak == max(whole.peaks)
     if spec.adapted_layers == 6:
         assert found.flops == whole.flops
 

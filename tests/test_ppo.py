@@ -226,6 +226,17 @@ def test_splits_that_are_not_supported_are_refused_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_ppo_follows_a_training_in_bfloat16_in_the_same_process(settings, tmp_path):
+    """As in a pipeline: transformers' Trainer has told accelerate its type of arithmetic, which stays."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="bf16")
+    extra = ["model.dtype=bfloat16", "train.max_steps=1", f"run.dir={tmp_path / 'run'}"]
+    try:
+        assert ppo_run.run(load_config(PPOConfig, None, [*settings, *extra]))["iterations"] == 1
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_what_drops_out_is_decided_by_the_iterations_seed_alone(settings, monkeypatch):
     trainer = trainer_of(settings)
     monkeypatch.setattr(trainer, "_update", lambda *_, **__: {"drawn": float(torch.rand(()))})

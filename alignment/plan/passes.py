@@ -71,15 +71,16 @@ def run_pass(spec: ModelSpec, rows: Rows, reader: str, *, device: DeviceKind, tr
     depth = spec.adapted_layers
     if depth <= 4:
         run = _run(spec, depth, *options)
-        peak, flops = max(run.peaks), run.flops
+        peaks, at_head, flops = run.peaks, len(run.forward) - 1, run.flops
     else:
         three, four = _run(spec, 3, *options), _run(spec, 4, *options)
-        peak = max(_at(depth, *pair) for pair in zip(three.peaks, four.like_three, strict=True))
-        flops = _at(depth, three.flops, four.flops)
+        peaks = [_at(depth, *pair) for pair in zip(three.peaks, four.like_three, strict=True)]
+        at_head, flops = len(three.forward) - 1, _at(depth, three.flops, four.flops)
+    if device == "gpu" and spec.head == "lm":
+        peaks[at_head] += _extra_logits(spec, rows)
     frozen_below = max(0, spec.shape.num_hidden_layers - depth - 1)
     layer = weights(spec).parameters // max(1, spec.shape.num_hidden_layers)
-    extra = _extra_logits(spec, rows) if device == "gpu" and spec.head == "lm" else 0
-    return Pass(peak + extra, flops + 2 * frozen_below * layer * rows.num_tokens)
+    return Pass(max(peaks), flops + 2 * frozen_below * layer * rows.num_tokens)
 
 
 @dataclass(frozen=True)

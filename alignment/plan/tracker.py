@@ -31,11 +31,6 @@ class MemoryTracker(TorchDispatchMode):
         self.peaks = [0]
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
-    @property
-    def peak(self) -> int:
-        """The most bytes there were."""
-        return max(self.peaks)
-
     def next_part(self) -> None:
         """What is alive from here on counts as the next part's."""
         self.peaks.append(self.live)

@@ -102,8 +102,8 @@ def saving_phases(spec: ModelSpec, setting: Setting, held_there: Mapping[str, in
 def gathered(spec: ModelSpec) -> dict[str, int]:
     """Whole weights that FSDP holds at a time: two layers, the one in use and the next, and what is in no layer."""
     size, layers = spec.arithmetic.itemsize, spec.shape.num_hidden_layers
-    none, some = (_parameters(spec, count) for count in (1, 2))
-    layer = some - none
+    one, two = (_parameters(spec, count) for count in (1, 2))
+    layer = two - one
     assert layers * layer <= weights(spec).parameters
     return {"weights": size * (weights(spec).parameters - layers * layer + 2 * layer)}
 
