@@ -29,9 +29,9 @@ def learner() -> Learner:
     return Learner(model, optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=10))
 
 
-def step(one: Learner) -> torch.Tensor:
-    """A step whose gradient is drawn from torch's generator; the weights after it."""
-    one.model(torch.randn(4, 3)).pow(2).mean().backward()
+def step(one: Learner, seed: int) -> torch.Tensor:
+    """A step whose gradient is drawn by this seed; the weights after it."""
+    one.model(torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))).pow(2).mean().backward()
     one.optimizer.step()
     one.optimizer.zero_grad()
     one.scheduler.step()
@@ -39,16 +39,14 @@ def step(one: Learner) -> torch.Tensor:
 
 
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(run):
-    torch.manual_seed(0)
     first = {"policy": learner(), "critic": learner()}
     for one in first.values():
-        step(one)
+        step(one, 0)
     save_checkpoint(run, 7, first, {"beta": 0.25})
-    expected = [step(one) for one in first.values() for _ in range(3)]
-    torch.manual_seed(99)
+    expected = [step(one, seed) for one in first.values() for seed in range(1, 4)]
     again = {"policy": learner(), "critic": learner()}
     assert load_checkpoint(newest_checkpoint(run), again) == (7, {"beta": 0.25})
-    found = [step(one) for one in again.values() for _ in range(3)]
+    found = [step(one, seed) for one in again.values() for seed in range(1, 4)]
     assert all(ours.equal(theirs) for ours, theirs in zip(expected, found, strict=True))
     assert again["critic"].scheduler.get_last_lr() == first["critic"].scheduler.get_last_lr()
 

@@ -278,6 +278,9 @@ def test_data_commands_run(words, tmp_path, monkeypatch):
     for place, word in enumerate(words):
         if re.search(r"\.jsonl?(\.gz)?$", word) and place != out:
             write_stand_in(tmp_path / word, [examples()[layout]] if layout else stand_in_rows(word))
+        elif re.search(r"^\w+\.(train|valid|test)$", word):  # a name in ALIGN_DATA_DIR
+            monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
+            write_stand_in(tmp_path / f"{word}.jsonl", stand_in_rows(word))
     run(words)
     if out:
         made = [path for path in tmp_path.glob(f"{words[out]}*") if path.stat().st_size]

@@ -66,7 +66,7 @@ def test_every_recipe_validates(path, monkeypatch, tmp_path):
     text = path.read_text(encoding="utf-8")
     for made_first in re.findall(r"--out (\S+)", text):
         Path(made_first).touch()
-    for earlier_run in re.findall(r"^model: (?:\{path: )?(runs/[\w/-]+)", text, re.M):
+    for earlier_run in re.findall(r"^ *(?:model|helpfulness|safety): (?:\{path: )?(runs/[\w/-]+)", text, re.M):
         (tmp_path / earlier_run / "model").mkdir(parents=True)
         (tmp_path / earlier_run / "model" / "config.json").touch()
     if path.parent.name in ("smollm2", "llama2-7b", "llama2-70b"):
