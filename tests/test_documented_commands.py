@@ -31,6 +31,9 @@ GROUPS = {("data", "check"), ("data", "preview"), ("data", "convert"), ("data", 
 RUN_WITH_TOYS = ("chat", "score", "sample", "report", "rm compare")
 
 
+NAME_OF_DATA = r"\w+\.(train|valid|test)"  # in ALIGN_DATA_DIR
+
+
 def of(program: str) -> list[Command]:
     return [command for command in COMMANDS if command.program == program]
 
@@ -278,7 +281,7 @@ def test_data_commands_run(words, tmp_path, monkeypatch):
     for place, word in enumerate(words):
         if re.search(r"\.jsonl?(\.gz)?$", word) and place != out:
             write_stand_in(tmp_path / word, [examples()[layout]] if layout else stand_in_rows(word))
-        elif re.search(r"^\w+\.(train|valid|test)$", word):  # a name in ALIGN_DATA_DIR
+        elif re.fullmatch(NAME_OF_DATA, word):
             monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
             write_stand_in(tmp_path / f"{word}.jsonl", stand_in_rows(word))
     run(words)
@@ -307,7 +310,7 @@ def test_help_and_dry_runs_end_well(words, tmp_path, monkeypatch):
 def toy_runs(pipeline, tmp_path, monkeypatch) -> Path:
     """A folder in which each run that the pages name is one of the toy pipeline's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ALIGN_DATA_DIR", raising=False)
+    monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
     stand_for = {"rm-h": "rm-helpfulness", "rm-h-lora": "rm-helpfulness", "rm-s": "rm-safety", "ppo-beta-1": "ppo",
                  "ppo-beta-2": "ppo", "v1": "rs", "v2": "rs", "guard": "rm-helpfulness"}  # fmt: skip
     (tmp_path / "runs").mkdir()
@@ -316,7 +319,8 @@ def toy_runs(pipeline, tmp_path, monkeypatch) -> Path:
             (tmp_path / "runs" / stage.name).symlink_to(stage)
     for name, stage in stand_for.items():
         (tmp_path / "runs" / name).symlink_to(pipeline / stage)
-    (tmp_path / "runs" / "quickstart").symlink_to(pipeline)
+    for name in ("quickstart", "smollm2"):
+        (tmp_path / "runs" / name).symlink_to(pipeline)
     return tmp_path
 
 
@@ -328,6 +332,8 @@ def test_models_are_scored_sampled_talked_to_and_reported(words, toy_runs):
     words = list(words)
     out = words.index("--out") + 1 if "--out" in words else None
     for place, word in enumerate(words):
+        if re.fullmatch(NAME_OF_DATA, word):
+            write_stand_in(toy_runs / f"{word}.jsonl", stand_in_rows(word))
         if not re.fullmatch(r"[\w-]+\.jsonl", word) or place == out:
             continue
         write_stand_in(toy_runs / word, stand_in_rows("pairs" if word.startswith("scored") else word))
