@@ -1,6 +1,6 @@
 # make quickstart   set everything up and run the whole pipeline on SmolLM2-135M (some minutes)
 # make test         set everything up and run the tests, toy pipelines included
-# make notebooks    set everything up and run the notebooks; one that takes over two minutes is an error
+# make notebooks    set everything up and run the notebooks
 # make test-real    tests on SmolLM2-135M and, where ALIGN_DATA_DIR is set, on real data (minutes)
 # make docs         build the documentation as a site in docs/_build/html; a warning is an error
 # make test-vllm    tests of the vLLM engine, in an environment of its own with vLLM's build for CPUs (minutes)
@@ -22,7 +22,7 @@ test: setup lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 notebooks: setup
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --nbmake --nbmake-timeout=600 --durations=0 notebooks
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --nbmake --nbmake-timeout=600 notebooks
 
 test-real: setup
 	$(BIN)/pytest -m real

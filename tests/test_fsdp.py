@@ -185,8 +185,7 @@ def test_a_reward_model_is_split_in_bfloat16_with_its_head_in_float32(tmp_path):
     assert len(losses) == 6 and losses == pytest.approx(expected, abs=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-@pytest.mark.parametrize("name", ["sft", "sft-lora"])
+@pytest.mark.parametrize(("name", "kind"), [("sft", "SHARDED_STATE_DICT"), ("sft-lora", "FULL_STATE_DICT")])
 def test_a_split_run_that_was_killed_resumes(name, kind, tmp_path):
     """With both kinds of checkpoint that accelerate writes: gathered, and a part by each process."""
     settings = [*STAGE_SETTINGS[name], *FEW, *(["lora.dropout=0"] if name == "sft-lora" else [])]
