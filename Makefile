@@ -22,7 +22,7 @@ test: setup lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 notebooks: setup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --nbmake --nbmake-timeout=600 notebooks
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --nbmake --nbmake-timeout=600 --durations=0 notebooks
 
 test-real: setup
 	$(BIN)/pytest -m real

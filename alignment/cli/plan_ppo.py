@@ -50,13 +50,13 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     # DDP's buckets are there from the beginning; gradients come with the update.
     always = together(optimizer_state(policy, critic), {"exchange": steps.pop("exchange", 0)})
     trained = held(policy) if shared else held(policy, critic)
+    in_use: Mapping[str, int] = {}
     if setting.fsdp:
         trained, always, steps = (shards(setting, each) for each in (trained, always, steps))
+        # One of the two models is at work at a time.
+        in_use = max((gathered(spec) for spec in (policy, critic)), key=lambda each: each["weights"])
     models = together(trained, frozen)
     learned = together(models, always)
-    # One of the two models is at work at a time.
-    layers = max((gathered(spec) for spec in (policy, critic)), key=lambda each: each["weights"])
-    in_use = layers if setting.fsdp else {}
     per_process = train.batch_size // (draw.num_candidates * setting.processes)
     length = prompt_length(config.prompts.max_prompt_length, draw.max_new_tokens, policy, critic, *judges)
     row = Rows(1, length, (draw.max_new_tokens,) * draw.num_candidates)

@@ -46,13 +46,12 @@ def origin_on_disk(name: str) -> Origin | None:
 
 def known_base(base: str) -> str:
     """The fingerprint of the weights that are named so, where they are on this machine; else the name."""
+    if base == DEMO_MODEL and not (cache_dir() / DEMO_MODEL).is_dir():
+        return base  # planning fetches nothing
     try:
-        folder = find_model(base)
+        folder = model_folder(base)
     except ModelError:
         return base
-    if folder == DEMO_MODEL and not (cache_dir() / DEMO_MODEL).is_dir():
-        return base
-    folder = folder if isinstance(folder, Path) or "/" in folder else Path(model_folder(folder))
     files = _files(folder) if isinstance(folder, Path) else {}
     names = [name for name, _ in meta_model(spec_of(base)).get_decoder().named_parameters()] if files else []
     prefix = next((key.removesuffix(names[0]) for key in files if names and key.endswith(names[0])), "")
