@@ -45,10 +45,9 @@ $(VENV)/.ready-demo: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
 	touch $@
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.ready: $(VENV)/.ready-demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo,docs]"
-	touch $@ $(VENV)/.ready-demo
+	touch $@
 
 # vLLM wants an older transformers, among others, than constraints.txt names; what this toolkit calls most is as tested.
 # torchvision and its like would have to fit torch's build, and vLLM does without.

@@ -231,6 +231,14 @@ class RunSection(Section):
     """Experiment trackers of accelerate and transformers, e.g. [tensorboard]."""
 
 
+def policies_name_files(policies: dict[str, ModelSection]) -> dict[str, ModelSection]:
+    """A field's validator: every policy's answers go to a file of its name."""
+    for name in policies:
+        if not name or set(name) & set("/\\\0"):
+            raise ValueError(f"policies: {name!r} is no name for a file of answers. Use letters, digits, - and _.")
+    return policies
+
+
 class StageConfig(Section):
     """Base of every stage's configuration."""
 

@@ -51,8 +51,6 @@ def convert_file(
     options, counts = Options(aim, rating_bins or {}), Counter()
     _check_request(layout, out, options.rating_bins)
     found = find_data(source)
-    if isinstance(found, Path) and found.resolve() == out.resolve():
-        raise DataError(f"{out}: is the file to convert. Name another one.")
     dropped: Counter[str] = Counter()
     first_dropped: dict[str, str] = {}
 
@@ -94,6 +92,8 @@ def _check_request(layout: str, out: Path, rating_bins: Mapping[Strength, Rating
         raise DataError(f"{out}: the file to write must end with .jsonl or .jsonl.gz.")
     if not out.parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}. Make it first.")
+    if out.exists():
+        raise DataError(f"{out}: exists. Name another file, or remove it.")
     measures = STRENGTHS.get(layout, ())
     for strength, bins in rating_bins.items():
         if strength not in measures:

@@ -105,12 +105,9 @@ def load_reward_model(
     chat = load_chat(folder, chat_template)
     tokenizer = chat.tokenizer
     config = AutoConfig.from_pretrained(folder)
-    kind = config.architectures or [""]
-    is_reward_model = kind[0].endswith("ForSequenceClassification")
-    if new_head_seed is None and not is_reward_model:
-        raise ModelError(f'{path}: not a reward model ({kind[0]}). Train one with "align rm", or name its run.')
-    if is_reward_model and config.num_labels != 1:
-        raise ModelError(f"{path}: a classifier with {config.num_labels} outputs. A reward model has one.")
+    is_reward_model = _is_classifier(config)
+    if new_head_seed is None or is_reward_model:
+        _check_one_score(config, path)
     empty = for_training and gets_weights_later()
     model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, empty=empty, num_labels=1)
     float32_head(model)
@@ -121,6 +118,25 @@ def load_reward_model(
         model.score.weight.data.copy_(weight)
     _set_special_tokens(model, tokenizer, chat)
     return LoadedModel(model.eval(), tokenizer, chat, folder)
+
+
+def reward_model_context(path: str) -> int:
+    """Tokens that a reward model's context holds; no weights are loaded. Raises ModelError where it is none."""
+    config = AutoConfig.from_pretrained(model_folder(path))
+    _check_one_score(config, path)
+    return context_length(config)
+
+
+def _is_classifier(config: PreTrainedConfig) -> bool:
+    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
+
+
+def _check_one_score(config: PreTrainedConfig, path: str) -> None:
+    if not _is_classifier(config):
+        kind = (config.architectures or [""])[0]
+        raise ModelError(f'{path}: not a reward model ({kind}). Train one with "align rm", or name its run.')
+    if config.num_labels != 1:
+        raise ModelError(f"{path}: a classifier with {config.num_labels} outputs. A reward model has one.")
 
 
 def float32_head(model: PreTrainedModel) -> None:

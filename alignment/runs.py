@@ -257,6 +257,7 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
     if manifest is None and occupied:
         raise RunError(f"{path}: not empty and not a run directory. Give another run.dir.")
     if config.run.overwrite and not resume:
+        _check_not_read(path, config)
         shutil.rmtree(path, ignore_errors=True)
     elif manifest is not None:
         _check_may_resume(path, config, manifest, resume)
@@ -269,6 +270,15 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
     # Whoever runs the file again wants another run, not this one gone.
     kept = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
     write_text(path / "config.yaml", to_yaml(kept))
+
+
+def _check_not_read(path: Path, config: StageConfig) -> None:
+    """Raises RunError where the stage reads what is to be removed."""
+    for key, name, _ in config.input_names():
+        if Path(name).resolve().is_relative_to(path.resolve()):
+            raise RunError(
+                f"{path}: holds {key} ({name}), which run.overwrite=true would remove. Give another run.dir."
+            )
 
 
 def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, Any], resume: bool) -> None:

@@ -83,7 +83,8 @@ def prepare_pairs(config: RewardModelConfig, chat: ChatFormat, *, context_length
     valid, valid_left_out = _encode(config, chat, held_out, valid_data, held_out_vetoed, max_length)
     left_out = {"train": train_left_out, "valid": valid_left_out}
     if not train:
-        raise DataError(_nothing_left(train_left_out, max_length))
+        limit = "data.max_length" if data.max_length <= context_length else "the model's context"
+        raise DataError(_nothing_left(train_left_out, f"{limit}, {max_length} tokens"))
     _check_labels(config, train)
     source_of = {id(row): name for name, row in named}
     notes = {
@@ -155,11 +156,11 @@ def _counts(pairs: Sequence[EncodedPair], config: RewardModelConfig, vetoed: int
     }
 
 
-def _nothing_left(left_out: Mapping[str, int], max_length: int) -> str:
+def _nothing_left(left_out: Mapping[str, int], limit: str) -> str:
     """Why no pair can be trained on."""
     remedies = {
         "vetoed": 'the safety label has the veto where the chosen response alone is unsafe: see "veto"',
-        "too_long": f"one response alone is over data.max_length = {max_length} tokens",
+        "too_long": f"one response alone is over {limit}",
         "refused_by_chat_format": 'the chat format refuses their text: see "align data preview"',
         "unreadable": 'bad rows were skipped: see "align data check"',
     }

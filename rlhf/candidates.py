@@ -93,7 +93,7 @@ def _sample(
     state: PartialState,
 ) -> None:
     """Adds this process's share of what is missing to its file, prompt by prompt."""
-    sampling, seed = config.sampling, config.run.seed
+    sampling = config.sampling
     chat, _ = load_chat_of(config.model.path, config.model.chat_template)
     path = run_dir.path / f"sampled.{state.process_index}.jsonl"
     _cut_to_whole_lines(path)
@@ -103,17 +103,17 @@ def _sample(
         for temperature, prompts in missing.items():
             mine = [prompts[index] for index in shares(prompts, state.num_processes)[state.process_index]]
 
-            def keep(index: int, samples: list[Sample], mine=mine, temperature=temperature) -> None:
+            params = replace(sampling_params(sampling, config.run.seed), temperature=temperature)
+
+            def keep(index: int, samples: list[Sample], mine=mine, params=params) -> None:
                 prompt, _ = mine[index]
-                drawn = (
-                    as_candidate(chat, prompt, sample, place, round_number=config.round)
+                rows = [
+                    as_candidate(chat, prompt, sample, place, params, round_number=config.round).to_json()
                     for place, sample in enumerate(samples)
-                )
-                rows = [replace(each, seed=seed, temperature=temperature).to_json() for each in drawn]
+                ]
                 file.write(json.dumps(rows, ensure_ascii=False) + "\n")
                 file.flush()
 
-            params = replace(sampling_params(sampling, seed), temperature=temperature)
             ids = [ids for _, ids in mine]
             sampler.sample(ids, params, on_progress=for_all(bar.advance), on_prompt=keep)
 

@@ -21,6 +21,7 @@ from alignment.config import (
     Section,
     StageConfig,
     TrainSection,
+    policies_name_files,
 )
 from alignment.errors import ConfigError
 
@@ -331,3 +332,5 @@ class EvalConfig(StageConfig):
 
     truth: Literal["toy"] | None = None
     """Also judge the answers by the computable truth of the built-in `toy` task, whose prompts these must be."""
+
+    _names_of_files = field_validator("policies")(policies_name_files)

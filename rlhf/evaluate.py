@@ -20,28 +20,37 @@ from alignment.models import load_chat_of
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import open_run
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_prompts
+from alignment.sampling.prompts import (
+    as_candidate,
+    choose_prompts,
+    fit_prompts,
+    prompt_room,
+    sample_prompts,
+    sampling_params,
+)
 from reward_models.evaluate import win
 from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
 from rlhf.diversity import common_sizes, diversity
 from rlhf.refusals import is_refusal
-from rlhf.rollout import RewardModels, guard_scores, load_scorer
+from rlhf.rollout import RewardModels, guard_scores, judges_context, judges_of, load_scorer
 
 
 def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples one answer a prompt from every policy with the same seed, scores all, compares with the first policy."""
     state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    judges = judges_context(judges_of(config.rewards, config.guard))
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
     chosen = prompts = choose_prompts(data, config.prompts, config.run.seed)
     formats = {name: load_chat_of(policy.path, policy.chat_template) for name, policy in config.policies.items()}
     chats = {name: chat for name, (chat, _) in formats.items()}
-    room = min(context for _, context in formats.values()) - config.sampling.max_new_tokens
+    options = {"policy": min(context for _, context in formats.values()), "judges": judges}
+    room = min(prompt_room(chat, config.sampling, **options) for chat in chats.values())
     for chat in chats.values():  # what fits every policy, so that all have the same prompts
         prompts = [prompt for prompt, _ in fit_prompts(chat, prompts, config.prompts, room=room)]
-    run_dir.note(prompts={"used": len(prompts), "too_long": len(chosen) - len(prompts)})
+    run_dir.note(prompts={"used": len(prompts), "left_out": len(chosen) - len(prompts)})
     answers: dict[str, list[Candidate]] = {}
     for name in config.policies:
         done = run_dir.path / f"answers-{name}.jsonl"
@@ -88,7 +97,10 @@ def _sample_answers(
     length = config.prompts.max_prompt_length
     with open_sampler(section, sampling, state.device, max_prompt_length=length) as sampler:
         samples = sample_prompts(sampler, fitting, sampling, seed=config.run.seed, title=f"eval: {name} answers")
-    answers = [as_candidate(chat, prompt, sample, 0) for (prompt, _), [sample] in zip(fitting, samples, strict=True)]
+    params = sampling_params(sampling, config.run.seed)
+    answers = [
+        as_candidate(chat, prompt, sample, 0, params) for (prompt, _), [sample] in zip(fitting, samples, strict=True)
+    ]
     first, reference = next(iter(config.policies.items()))
     if name == first or not config.measure_kl or sampling.temperature == 0:
         return answers

@@ -14,7 +14,7 @@ from alignment.dialogue import Candidate, Prompt
 from alignment.metrics import mean_interval
 from alignment.progress import ProgressBar
 from alignment.runs import Run
-from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_shared
+from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_shared, sampling_params
 from alignment.sampling.protocol import Sampler
 from rlhf.checkpoint import Learner
 from rlhf.config import PPOConfig
@@ -57,8 +57,10 @@ class HeldOut:
         silent = ProgressBar("", 0, shown=False)
         ids = [ids for _, ids in self._asked]
         drawn = sample_shared(sampler, ids, sampling, seed=self.config.run.seed, bar=silent)
+        params = sampling_params(sampling, self.config.run.seed)
         answers = [
-            as_candidate(self.chat, prompt, sample, 0) for (prompt, _), [sample] in zip(self._asked, drawn, strict=True)
+            as_candidate(self.chat, prompt, sample, 0, params)
+            for (prompt, _), [sample] in zip(self._asked, drawn, strict=True)
         ]
         answers = rewards.score(answers)
         if self._guard is not None:
@@ -86,14 +88,15 @@ class HeldOut:
         on_safety = [answer.safety < 0 for answer in answers if answer.prompt.is_safety]
         return {
             **{f"held_out_{name}": value for name, value in figures.items()},
-            "held_out_violation_rate": sum(on_safety) / max(1, len(on_safety)),
+            **({"held_out_violation_rate": sum(on_safety) / len(on_safety)} if on_safety else {}),
             "held_out_words": sum(len(answer.response.split()) for answer in answers) / len(answers),
         }
 
     @property
     def has_stopped(self) -> bool:
-        """Whether the held-out reward has not risen for `patience` evaluations."""
-        since = sum(entry["iteration"] > self.best_iteration for entry in self.history)
+        """Whether the held-out reward has not risen for `patience` evaluations of a policy that learns."""
+        best = max(self.best_iteration, self.config.ppo.critic_warmup)  # until then the policy is that of the start
+        since = sum(entry["iteration"] > best for entry in self.history)
         return self.section.patience is not None and since >= self.section.patience
 
     def restore_best(self, policy: Learner) -> bool:

@@ -14,13 +14,14 @@ from alignment.hardware import process_state
 from alignment.models import save_model
 from alignment.progress import ProgressBar, console
 from alignment.runs import newest_checkpoint, open_run
-from alignment.sampling.prompts import choose_prompts
+from alignment.sampling.prompts import choose_prompts, prompt_room
 from rlhf.alarms import Watch
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.config import PPOConfig
 from rlhf.held_out import HeldOut
 from rlhf.policy_sampler import open_policy_vllm
 from rlhf.ppo import PPOTrainer, iteration_seed
+from rlhf.rollout import judges_context, judges_of
 
 
 def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     accelerator = _accelerator(config)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     held_out_data = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
+    judges = judges_context(judges_of(config.rewards, config.evaluation.guard))
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
     dtype = run_dir.dtype(accelerator.device, config.model.dtype)
@@ -42,7 +44,9 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
 
         policy = trainer.learners["policy"]
         done, watch = 0, Watch(config.alarms)
-        held_out = HeldOut(config, held_out_data, trainer.models.loaded.chat, state, room=trainer.room)
+        chat = trainer.models.loaded.chat
+        room = prompt_room(chat, config.sampling, policy=trainer.context, judges=judges)
+        held_out = HeldOut(config, held_out_data, chat, state, room=room)
         if resume and (checkpoint := newest_checkpoint(run_dir)):
             done, extra = load_checkpoint(checkpoint, trainer.learners)
             trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])

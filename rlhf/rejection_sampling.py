@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
 
+from alignment.chat import ChatFormat
 from alignment.data import load_prompts, load_rows, write_rows
-from alignment.dialogue import Candidate, Messages, as_response
+from alignment.dialogue import Candidate, Message, Messages, RowError, as_response
 from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.metrics import mean_interval
 from alignment.models import load_chat_of
 from alignment.runs import Run, open_run, write_json
-from alignment.sampling.prompts import choose_prompts
+from alignment.sampling.prompts import choose_prompts, prompt_room
 from rlhf.candidates import Asked, distinct_prompts, remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig
 from rlhf.potential import plot_potential, potential_curve
-from rlhf.rollout import RewardModels
+from rlhf.rollout import RewardModels, judges_context, judges_of
 from rlhf.selection import as_dialogue, by_prompt, choose_temperature, select_best
 
 
@@ -30,13 +32,15 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     """
     state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    earlier = load_rows(config.earlier_rounds, Candidate.from_json)
+    earlier = load_rows(config.earlier_rounds, Candidate.from_json if config.rescore_earlier else _scored_before)
     baseline = load_rows(config.baseline, as_response)
+    judges = judges_context(judges_of(config.rewards))
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *earlier.sources, *baseline.sources])
 
     chat, context = load_chat_of(config.model.path, config.model.chat_template)
-    chosen, room = choose_prompts(data, config.prompts, config.run.seed), context - config.sampling.max_new_tokens
+    chosen = choose_prompts(data, config.prompts, config.run.seed)
+    room = prompt_room(chat, config.sampling, policy=context, judges=judges)
     prompts = distinct_prompts(chat, chosen, config.prompts, room=room, run_dir=run_dir)
     tried = try_temperatures(config, prompts, run_dir, state)
     temperature, by_temperature = choose_temperature(tried) if tried else (config.sampling.temperature, {})
@@ -47,20 +51,23 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     before = earlier.rows if config.accumulate != "last" else []
     if before and config.rescore_earlier:
         before = models.score(before, title="reject: scores of earlier rounds")
-    known = {each.prompt.messages: each.reward for each in models.score(baseline.rows, title="reject: baseline")}
     pool = [*before, *scored, *others]
-    selection = select_best(pool, accumulate=config.accumulate, min_gain=config.min_gain, baseline=known)
+    asked = {each.prompt.messages: each.prompt for each in pool}
+    of_asked = [replace(r, prompt=asked[r.prompt.messages]) for r in baseline.rows if r.prompt.messages in asked]
+    known = {each.prompt.messages: each.reward for each in models.score(of_asked, title="reject: baseline")}
+    writable = [each for each in pool if _can_be_trained_on(chat, each)]
+    selection = select_best(writable, accumulate=config.accumulate, min_gain=config.min_gain, baseline=known)
+    left_out = {**selection.left_out, "refused_candidates": len(pool) - len(writable)}
     if not selection.best:
         raise DataError(
-            f"no candidate can be trained on: {selection.left_out}. Lower min_gain, or let answers end "
-            "(sampling.max_new_tokens)."
+            f"no candidate can be trained on: {left_out}. Lower min_gain, or let answers end (sampling.max_new_tokens)."
         )
     if state.is_main_process:
         write_rows(run_dir.path / "candidates.jsonl", (candidate.to_json() for candidate in [*scored, *others]))
         write_rows(run_dir.path / "sft.jsonl", (as_dialogue(candidate).to_json() for candidate in selection.best))
         _write_potential(temperature, scored, tried, run_dir)
     this_round = select_best(scored, accumulate="last")
-    run_dir.note(selection={"kept": len(selection.best), **selection.left_out})
+    run_dir.note(selection={"kept": len(selection.best), **left_out})
     result = run_dir.finish(
         {
             "stage": "reject",
@@ -79,6 +86,23 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     if state.is_main_process:
         remove_candidates(run_dir.path)
     return result
+
+
+def _scored_before(row: Mapping[str, Any]) -> Candidate:
+    """A candidate of an earlier round whose reward is taken as it is. Raises RowError where it has none."""
+    candidate = Candidate.from_json(row)
+    if candidate.reward is None:
+        raise RowError('"reward" is missing. Take rescore_earlier=true, or a file of `align reject`.')
+    return candidate
+
+
+def _can_be_trained_on(chat: ChatFormat, candidate: Candidate) -> bool:
+    """Whether the chat format can write the response as a turn: a model may write a tag of Llama 2's layout."""
+    try:
+        chat.check([Message("assistant", candidate.response)])
+    except DataError:
+        return False
+    return True
 
 
 def try_temperatures(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,15 +17,18 @@ from alignment.dialogue import Candidate
 from alignment.distributed import for_all, map_over_processes, most_over_processes
 from alignment.errors import ModelError
 from alignment.hardware import compute_dtype, lent
-from alignment.models import LoadedModel
+from alignment.models import LoadedModel, reward_model_context
 from alignment.prefix_batch import PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
+from alignment.runs import read_manifest
 from alignment.sampling.protocol import Sample
 from alignment.tensor_ops import masked_mean, masked_var
 from reward_models.score import Scorer
 from rlhf.config import RewardSection
 from rlhf.gating import gated_logits
 from rlhf.rewards import kl_k1, kl_k3
+
+logger = logging.getLogger(__name__)
 
 
 def load_scorer(model: ModelSection, device: torch.device, *, max_tokens: int, offload: bool = False) -> Scorer:
@@ -34,6 +39,33 @@ def load_scorer(model: ModelSection, device: torch.device, *, max_tokens: int, o
     dtype = str(compute_dtype(device, model.dtype)).removeprefix("torch.")
     home = "cpu" if offload else device
     return Scorer.load(model.path, device=home, dtype=dtype, chat_template=model.chat_template, max_tokens=max_tokens)
+
+
+def judges_of(rewards: RewardSection, guard: ModelSection | None = None) -> dict[str, ModelSection]:
+    """The reward models of a stage by the setting that names them."""
+    judges = {"rewards.helpfulness": rewards.helpfulness, "rewards.safety": rewards.safety}
+    return judges if guard is None else {**judges, "guard": guard}
+
+
+def judges_context(judges: Mapping[str, ModelSection]) -> int:
+    """Tokens of a prompt with its response that every one of these reward models can read; no weights are loaded.
+
+    To be asked before anything is sampled for them. Warns where one was trained for another aim than its setting's.
+
+    Raises:
+        ModelError: one is no reward model.
+    """
+    contexts = []
+    for name, model in judges.items():
+        try:
+            contexts.append(reward_model_context(model.path))
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from None
+        kind = (read_manifest(Path(model.path)) or {}).get("settings", {}).get("kind")
+        aim = name.removeprefix("rewards.")
+        if {kind, aim} == {"helpfulness", "safety"}:
+            logger.warning("%s is %s, a reward model of %s. Is that meant?", name, model.path, kind)
+    return min(contexts)
 
 
 class RewardModels:

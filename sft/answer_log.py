@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,11 +16,21 @@ from sft.ghost_attention import Answer
 
 NoAnswer = Literal["too_long", "refused"]
 
-# Candidates for each context by its key, and why others have none.
-Turn = tuple[dict[int, list[Answer]], dict[int, NoAnswer]]
-
 # The sampler decodes prompts of like length side by side, so a lot has more than go side by side.
 GROUPS_IN_A_LOT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What was answered to one turn of many dialogues.
+
+    Attributes:
+        candidates: answers to each context by its key.
+        missing: why the others have none, by key.
+    """
+
+    candidates: dict[int, list[Answer]]
+    missing: dict[int, NoAnswer]
 
 
 class Answering(Protocol):
@@ -79,12 +89,9 @@ class RowLog:
     def append_turn(self, lot: int, turn: int, answered: Turn) -> None:
         """Adds the answers to a turn of a lot."""
         if self.writes:
-            found, missing = answered
-            answers = {
-                key: [[one.text, one.is_finished, one.is_refused] for one in candidates]
-                for key, candidates in found.items()
-            }
-            _append_lines(self._turns_path, [{"lot": lot, "turn": turn, "answers": answers, "missing": missing}])
+            answers = {key: [astuple(one) for one in found] for key, found in answered.candidates.items()}
+            row = {"lot": lot, "turn": turn, "answers": answers, "missing": answered.missing}
+            _append_lines(self._turns_path, [row])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +107,8 @@ class _RecordedSpeaker:
             answered = self.speaker.answer(contexts, turn=turn, bar=bar)
             self.log.append_turn(self.lot, turn, answered)
         else:
-            bar.advance(sum(map(len, answered[0].values())))
-        assert {*answered[0], *answered[1]} == set(contexts), "the log is of the same dialogues"
+            bar.advance(sum(map(len, answered.candidates.values())))
+        assert {*answered.candidates, *answered.missing} == set(contexts), "the log is of the same dialogues"
         return answered
 
 
@@ -128,8 +135,8 @@ def _whole_turns(path: Path) -> dict[tuple[int, int], Turn]:
     rows, ends = _whole_lines(path)
     os.truncate(path, ends[-1])
     return {
-        (row["lot"], row["turn"]): (
-            {int(key): [Answer(*values) for values in candidates] for key, candidates in row["answers"].items()},
+        (row["lot"], row["turn"]): Turn(
+            {int(key): [Answer(*values) for values in found] for key, found in row["answers"].items()},
             {int(key): reason for key, reason in row["missing"].items()},
         )
         for row in rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from alignment.config import (
     DataSection,
@@ -22,6 +22,7 @@ from alignment.config import (
     Section,
     StageConfig,
     TrainSection,
+    policies_name_files,
 )
 from sft.instructions import Kind, Part, VerifiableKind
 
@@ -210,6 +211,8 @@ class GattEvalConfig(StageConfig):
     prompts: GattEvalPrompts
     instructions: GattEvalInstructions = GattEvalInstructions()
     sampling: GattEvalSampling = GattEvalSampling()
+
+    _names_of_files = field_validator("policies")(policies_name_files)
 
     report_turns: Annotated[list[PositiveInt], Field(min_length=1)] = [2, 4, 6, 10, 20]
     """Turns in the table. The curve has all. Paper: 2, 4, 6, 20."""

@@ -160,12 +160,12 @@ def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, str]], bar: Pr
     for index, (messages, preprompt) in enumerate(zip(asked, preprompts, strict=True)):
         contexts[2 * index] = messages
         contexts[2 * index + 1] = with_preprompt(messages, preprompt)
-    found, missing = speaker.answer(contexts, turn=0, bar=bar)
+    answered = speaker.answer(contexts, turn=0, bar=bar)
     rows = []
     for index, (prompt, _, template) in enumerate(given):
         places = (2 * index, 2 * index + 1)
-        reasons = [missing[place] for place in places if place in missing]
-        answers = [found[place][0] for place in places if place in found]
+        reasons = [answered.missing[place] for place in places if place in answered.missing]
+        answers = [answered.candidates[place][0] for place in places if place in answered.candidates]
         if any(answer.is_refused for answer in answers):
             reasons.append("refused")
         plain, distilled = answers if not reasons else (None, None)

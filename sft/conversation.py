@@ -124,7 +124,7 @@ class Speaker:
             else:
                 missing[key] = reason
         drawn = sample_shared(self._sampler, list(fitting.values()), self.sampling, seed=self.seed + turn, bar=bar)
-        return {key: list(map(self._read, samples)) for key, samples in zip(fitting, drawn, strict=True)}, missing
+        return Turn({key: list(map(self._read, samples)) for key, samples in zip(fitting, drawn, strict=True)}, missing)
 
     def fits(self, messages: Messages) -> bool:
         """Whether a context can be answered."""

@@ -89,9 +89,9 @@ def sample_dialogues(speaker: Answering, plans: Sequence[Plan], bar: ProgressBar
             for index, turns in enumerate(asked)
             if index not in dropped and turn < len(turns)
         }
-        candidates, missing = speaker.answer(contexts, turn=turn, bar=bar)
-        dropped |= missing
-        for index, found in candidates.items():
+        answered = speaker.answer(contexts, turn=turn, bar=bar)
+        dropped |= answered.missing
+        for index, found in answered.candidates.items():
             is_last = turn == len(asked[index]) - 1
             answer, reason = choose_answer(found, plans[index].instruction, is_last=is_last)
             if answer is None:

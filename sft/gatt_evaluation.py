@@ -94,9 +94,9 @@ def hold_dialogues(speaker: Answering, plans: Sequence[Plan], bar: ProgressBar) 
             for index, turns in enumerate(asked)
             if turn < len(turns) and index not in ended
         }
-        found, missing = speaker.answer(contexts, turn=turn, bar=bar)
-        ended |= missing
-        for index, [answer] in found.items():
+        answered = speaker.answer(contexts, turn=turn, bar=bar)
+        ended |= answered.missing
+        for index, [answer] in answered.candidates.items():
             answers[index].append(answer)
     return [
         {

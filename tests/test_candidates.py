@@ -84,7 +84,7 @@ def test_equal_prompts_count_once_and_those_too_long_not_at_all(tmp_path):
     ]  # fmt: skip
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["duplicate_prompts"] == 1
-    assert manifest["prompts"] == {"used": 3, "history_cut": 0, "too_long": 1}
+    assert manifest["prompts"] == {"used": 3, "history_cut": 0, "too_long": 1, "refused_by_chat_format": 0}
 
 
 def test_one_candidate_a_prompt_is_allowed(tmp_path):

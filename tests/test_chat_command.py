@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from alignment.cli import chat as command
 from alignment.cli.chat import run_command
 from alignment.cli.conversation import Conversation
 from alignment.cli.main import app
@@ -207,7 +208,8 @@ def test_the_answer_is_the_response_that_sample_gives_to_the_same_history(tmp_pa
     for row in rows:
         prompts.write_text(json.dumps(row.prompt.to_json()) + "\n")
         [alone] = align("sample", "toy", prompts, *settings).stdout.splitlines()
-        assert Candidate.from_json(json.loads(alone)).response == row.response
+        found = Candidate.from_json(json.loads(alone))
+        assert (found.response, found.seed, found.temperature) == (row.response, 5, 0.9)
 
 
 def test_lines_of_standard_input_are_turns_and_commands(tmp_path):
@@ -237,6 +239,31 @@ def test_scores_go_beside_the_answers(tmp_path):
     answer = row["response"][0]["content"]
     assert shown.stdout == f"{answer}\n"
     assert row["safety"] == pytest.approx(score(str(tmp_path / "rm"), ["give c"], [[answer]])[0][0], abs=0.02)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_script_is_told_what_became_of_an_answer(talk, monkeypatch, capsys, as_json):
+    def told(text: str) -> str:
+        command._answer_script(talk, text, as_json=as_json)
+        return capsys.readouterr().err
+
+    assert "cut off at 8 tokens" in told("give c")
+    says(talk, monkeypatch)
+    assert "the turn is forgotten" in told("give c")
+    says(talk, monkeypatch, b"a" * 150)
+    assert told("b" * 100) == told("b" * 100) == ""
+    assert "the oldest turns no longer fit" in told("b" * 200)
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "\ufffd[2J\ta\ufffd"), (False, "\x1b[2J\ta\x9b")])
+def test_a_terminal_is_not_sent_what_it_would_obey(talk, monkeypatch, capsys, is_terminal, shown):
+    says(talk, monkeypatch, "\x1b[2J\ta\x9b".encode())
+    monkeypatch.setattr(command.sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    command._answer_script(talk, "give c", as_json=False)
+    assert capsys.readouterr().out == f"{shown}\n"
+    command._answer_script(talk, "give c", as_json=True)
+    [row] = capsys.readouterr().out.splitlines()
+    assert json.loads(row)["response"][0]["content"] == "\x1b[2J\ta\x9b" and not set(row) & {"\x1b", "\x9b"}
 
 
 # ------------------------------------------------------------------------------------------------------ terminal

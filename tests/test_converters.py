@@ -488,7 +488,7 @@ def test_a_damaged_archive_is_not_converted_in_part(tmp_path: Path) -> None:
         ("hh", "out.jsonl", None, '"hh": no such layout. Known: hh-rlhf, trl'),
         ("hh-rlhf", "out.json", None, "must end with .jsonl or .jsonl.gz"),
         ("hh-rlhf", "nowhere/out.jsonl", None, "there is no folder"),
-        ("hh-rlhf", "hh.jsonl", None, "is the file to convert"),
+        ("hh-rlhf", "hh.jsonl", None, "exists. Name another file"),
         ("hh-rlhf", "out.jsonl", {"scores": (1, 2, 3)}, "hh-rlhf has no scores. These have: oasst (ranks)"),
         ("oasst", "out.jsonl", {"ranks": (1, 3, 2)}, "not three increasing positive numbers"),
         ("oasst", "out.jsonl", {"ranks": (0, 1, 2)}, "not three increasing positive numbers"),

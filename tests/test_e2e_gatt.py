@@ -108,7 +108,7 @@ def capitals_without_instruction(model: Path, file: Path) -> list[float]:
     with Speaker.open(model, sampling, **options) as speaker:
         for turn in range(NUM_TURNS):
             contexts = {index: context(turns, answers[index]) for index, turns in enumerate(asked)}
-            for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar)[0].items():
+            for index, [answer] in speaker.answer(contexts, turn=turn, bar=bar).candidates.items():
                 answers[index].append(answer.text)
     return [sum(is_in_capitals(row[turn]) for row in answers) / len(answers) for turn in range(NUM_TURNS)]
 

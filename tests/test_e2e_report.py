@@ -17,7 +17,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 FIGURES = {
     "time", "memory", "sft-loss", "sft-held-out", "rm-loss", "rm-train-accuracy", "rm-accuracy", "rm-by-rating",
     "rm-by-source", "rm-by-safety-bin", "rm-calibration", "potential", "ppo-reward", "ppo-frontier", "ppo-gated",
-    "ppo-kl", "ppo-entropy", "ppo-lengths", "ppo-cut-off", "ppo-explained",
+    "ppo-kl", "ppo-entropy", "ppo-lengths", "ppo-cut-off", "ppo-explained", "ppo-scores", "ppo-value-loss",
+    "ppo-policy-loss",
 }  # fmt: skip
 FIGURES_OF_RUNS = {
     "scores-rm-helpfulness", "scores-rm-safety", "length-rm-helpfulness", "length-rm-safety", "kept-",

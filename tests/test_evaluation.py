@@ -155,7 +155,7 @@ def test_a_prompt_that_one_policys_format_makes_too_long_is_left_out_for_all(eva
     run_stage("eval", settings)
     assert json.loads((tmp_path / "fit" / "result.json").read_text())["prompts"] == 2
     manifest = json.loads((tmp_path / "fit" / "manifest.json").read_text())
-    assert manifest["prompts"] == {"used": 2, "too_long": 1}
+    assert manifest["prompts"] == {"used": 2, "left_out": 1}
     for name in ("first", "other", "again"):
         answers = map(json.loads, (tmp_path / "fit" / f"answers-{name}.jsonl").open())
         assert [answer["prompt"][-1]["content"] for answer in answers] == ["ab", "cd"]

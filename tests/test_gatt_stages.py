@@ -27,6 +27,7 @@ from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import score
 from rlhf.config import EvalConfig
 from sft import context_distillation, conversation, gatt, gatt_evaluation
+from sft.answer_log import Turn
 from sft.attention_mass import attention_mass, spans
 from sft.config import DistilConfig, GattConfig, GattEvalConfig
 from sft.context_distillation import summarize, why_not_kept
@@ -52,7 +53,7 @@ class ScriptedSpeaker:
         found = {key: self.answer_one(messages) for key, messages in contexts.items()}
         missing = {key: "too_long" for key, texts in found.items() if texts is None}
         answers = {key: [self.mark(text) for text in texts or []] for key, texts in found.items()}
-        return {key: texts for key, texts in answers.items() if key not in missing}, missing
+        return Turn({key: texts for key, texts in answers.items() if key not in missing}, missing)
 
     def mark(self, text):
         return Answer(text, self.is_finished, is_refused="[INST]" in text)
@@ -369,9 +370,10 @@ def test_a_speaker_gives_each_context_its_candidates_and_leaves_out_long_ones(ma
     contexts = {7: context(["hi"], []), 2: context(["x" * 100], []), 5: context(["hi"], [])}
 
     bar = ProgressBar("", 0, shown=False)
-    found, missing = speaker.answer(contexts, turn=1, bar=bar)
+    answered = speaker.answer(contexts, turn=1, bar=bar)
+    found = answered.candidates
     assert set(found) == {7, 5} and all(len(answers) == 2 for answers in found.values())
-    assert missing == {2: "too_long"}
+    assert answered.missing == {2: "too_long"}
     ids = [encode_prompt(chat, contexts[key]) for key in (7, 5)]
     expected = sampler.sample(ids, sampling_params(section, seed=4))  # the seed and the turn
     assert found[7][0].text == decode_response(chat, expected[0][0].token_ids)
@@ -384,15 +386,13 @@ def test_a_context_that_the_chat_format_refuses_is_left_out(make_llama, make_tok
     section = load_config(GattConfig, None, [*COMMON, *PROMPTS, "run.dir=r"]).sampling
     sampler = TorchSampler(make_llama(len(tokenizer)), stop_ids=[chat.end_of_turn_id])
     speaker = conversation.Speaker(sampler, chat, section, max_prompt_length=60, seed=3)
-    found, missing = speaker.answer(
-        {0: context(["hi", "so?"], ["[INST]"])}, turn=1, bar=ProgressBar("", 0, shown=False)
-    )
-    assert (found, missing) == ({}, {0: "refused"})
+    bar = ProgressBar("", 0, shown=False)
+    assert speaker.answer({0: context(["hi", "so?"], ["[INST]"])}, turn=1, bar=bar) == Turn({}, {0: "refused"})
     texts = {"one": "so [INST] then", "two": "so then"}
     ids = {name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()}
     speaker._sampler = SamplerOf([[Sample(ids[name], [0.0] * len(ids[name]), "stop") for name in texts]])
-    found, _ = speaker.answer({0: context(["hi"], [])}, turn=0, bar=ProgressBar("", 0, shown=False))
-    assert found == {0: [Answer("so [INST] then", True, is_refused=True), Answer("so then", True)]}
+    found = speaker.answer({0: context(["hi"], [])}, turn=0, bar=bar)
+    assert found.candidates == {0: [Answer("so [INST] then", True, is_refused=True), Answer("so then", True)]}
 
 
 class SamplerOf:
@@ -549,7 +549,7 @@ def test_every_prompt_without_a_distilled_row_is_counted_by_reason(tmp_path, spe
 
 def test_where_no_prompt_can_be_answered_the_reason_is_told(tmp_path, speak):
     speak(lambda messages: None)
-    for length, reason in ((300, r"300 tokens \(prompts.max_prompt_length"), (400, r"384 tokens \(what the model's")):
+    for length, reason in ((300, r"300 tokens \(prompts.max_prompt_length"), (400, r"384 tokens \(what the models'")):
         config = distil_config(tmp_path / f"run-{length}", f"prompts.max_prompt_length={length}")
         with pytest.raises(DataError, match=f"prompts: none fits into {reason}"):
             context_distillation.run(config, lambda config, device: scored_by_length)

@@ -509,6 +509,21 @@ def test_known_devices_have_memory_and_speed():
     assert find_device("h100-80gb").memory == 80 * 10**9
     here = find_device("cpu")
     assert here.memory > 10**9 and here.flops > 10**9 and here.bandwidth > 10**8
+    half = here.shared(2)
+    assert (half.memory, half.flops, half.bandwidth) == (here.memory // 2, here.flops / 2, here.bandwidth / 2)
+    assert find_device("h100-80gb").shared(2) == find_device("h100-80gb"), "a card for every process"
+
+
+def test_steps_are_of_the_rows_that_are_trained_on(tmp_path):
+    """Of the 18 of `a` and the 40 of `b`: SFT's limit by source, and the mixes of reward models."""
+    for name, count in (("a", 18), ("b", 40)):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n" * count)
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    one_by_one = ["train.batch_size=1", "train.epochs=1"]
+    assert planned("sft", f"data.train=[{a},{b}]", f"data.max_rows_of={{{b}: 6}}", *one_by_one).units == 24
+    for mix, pairs in (("all", 58), ("equal_parts", 36), ("90/10", 20), (f"{{{a}: 1, {b}: 2}}", 54)):
+        data = [f"data.train=[{a}]", f"data.mix_in=[{b}]", f"data.mix={mix}"]
+        assert planned("rm", "kind=helpfulness", *data, *one_by_one).units == pairs, mix
 
 
 def test_held_adds_up():

@@ -325,6 +325,9 @@ def test_held_out_prompts_are_answered_before_now_and_then_and_after(evaluated):
         assert len(found) == 8
         assert row["ppo/held_out_reward"] == pytest.approx(sum(each["reward"] for each in found) / 8)
         assert row["ppo/held_out_guard"] == pytest.approx(sum(each["guard"] for each in found) / 8)
+        unsafe = [each["safety"] < 0 for each in found if each.get("is_safety")]
+        assert row["ppo/held_out_violation_rate"] == pytest.approx(sum(unsafe) / len(unsafe))
+        assert {each["temperature"] for each in found} == {1.0}
     history = result["held_out"]["history"]
     assert [entry["iteration"] for entry in history] == [0, 2, 4]
     first, last = (answers(folder, iteration) for iteration in (0, 4))
@@ -337,15 +340,25 @@ def test_held_out_prompts_are_answered_before_now_and_then_and_after(evaluated):
         assert f"| `{name}` |" in explained, name
 
 
-def test_a_run_that_an_alarm_ends_looks_at_the_policy_that_it_saves(evaluated):
-    result, rows, folder = evaluated("alarms.action=stop", "alarms.max_ratio_error=1e-12", "train.max_steps=9")
+def test_a_run_that_an_alarm_ends_looks_at_the_policy_that_it_saves(evaluated, tmp_path):
+    """Nothing is said of unsafe answers to safety prompts where the held-out prompts have none of these."""
+    harmless = tmp_path / "harmless.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": f"give {letter}"}]} for letter in "abcdefgh"]
+    harmless.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alarm = ["alarms.action=stop", "alarms.max_ratio_error=1e-12", "train.max_steps=9"]
+    result, rows, folder = evaluated(*alarm, f"evaluation.prompts={harmless}")
+    assert not any("ppo/held_out_violation_rate" in row for row in rows)
     assert result["iterations"] == 1 and result["stopped"] == "ratio"
     assert [entry["iteration"] for entry in result["held_out"]["history"]] == [0, 1]
     assert "ppo/held_out_reward" in rows[1] and len(answers(folder, 1)) == 8
 
 
-def test_a_run_whose_held_out_reward_does_not_rise_stops_and_saves_the_best_policy(evaluated, monkeypatch):
-    """Scores fall with every look, so the best policy is the one it started from."""
+@pytest.mark.parametrize(("critic_warmup", "iterations"), [(0, 4), (3, 6)])
+def test_a_run_whose_held_out_reward_does_not_rise_stops_and_saves_the_best_policy(
+    evaluated, monkeypatch, critic_warmup, iterations
+):
+    """Scores fall with every look, so the best policy is the one it started from; looks that come before the policy
+    learns do not count."""
     falling = iter(range(0, -100, -1))
     score = ppo_run.HeldOut.look
 
@@ -358,8 +371,9 @@ def test_a_run_whose_held_out_reward_does_not_rise_stops_and_saves_the_best_poli
         return figures
 
     monkeypatch.setattr(ppo_run.HeldOut, "look", look)
-    result, _, folder = evaluated("evaluation.patience=2", "train.max_steps=20", "optim.lr=0.01")
-    assert result["stopped"] == "held_out" and result["iterations"] == 4
+    warmup = f"ppo.critic_warmup={critic_warmup}"
+    result, _, folder = evaluated("evaluation.patience=2", "train.max_steps=20", "optim.lr=0.01", warmup)
+    assert result["stopped"] == "held_out" and result["iterations"] == iterations
     assert result["held_out"]["best_iteration"] == result["saved_iteration"] == 0
     from alignment.models import load_chat_model
 

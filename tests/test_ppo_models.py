@@ -112,9 +112,9 @@ def test_a_model_tuned_from_other_weights_is_separate(runs, tmp_path, save_tuned
 def test_prompts_leave_room_for_a_response_in_every_models_context(runs):
     trainer = PPOTrainer(config_of(runs), Accelerator(cpu=True), torch.float32)
     context = trainer.models.loaded.model.config.max_position_embeddings
-    assert trainer.room == context - 6
+    assert trainer.context == context
     trainer.rewards.safety.model.config.max_position_embeddings = context - 100
-    assert trainer.room == context - 106
+    assert trainer.context == context - 100
 
 
 class Suitcase(nn.Linear):

@@ -82,13 +82,16 @@ def test_rows_are_kept_to_the_context_of_the_model(tmp_path):
     found = prepared(tmp_path, "kind=helpfulness", f"data.train={train}")
     assert found.max_length == found.notes["max_length"] == 512
     assert found.left_out["train"] == {"too_long": 1}
+    only = write(tmp_path / "b.jsonl", [long])
+    with pytest.raises(DataError, match="over the model's context, 512 tokens"):
+        prepared(tmp_path, "kind=helpfulness", f"data.train={only}")
 
 
 @pytest.mark.parametrize(
     ("rows", "settings", "reason"),
     [
         ([pair(0, **VETO)], ["kind=safety"], "no pair is left to train on: 1 vetoed"),
-        ([pair(0)], ["kind=helpfulness", "data.max_length=5"], "1 too_long .*data.max_length = 5"),
+        ([pair(0)], ["kind=helpfulness", "data.max_length=5"], "1 too_long .*over data.max_length, 5 tokens"),
         ([pair(0)], ["kind=safety"], "no response carries a safety label"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +32,9 @@ def smollm2() -> LoadedModel:
     return load_chat_model("smollm2-135m-instruct")
 
 
-def align(*arguments: object) -> subprocess.CompletedProcess:
+def align(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "alignment.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def test_prompt_ids_equal_the_models_own_template(smollm2):
@@ -149,9 +150,14 @@ def test_the_ablations_run_in_miniature(tmp_path):
 
 
 @needs_data
-@pytest.mark.parametrize("size", ["small", "full"])
-def test_the_real_data_recipes_are_in_order(size):
-    done = align("run", f"recipes/smollm2/{size}.yaml", "--dry-run", "runs=runs/never")
+@pytest.mark.parametrize("name", ["small", "full", "gatt", "distil"])
+def test_the_real_data_recipes_are_in_order(name, tmp_path):
+    recipe = ROOT / "recipes" / "smollm2" / f"{name}.yaml"
+    header = recipe.read_text(encoding="utf-8").replace("\\\n#", "")
+    for command in re.findall(r"^# +align (data instruct .*)$", header, re.M):
+        made = align(*command.split(), cwd=tmp_path)
+        assert made.returncode == 0, made.stderr
+    done = align("run", recipe, "--dry-run", "runs=runs/never", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

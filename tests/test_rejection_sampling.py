@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from alignment.chat import chat_format
 from alignment.dialogue import Candidate, Message, Prompt
+from alignment.errors import DataError, ModelError
 from alignment.headlines import one_line
 from rlhf import rejection_sampling
 from rlhf.config import RejectionSamplingConfig, RejectSampling
@@ -66,6 +68,7 @@ def judged_by(monkeypatch, reward) -> None:
             return [replace(each, reward=reward(each)) for each in candidates]
 
     monkeypatch.setattr(rejection_sampling.RewardModels, "load", lambda *_: Models())
+    monkeypatch.setattr(rejection_sampling, "judges_context", lambda judges: 512)
 
 
 def config_of(folder, prompts, **extra) -> RejectionSamplingConfig:
@@ -192,3 +195,61 @@ def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):
     assert result["kept"] == 1  # beta: 2 - 1; alpha's 2 - 1.5 is too little
     [row] = map(json.loads, (tmp_path / "run" / "sft.jsonl").open())
     assert row["messages"][0]["content"] == "beta"
+
+
+def test_a_baseline_is_judged_as_its_prompts_candidates_are(tmp_path, monkeypatch):
+    """A demonstration does not say that its prompt is a safety prompt; one of another prompt is not judged at all."""
+    prompts, baseline = tmp_path / "prompts.jsonl", tmp_path / "baseline.jsonl"
+    prompts.write_text(json.dumps({**candidate("alpha", 0.0).prompt.to_json(), "is_safety": True}) + "\n")
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "as before"}]}
+        for text in ("alpha", "other")
+    ]
+    baseline.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = []
+
+    def reward(each):
+        judged.append((each.prompt.messages[0].content, each.response, each.prompt.is_safety))
+        return 0.0
+
+    judged_by(monkeypatch, reward)
+    rejection_sampling.run(config_of(tmp_path / "run", prompts, baseline=[str(baseline)]))
+    assert [entry for entry in judged if entry[1] == "as before"] == [("alpha", "as before", True)]
+    assert {entry[2] for entry in judged} == {True}
+
+
+def test_an_answer_that_fine_tuning_would_refuse_is_not_chosen(tmp_path, monkeypatch, make_tokenizer):
+    """In Llama 2's layout a model may write a tag; the best candidate does."""
+    chat = chat_format(make_tokenizer(), "llama2")
+    allowed = rejection_sampling._can_be_trained_on
+    monkeypatch.setattr(rejection_sampling, "_can_be_trained_on", lambda _, each: allowed(chat, each))
+    judged_by(monkeypatch, lambda each: float(each.index))
+    as_drawn = rejection_sampling.sample_candidates
+
+    def tagged(*arguments):
+        return {
+            temperature: [replace(each, response="[INST]" if each.index == 2 else "fine") for each in drawn]
+            for temperature, drawn in as_drawn(*arguments).items()
+        }
+
+    monkeypatch.setattr(rejection_sampling, "sample_candidates", tagged)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps(candidate("alpha", 0.0).prompt.to_json()) + "\n")
+    rejection_sampling.run(config_of(tmp_path / "run", prompts))
+    [row] = map(json.loads, (tmp_path / "run" / "sft.jsonl").open())
+    assert row["messages"][-1]["content"] == "fine"
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["selection"]["refused_candidates"] == 1
+
+
+def test_what_would_fail_after_sampling_fails_before(tmp_path):
+    """A chat model for a reward model, and candidates without a reward that are not to be scored again."""
+    prompts, earlier = tmp_path / "prompts.jsonl", tmp_path / "earlier.jsonl"
+    prompts.write_text(json.dumps(candidate("alpha", 0.0).prompt.to_json()) + "\n")
+    with pytest.raises(ModelError, match=r"rewards.helpfulness: toy: not a reward model"):
+        rejection_sampling.run(config_of(tmp_path / "run", prompts))
+    earlier.write_text(json.dumps(replace(candidate("alpha", 0.0), reward=None).to_json()) + "\n")
+    extra = {"earlier_rounds": [str(earlier)], "rescore_earlier": False, "round": 2}
+    with pytest.raises(DataError, match=r'earlier.jsonl:1: "reward" is missing'):
+        rejection_sampling.run(config_of(tmp_path / "run", prompts, **extra))
+    assert not (tmp_path / "run").exists()

@@ -186,6 +186,9 @@ def test_a_file_that_is_no_report_is_not_written_over(tmp_path):
     assert thesis.read_text() == "years of work"
     with pytest.raises(RunError, match="there is no folder"):
         write_report([run], tmp_path / "nowhere" / "report.html")
+    (tmp_path / "taken.html.tmp").mkdir()  # in the way of the file that is to be renamed
+    with pytest.raises(RunError, match=r"cannot be written .*--out"):
+        write_report([run], tmp_path / "taken.html")
     first = write_report([run]).read_bytes()
     assert write_report([run]) == run / "report.html" and (run / "report.html").read_bytes() == first
     assert MARK.encode() in first

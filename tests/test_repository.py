@@ -113,6 +113,27 @@ def test_a_pipeline_reports_the_problems_of_all_stages_together(tmp_path):
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("stages: [sft, rm]", "stages: a list. It must hold"),
+        ("defaults: fast\nstages: {a: {stage: sft}}", "defaults: a str. It must hold"),
+        ("stages: {a: {stage: sft, model: toy, data: {train: 'toy:sft.train'}, run: {dir: elsewhere}}}",
+         "stages.a.run.dir: is runs/p/a in a pipeline. Set runs"),
+        ("stages:\n  a: {stage: sft, model: toy, data: {train: 'toy:sft.train'}, run: {device: cpu}}\n"
+         "  b: {stage: sft, model: toy, data: {train: 'toy:sft.train'}}",
+         "run.device is auto, cpu in different stages"),
+        ("stages: {e: {stage: eval, policies: {a/b: toy}, rewards: {helpfulness: toy, safety: toy}, prompts: {prompts: "
+         "'toy:prompts.heldout'}}}", "policies: 'a/b' is no name for a file of answers"),
+    ],
+)  # fmt: skip
+def test_a_pipeline_that_cannot_run_as_written_says_so(tmp_path, text, problem):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline(tmp_path / "p.yaml", [])
+    assert problem in str(caught.value)
+
+
 def test_help_is_quick_and_imports_no_torch():
     command = [sys.executable, "-X", "importtime", "-m", "alignment.cli.main", "--help"]
     subprocess.run(command, capture_output=True, check=True, cwd=ROOT)  # compiles what is not compiled yet

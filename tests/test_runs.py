@@ -176,6 +176,17 @@ def test_a_run_knows_which_runs_it_was_made_from(config, tmp_path):
     assert upstream_runs(reader) != before
 
 
+def test_a_run_is_not_overwritten_by_a_stage_that_reads_it(config):
+    run = open_run(config)
+    (run.path / "model").mkdir()
+    (run.path / "model" / "config.json").write_text("{}")
+    for model in (run.path, run.path / "model"):
+        again = with_run(config, overwrite=True).model_copy(update={"model": ModelSection(path=str(model))})
+        with pytest.raises(RunError, match=r"holds model.*which run.overwrite=true would remove"):
+            open_run(again)
+    assert (run.path / "model" / "config.json").exists()
+
+
 def test_the_saved_configuration_does_not_overwrite_the_run_it_belongs_to(config):
     run = open_run(with_run(config, overwrite=True))
     assert not load_config(SmallConfig, run.path / "config.yaml").run.overwrite

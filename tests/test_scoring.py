@@ -76,6 +76,18 @@ def test_responses_keep_their_order_and_their_own_scores(reward_folder, response
         assert entry["score"] == pytest.approx(alone, abs=1e-5)
         assert 0 < entry["probability"] < 1
     assert sorted(path.name for path in tmp_path.glob("scored*")) == ["scored.jsonl"]
+    assert [{**entry, "score": 0, "probability": 0} for entry in found] == [
+        {**entry, "score": 0, "probability": 0} for entry in RESPONSES
+    ], "rows stay whole and gain two fields"
+
+
+def test_dialogues_are_scored_and_written_as_they_came(reward_folder, tmp_path):
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], "id": 7}
+    data, out = write(tmp_path / "dialogues.jsonl", [row]), tmp_path / "scored.jsonl"
+    assert align("score", reward_folder, data, "--out", out).exit_code == 0
+    [found] = read(out)
+    assert found == {**row, "score": found["score"], "probability": found["probability"]}
+    assert "'Yo'" in align("score", reward_folder, data).stdout
 
 
 def test_pairs_are_reported_and_written(reward_folder, pairs, tmp_path):

@@ -35,7 +35,7 @@ COMMANDS = {
     "/save FILE": "write the conversation as a demonstration (JSON lines)",
     "/save! FILE": "the same, over a file that exists",
 }
-# What a terminal obeys: a model may write it, and it is not to be carried out.
+# What a terminal obeys: a model may write it, and it is not to be carried out. A pipe gets the answer as it is.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -122,22 +122,9 @@ def _talk(conversation: Conversation, model: str) -> None:
 
 
 def _answer_person(conversation: Conversation, text: str) -> None:
-    answer = conversation.ask(text, lambda piece: _write(_CONTROL.sub("\ufffd", piece)))
+    answer = conversation.ask(text, _show)
     _write("\n")
-    candidate = answer.candidate
-    notes = {
-        "length": f"cut off at {conversation.params.max_new_tokens} tokens (--max-new-tokens)",
-        INTERRUPTED: "stopped",
-    }
-    remarks = [notes[candidate.finish_reason]] if candidate.finish_reason in notes else []
-    if not candidate.response:
-        remarks.append("an empty answer, so the turn is forgotten")
-    if answer.is_history_cut:
-        remarks.append("the oldest turns no longer fit and were not read")
-    if candidate.response and conversation.judges:
-        remarks.append(_scores(conversation.judge(answer)))
-    if remarks:
-        _note("; ".join(remarks))
+    _remark(conversation, answer)
 
 
 def _read_script(conversation: Conversation, lines: Iterable[str], *, as_json: bool) -> None:
@@ -150,15 +137,34 @@ def _read_script(conversation: Conversation, lines: Iterable[str], *, as_json: b
 
 
 def _answer_script(conversation: Conversation, text: str, *, as_json: bool) -> None:
-    answer = conversation.ask(text) if as_json else conversation.ask(text, _write)
+    answer = conversation.ask(text) if as_json else conversation.ask(text, _show)
     if answer.candidate.finish_reason == INTERRUPTED:
         raise KeyboardInterrupt
     if as_json:
-        _write(json.dumps(conversation.judge(answer).candidate.to_json(), ensure_ascii=False) + "\n")
-        return
-    _write("\n")
-    if conversation.judges:
-        _note(_scores(conversation.judge(answer)))
+        answer = conversation.judge(answer)
+        row = json.dumps(answer.candidate.to_json(), ensure_ascii=False)
+        _write(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", row) + "\n")
+    else:
+        _write("\n")
+    _remark(conversation, answer, with_scores=not as_json)
+
+
+def _remark(conversation: Conversation, answer: Answer, *, with_scores: bool = True) -> None:
+    """Says what is to be known of an answer, its scores last; nothing where there is nothing to say."""
+    candidate = answer.candidate
+    notes = {
+        "length": f"cut off at {conversation.params.max_new_tokens} tokens (--max-new-tokens)",
+        INTERRUPTED: "stopped",
+    }
+    remarks = [notes[candidate.finish_reason]] if candidate.finish_reason in notes else []
+    if not candidate.response:
+        remarks.append("an empty answer, so the turn is forgotten")
+    if answer.is_history_cut:
+        remarks.append("the oldest turns no longer fit and were not read")
+    if with_scores and candidate.response and conversation.judges:
+        remarks.append(_scores(conversation.judge(answer)))
+    if remarks:
+        _note("; ".join(remarks))
 
 
 def _scores(answer: Answer) -> str:
@@ -192,6 +198,11 @@ def _not_utf8(error: UnicodeDecodeError) -> DataError:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     return "\n".join(f"{name:<{width}}  {meaning}" for name, meaning in COMMANDS.items())
+
+
+def _show(piece: str) -> None:
+    """A piece of an answer."""
+    _write(_CONTROL.sub("\ufffd", piece) if sys.stdout.isatty() else piece)
 
 
 def _write(text: str) -> None:

@@ -15,7 +15,7 @@ from alignment.data import load_prompts, write_rows
 from alignment.models import load_chat_of
 from alignment.runs import check_new_file
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_prompts
+from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_prompts, sampling_params
 
 
 def sample_file(
@@ -33,8 +33,9 @@ def sample_file(
     longest = max(len(ids) for _, ids in fitting)
     with open_sampler(ModelSection(path=model), sampling, PartialState().device, max_prompt_length=longest) as sampler:
         samples = sample_prompts(sampler, fitting, sampling, seed=seed, title="sample")
+    params = sampling_params(sampling, seed)
     rows = [
-        as_candidate(chat, prompt, sample, index).to_json()
+        as_candidate(chat, prompt, sample, index, params).to_json()
         for (prompt, _), drawn in zip(fitting, samples, strict=True)
         for index, sample in enumerate(drawn)
     ]

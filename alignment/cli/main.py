@@ -149,8 +149,12 @@ def plan(
         ),
     ] = None,
     gpus: Annotated[int, typer.Option("--gpus", help="Processes, one device each.")] = 1,
-    gpu: Annotated[str, typer.Option("--gpu", help="h100-80gb, a100-80gb, ...; cpu is this machine.")] = "h100-80gb",
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="Split sft and rm over the devices (FSDP).")] = False,
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="h100-80gb, a100-80gb, ...; cpu is this machine, which processes share.")
+    ] = "h100-80gb",
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Split the models of sft, rm and ppo in full over the devices (FSDP).")
+    ] = False,
     utilisation: Annotated[
         float, typer.Option("--utilisation", help="Share of the device's peak that is reached, for the times.")
     ] = 0.4,

@@ -63,6 +63,9 @@ def load_pipeline(
     """
     values = read_yaml(path)
     given = parse_overrides(overrides)
+    for key in ("defaults", "stages"):
+        if not isinstance(values.get(key) or {}, Mapping):
+            raise ConfigError(f"{path}: {key}: a {type(values[key]).__name__}. It must hold `NAME: {{...}}` lines.")
     written: dict[str, Any] = values.get("stages") or {}
     entries, outside, problems = expand_rounds(written, given, str(path))
     unknown = (set(values) - {"runs", "defaults", "stages"}) | (set(given) - {"runs", "defaults", *written, *entries})
@@ -103,6 +106,8 @@ def load_pipeline(
             continue
         fitting = {key: value for key, value in defaults.items() if key in cls.model_fields}
         full = merge(merge(fitting, stage_values), given.get(name) or {})
+        if "dir" in (full.get("run") or {}):
+            problems.append(f"{path}: stages.{name}.run.dir: is {runs / name} in a pipeline. Set runs for all stages.")
         full = merge(full, {"run": {"dir": str(runs / name)}})
         unknown_names: list[str] = []
         full = _fill_in(full, places, f"{path}: stages.{name}", unknown_names)
@@ -120,6 +125,11 @@ def load_pipeline(
             places[outside[name]] = places[name]
     if not written:
         problems.append(f"{path}: stages: missing or empty. List at least one.")
+    if len(devices := {stage.config.run.device for stage in stages}) > 1:
+        problems.append(
+            f"{path}: run.device is {', '.join(sorted(devices))} in different stages. One process runs them all: "
+            "set it in defaults."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     return Pipeline(runs, stages)
@@ -127,14 +137,16 @@ def load_pipeline(
 
 def run_stages(plan: Pipeline) -> None:
     """Runs what is not finished, prints the summary, and writes `summary.json` and `report.html` beside the runs."""
+    import torch
     from accelerate import PartialState
 
     from alignment.hardware import reset_peak_memory
 
-    # On CPU alone the first stage decides; a process group can be made only once.
     for stage in plan.stages:
         if is_finished(stage.path) and not stage.again:
             _check_unchanged(stage)
+    num_threads = torch.get_num_threads()
+    # A process group can be made only once.
     state = PartialState(cpu=all(stage.config.run.device == "cpu" for stage in plan.stages))
     for number, stage in enumerate(plan.stages, start=1):
         heading = f"[{number}/{len(plan.stages)}] {stage.name}"
@@ -150,6 +162,7 @@ def run_stages(plan: Pipeline) -> None:
         if stage.again:
             config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
         reset_peak_memory()
+        torch.set_num_threads(num_threads)  # a stage may ask for another number
         state.wait_for_everyone()
         run = STAGES[config.stage].of_kind(getattr(config, "kind", None)).run_function()
         result = run(config, resume=resume)

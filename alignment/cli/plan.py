@@ -50,7 +50,7 @@ def plan_command(
         raise ConfigError(f"--utilisation {utilisation}: it is a share of the device's peak, above 0 and at most 1.")
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: at least one.")
-    device = find_device(gpu)
+    device = find_device(gpu).shared(gpus)
     if fsdp and (device.kind == "cpu" or gpus == 1):
         raise ConfigError("--fsdp splits models over several accelerators. Give --gpus N and a --gpu other than cpu.")
     setting = Setting(device, processes=gpus, fsdp=fsdp, utilisation=utilisation)

@@ -22,6 +22,7 @@ from alignment.plan.shapes import ModelSpec, spec_of, weights
 from alignment.plan.training import Setting, held, load_phases, optimizer_state, training_phases
 from alignment.sampling.memory import rows_that_fit
 from alignment.sources import find_data
+from reward_models.mixing import mix_rows
 
 # Prompts of a stage that takes all there are, where their number is not known.
 MANY = 1000
@@ -108,7 +109,7 @@ def _sft(config: Any, name: str, planner: Planner) -> StagePlan:
     phases, learns = training_phases(spec, rows, "logprobs", setting, file_bytes=file_bytes(planner, config.model))
     if config.data.valid and config.evaluation.num_answers and not setting.fsdp:
         phases.append(_answers(config, spec, planner, length))
-    count = _num_rows(config.data.train, config.data.max_rows)
+    count = _num_rows(_sizes(config.data.train, config.data.max_rows_of), config.data.max_rows)
     steps = None if count is None else _steps(count, train)
     work = [Work(learns.flops * tokens / rows.num_tokens)]
     notes = (*note, *_training_notes(spec, rows, setting))
@@ -134,7 +135,7 @@ def _rm(config: Any, name: str, planner: Planner) -> StagePlan:
     share = math.ceil(train.batch_size / setting.processes)
     rows = fill(row, train.max_tokens_per_batch, share)
     phases, learns = training_phases(spec, rows, "scores", setting, file_bytes=file_bytes(planner, config.model))
-    count = _num_rows([*config.data.train, *config.data.mix_in], config.data.max_rows)
+    count = _num_rows(_mixed_sizes(config.data), config.data.max_rows)
     steps = None if count is None else _steps(count, train)
     notes = (*note, *_training_notes(spec, rows, setting))
     work = [Work(learns.flops * share / rows.count)]
@@ -323,25 +324,43 @@ def _length(wanted: int, spec: ModelSpec) -> tuple[int, tuple[str, ...]]:
 
 def _prompt_unit(prompts: Any, setting: Setting) -> tuple[int, str, float | None]:
     """Prompts that one process takes in a unit of time, the unit, and how many units there are."""
-    count = _num_rows(prompts.prompts, prompts.max_prompts)
+    count = _num_rows(_sizes(prompts.prompts), prompts.max_prompts)
     if count is None:
         return math.ceil(MANY / setting.processes), f"{MANY} prompts", None
     return math.ceil(count / setting.processes), f"{count} prompts", 1
 
 
-def _num_rows(sources: Sequence[str], at_most: int | None) -> int | None:
-    """Rows of files that are there, before any is dropped; None where a source is not."""
-    total = 0
+def _num_rows(sizes: Mapping[str, int] | None, at_most: int | None) -> int | None:
+    """Rows of all sources, before any is dropped; where a source is not there, as many as the limit."""
+    if sizes is None:
+        return at_most
+    total = sum(sizes.values())
+    return min(total, at_most or total)
+
+
+def _mixed_sizes(data: Any) -> dict[str, int] | None:
+    """Pairs of each source that the mix takes; None where a source is not there."""
+    train, mix_in = _sizes(data.train), _sizes(data.mix_in)
+    if train is None or mix_in is None:
+        return None
+    rows, others = ({name: range(size) for name, size in sizes.items()} for sizes in (train, mix_in))
+    return {name: len(taken) for name, taken in mix_rows(rows, others, data.mix, seed=0).items()}
+
+
+def _sizes(sources: Sequence[str], at_most: Mapping[str, int] | None = None) -> dict[str, int] | None:
+    """Rows of each file, at most as many as are wanted of it; None where one is not there."""
+    found = {}
     for name in sources:
         try:
             path = find_data(name)
         except AlignError:
-            return at_most
+            return None
         if not isinstance(path, Path):
-            return at_most
+            return None
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            total += sum(1 for line in file if line.strip())
-    return min(total, at_most or total)
+            count = sum(1 for line in file if line.strip())
+        found[name] = min(count, (at_most or {}).get(name, count))
+    return found
 
 
 def _steps(count: int, train: Any) -> int:

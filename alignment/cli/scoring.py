@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def score_files(
         else:
             Console(highlight=False).print(report_tables(report, f"{model} on {len(pairs)} pairs"))
     else:
-        prompts = groupby(stream_rows(files, as_response), key=lambda candidate: candidate.prompt.messages)
+        prompts = groupby(stream_rows(files, _Given.parse), key=lambda given: given.candidate.prompt.messages)
         groups = (list(group) for _, group in prompts)
         mean = _print_responses(
             partial.resumed(_scored_responses(scorer, islice(groups, partial.num_prompts, None), partial, count)),
@@ -101,6 +102,19 @@ def compare_models(first: str, second: str, files: Sequence[str], *, as_json: bo
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         Console(highlight=False).print(comparison_table(report, first, second))
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A response to score, and the row that it stands in, which goes to the result with its scores."""
+
+    row: Row
+    candidate: Candidate
+
+    @classmethod
+    def parse(cls, row: Mapping[str, Any]) -> _Given:
+        """Raises RowError where the row has no response."""
+        return cls(dict(row), as_response(row))
 
 
 class _Context:
@@ -161,18 +175,18 @@ def _score_pairs(scorer: Scorer, pairs: Sequence[PreferencePair], bar: ProgressB
 
 
 def _scored_responses(
-    scorer: Scorer, groups: Iterator[list[Candidate]], partial: PartialFile, count: int
+    scorer: Scorer, groups: Iterator[list[_Given]], partial: PartialFile, count: int
 ) -> Iterator[tuple[list[Row], int]]:
     """Neighbouring rows with the same prompt share its prefill."""
     done = len(partial.rows)
     with ProgressBar("score", count, start=done) as bar:
         while block := list(islice(groups, PROMPTS_PER_WRITE)):
-            prompts = [group[0].prompt.messages for group in block]
-            scores = scorer.score(prompts, [[candidate.response for candidate in group] for group in block])
+            prompts = [group[0].candidate.prompt.messages for group in block]
+            scores = scorer.score(prompts, [[given.candidate.response for given in group] for group in block])
             rows = [
-                {**candidate.to_json(), "score": score, "probability": sigmoid(score)}
+                {**given.row, "score": score, "probability": sigmoid(score)}
                 for group, values in zip(block, scores, strict=True)
-                for candidate, score in zip(group, values, strict=True)
+                for given, score in zip(group, values, strict=True)
             ]
             bar.advance(len(rows))
             yield rows, len(block)
@@ -183,7 +197,7 @@ def _print_responses(rows: Iterable[Row], *, shown: bool) -> float:
     for row in rows:
         total, count = total + row["score"], count + 1
         if shown:
-            text = row["response"][0]["content"][:90]
+            text = as_response(row).response[:90]
             sys.stdout.write(f"{row['score']:+.3f}  {row['probability']:.3f}  {text!r}\n")
     return total / count
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,17 @@ class Device:
     bandwidth: float
     dtype: torch.dtype
     program: int = 0
+
+    def shared(self, processes: int) -> Device:
+        """What each of several processes has: a card of its own, or its share of this machine."""
+        if self.kind == "gpu":
+            return self
+        return replace(
+            self,
+            memory=self.memory // processes,
+            flops=self.flops / processes,
+            bandwidth=self.bandwidth / processes,
+        )
 
 
 # Memory in GB of 1e9 bytes, dense bfloat16 TFLOP/s, TB/s: the vendor's data sheets of the SXM or, where there is none,

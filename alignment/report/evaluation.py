@@ -28,7 +28,8 @@ def section(runs: Sequence[RunFolder]) -> Section:
     charts = present(chart for run in evaluated for chart in (_scores(run), _rates(run), _gains(run)))
     intro = (
         "Scores are raw logits, KL is in nats a response; gains, wins and KL are against the first policy. Refusals of "
-        "safety prompts and of others belong together: a policy that refuses everything is safe."
+        "safety prompts and of others belong together: a policy that refuses everything is safe. Distinct-2 is the "
+        "share of different pairs of words among as many pairs for every policy as the one with the fewest has."
     )
     return Section("eval", "Evaluation", intro, charts=charts, tables=list(map(_table, evaluated)))
 
@@ -107,23 +108,26 @@ def _table(run: RunFolder) -> Table:
     scores = {key: label for key, label in _SCORES.items() if any(key in row for row in policies.values())}
     gains = {"reward_gain": "reward gained", "guard_gain": "guard gained"}
     gains = {key: label for key, label in gains.items() if any(key in row for row in policies.values())}
+    steps = gains if len(policies) > 2 and all("over_previous" in row for row in policies.values()) else {}
     has_kl = any(is_number(_kl(row)) for row in policies.values())
     truth = _TRUTH if any("truth" in row for row in policies.values()) else {}
     rows = [
         [
             text(name, "name"),
             *(interval(row.get(key), "+.2f") for key in [*scores, *gains]),
+            *(interval(row["over_previous"].get(key), "+.2f") for key in steps),
             *(interval(row.get(key), ".0%") for key in _RATES),
             *(interval(row.get("truth", {}).get(key), ".0%" if "rate" in key else ".3f") for key in truth),
             *([interval(row.get("kl"), ".1f")] if has_kl else []),
             number(100 * row.get("truncated_rate", math.nan), ".0f", " %"),
             number(row.get("mean_words"), ".0f"),
+            number(row.get("distinct_2"), ".2f"),
         ]
         for name, row in policies.items()
     ]
     columns = [
-        "policy", *scores.values(), *gains.values(), *_RATES.values(), *truth.values(),
-        *(["KL"] if has_kl else []), "cut off", "words",
+        "policy", *scores.values(), *gains.values(), *(f"{label} over the one before" for label in steps.values()),
+        *_RATES.values(), *truth.values(), *(["KL"] if has_kl else []), "cut off", "words", "distinct-2",
     ]  # fmt: skip
     return Table(f"{run.label}: policies on {run.result['prompts']:,} held-out prompts", columns, rows)
 

@@ -86,7 +86,7 @@ def _reached(run: RunFolder) -> str:
     try:
         return one_line(run.result)
     except KeyError as missing:  # a report of old runs shows what they have
-        return f"result of another version, without {missing}"
+        return f"its result has no {missing}"
 
 
 def _seconds(run: RunFolder) -> float | None:

@@ -40,7 +40,10 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     title = ", ".join(dict.fromkeys(run.pipeline or run.label for run in runs))
     page = render(runs, title)
     # Half a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark.
-    write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
+    try:
+        write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error.strerror}). Name another file with --out.") from error
     return out
 
 
@@ -93,8 +96,8 @@ def sections_of(runs: Sequence[RunFolder]) -> tuple[list[Section], list[tuple[st
             found = section_of([run for run in runs if run not in lacking])
             made.append(found)
             missing += [
-                (run.label, f"Not shown under “{found.title}”: its files have no “{figure}”, since another version of "
-                            "align wrote them. Run the stage again to see it.")
+                (run.label, f"Not shown under “{found.title}”: its files have no “{figure}”: another version of align "
+                            "wrote them, or they were changed since. Run the stage again to see it.")
                 for run, figure in lacking.items()
             ]  # fmt: skip
     return [section for section in made if not section.is_empty], missing

@@ -41,6 +41,14 @@ _PLOTS = (
         "mean score (logit)",
     ),
     _Plot(
+        "scores",
+        "What the reward is made of",
+        "Both models' scores of the same responses. Where one pays for the other, look at the answers: refusals are "
+        "safe and help nobody.",
+        {"ppo/helpfulness": "helpfulness", "ppo/safety": "safety"},
+        "mean score (logit)",
+    ),
+    _Plot(
         "gated",
         "Share decided by the safety model",
         "The upper curve contains the safety prompts; the lower, ordinary prompts whose answer was found unsafe, "
@@ -85,6 +93,21 @@ _PLOTS = (
         "It should rise from below zero towards one; near zero the critic is no help, and advantages are noise.",
         {"ppo/explained_variance": "explained variance"},
         "explained variance",
+    ),
+    _Plot(
+        "value-loss",
+        "Loss of the critic",
+        "It should fall; a critic that has not learned makes noise of the first updates (ppo.critic_warmup).",
+        {"ppo/value_loss": "value loss"},
+        "mean half squared error",
+    ),
+    _Plot(
+        "policy-loss",
+        "Loss of the policy",
+        "The clipped objective with its sign turned: near zero, since advantages are whitened. It says little; a "
+        "jump says that the updates are too large.",
+        {"ppo/policy_loss": "policy loss"},
+        "mean loss of a token",
     ),
     _Plot(
         "violations",

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from alignment.chat import ChatFormat, cut_to_fit, decode_response
 from alignment.config import PromptSection, SamplingSection
-from alignment.data import Loaded
+from alignment.data import Loaded, raise_together
 from alignment.dialogue import Candidate, Prompt
 from alignment.distributed import for_all, map_over_processes
 from alignment.errors import DataError
@@ -48,29 +48,52 @@ def fit_prompts(
 ) -> list[tuple[Prompt, list[int]]]:
     """The prompts that fit, without the oldest turns of those that are too long, and their token ids.
 
-    So what is scored, kept and trained on later is what was answered. Those that do not fit, and those that lost old
-    turns, are counted in the manifest.
+    So what is scored, kept and trained on later is what was answered. Those that do not fit, those that lost old
+    turns, and those that the chat format refuses are counted in the manifest.
 
     Args:
         chat: the format of the model that answers.
         prompts: what it is asked.
-        section: its `max_prompt_length` is the limit.
+        section: its `max_prompt_length` is the limit; its `on_error` decides about those that are refused.
         room: tokens that a model's context leaves for a prompt beside its response: a limit too.
         run_dir: with a manifest to count in.
 
     Raises:
-        DataError: no prompt fits.
+        DataError: no prompt fits, or the chat format refuses one and bad rows are not to be skipped.
     """
     limit = min(section.max_prompt_length, room)
-    cuts = [cut_to_fit(chat, prompt.messages, limit) for prompt in prompts]
-    found = [(prompt, cut) for prompt, cut in zip(prompts, cuts, strict=True) if cut is not None]
+    found, problems = [], []
+    for prompt in prompts:
+        try:
+            if (cut := cut_to_fit(chat, prompt.messages, limit)) is not None:
+                found.append((prompt, cut))
+        except DataError as error:
+            problems.append(f"{prompt.where or 'prompts'}: {error}")
+    if section.on_error == "stop":
+        raise_together(problems)
     fitting = [(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
     if not fitting:
         raise DataError(f"prompts: none fits into {limit_in_words(section, room)}.")
     if run_dir is not None:
         num_cut = sum(messages is not prompt.messages for prompt, (messages, _) in found)
-        run_dir.note(prompts={"used": len(fitting), "history_cut": num_cut, "too_long": len(prompts) - len(fitting)})
+        counts = {"used": len(fitting), "history_cut": num_cut}
+        counts["too_long"] = len(prompts) - len(fitting) - len(problems)
+        run_dir.note(prompts={**counts, "refused_by_chat_format": len(problems)})
     return fitting
+
+
+def prompt_room(chat: ChatFormat, sampling: SamplingSection, *, policy: int, judges: int | None = None) -> int:
+    """Tokens of a prompt at most, so that it can be answered and the answer be judged.
+
+    Args:
+        chat: the policy's format.
+        sampling: how long answers may become.
+        policy: tokens of the policy's context.
+        judges: the least of the reward models' contexts, or None. They read an answer that was cut off with an end of
+            turn, which the policy did not write.
+    """
+    room = policy - sampling.max_new_tokens
+    return room if judges is None else min(room, judges - sampling.max_new_tokens - len(chat.encode_response("")))
 
 
 def limit_in_words(section: PromptSection, room: int) -> str:
@@ -78,7 +101,7 @@ def limit_in_words(section: PromptSection, room: int) -> str:
     limit = min(section.max_prompt_length, room)
     if limit == section.max_prompt_length:
         return f"{limit} tokens (prompts.max_prompt_length)"
-    return f"{limit} tokens (what the model's context leaves beside sampling.max_new_tokens; lower that)"
+    return f"{limit} tokens (what the models' contexts leave beside sampling.max_new_tokens; lower that)"
 
 
 def sample_shared(
@@ -107,12 +130,16 @@ def sampling_params(section: SamplingSection, seed: int) -> SamplingParams:
     )
 
 
-def as_candidate(chat: ChatFormat, prompt: Prompt, sample: Sample, index: int, *, round_number: int = 0) -> Candidate:
-    """A sample as a row of `candidates.jsonl`."""
+def as_candidate(
+    chat: ChatFormat, prompt: Prompt, sample: Sample, index: int, params: SamplingParams, *, round_number: int = 0
+) -> Candidate:
+    """A sample as a row of `candidates.jsonl`, with the parameters it was drawn by."""
     return Candidate(
         prompt=prompt,
         response=decode_response(chat, sample.token_ids),
         index=index,
         finish_reason=sample.finish_reason,
         round=round_number,
+        seed=params.seed,
+        temperature=params.temperature,
     )
