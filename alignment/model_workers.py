@@ -10,6 +10,7 @@ import copy
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 import torch
@@ -42,7 +43,8 @@ def map_in_workers(
 
     Each worker has a copy of the model's modules (a forward pass may hook into them) over the same weights, and an
     equal share of torch's threads. Nothing may train the model meanwhile. Gradient mode and autocast are per thread:
-    set them inside `function`. An error stops what has not begun.
+    set them inside `function`. Context variables, in which torch keeps the settings of its compiler, are the caller's.
+    An error stops what has not begun.
     """
     if workers == 1:
         yield from (function(model, item) for item in items)
@@ -62,7 +64,8 @@ def map_in_workers(
     share = max(1, threads // workers)
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
     try:
-        yield from pool.map(work, items)
+        for future in [pool.submit(copy_context().run, work, item) for item in items]:
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

@@ -50,6 +50,17 @@ def test_workers_share_weights_and_threads_and_have_modules_of_their_own(make_re
     assert first_threads == second_threads == max(1, torch.get_num_threads() // 2)
 
 
+def test_workers_compile_with_the_callers_settings(make_reward_model):
+    """A lower limit in a worker's thread would leave kernels uncompiled without an error."""
+    config = torch._dynamo.config
+    before, config.recompile_limit = config.recompile_limit, 77
+    try:
+        found = map_in_workers(lambda _model, _item: config.recompile_limit, make_reward_model(), range(3), workers=2)
+        assert list(found) == [77, 77, 77]
+    finally:
+        config.recompile_limit = before
+
+
 def test_an_error_comes_out_and_the_threads_are_given_back(make_reward_model):
     threads = torch.get_num_threads()
 
