@@ -244,13 +244,13 @@ def write_stand_in(path: Path, rows: list[dict]) -> None:
 
 
 def stand_in_rows(name: str) -> list[dict]:
-    """Sixteen small rows of the kind that a file's name says."""
+    """Small rows of the kind that a file's name says; enough for a dialogue of twenty turns, each of another prompt."""
 
     def messages(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
 
     rows = []
-    for number in range(16):
+    for number in range(24):
         prompt = messages("user", f"Say {number}.")
         long, short = messages("assistant", f"{number} it is."), messages("assistant", "No.")
         if "pair" in name or "pref" in name:
@@ -344,3 +344,67 @@ def test_models_are_scored_sampled_talked_to_and_reported(words, toy_runs):
     report = ["--out", "report.html"] if words[0] == "report" and not out else []  # not into the shared runs
     run([*words, *short, *report], input="Hello.\n" if words[0] == "chat" else None)
     assert out is None or (toy_runs / words[out]).stat().st_size
+
+
+# Settings that make a documented run a matter of a second.
+SMALL = {
+    "sft": ["train.max_steps=1", "train.batch_size=4"],
+    "rm": ["train.max_steps=1", "train.batch_size=4"],
+    "gatt": ["prompts.turns=2", "sampling.max_new_tokens=4", "instructions.kinds=[hobby]"],
+    "distil": ["sampling.max_new_tokens=14", "prompts.max_prompts=40"],
+    "reject": ["sampling.num_candidates=2", "sampling.max_new_tokens=4"],
+    "ppo": ["train.max_steps=1", "train.batch_size=16", "train.minibatch_size=16", "sampling.max_new_tokens=4"],
+    "eval": ["sampling.max_new_tokens=4"],
+}
+HUB_MODELS = r"(?<==)(smollm2-135m-instruct|smaller-base|[\w-]+/[\w.-]*(?:Instruct|-hf))$"
+
+
+def stand_in_inputs(folder: Path, words: list[str]) -> None:
+    """Files and runs that a stage's settings name and that are not there: rows of the kind that it reads there."""
+    for setting in settings_of(tuple(words)):
+        key, _, value = setting.partition("=")
+        for name in re.findall(r"[\w./-]+", value):
+            path = folder / name
+            if name.endswith(".jsonl") and not path.exists():
+                rows = "pairs" if words[0] == "rm" else "prompts" if "prompts" in key else "demonstrations"
+                write_stand_in(path, stand_in_rows(rows))
+            elif name.startswith("runs/") and key != "run.dir" and not path.exists():
+                is_judge = key.startswith(("rewards", "guard", "evaluation", "safety"))
+                path.symlink_to(folder / "runs" / ("rm-helpfulness" if is_judge else "sft"))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "words",
+    [w for w in those(*STAGES) if not {"--help", "--dry-run", "sampling.engine=vllm"} & {*w} and ".yaml" not in w[1]],
+    ids=" ".join,
+)
+def test_documented_stages_run(words, toy_runs):
+    words = [re.sub(HUB_MODELS, "toy", word) for word in words]
+    stand_in_inputs(toy_runs, words)
+    given = next((word for word in words if word.startswith("prompts.prompts=")), None)
+    if words[0] == "distil":  # answers that the toy's safety model can tell apart
+        words.remove(given)
+        words.append("prompts.prompts=toy:prompts.train")
+    place = ["run.dir=made", "run.device=cpu", "run.num_threads=1"]
+    template = ["model.chat_template=auto"] if "model.chat_template=llama2" in words else []
+    run([*words, *SMALL[words[0]], *template, *place])
+    assert json.loads((toy_runs / "made" / "result.json").read_text())["stage"] == words[0]
+
+
+PYTHON = [
+    pytest.param(code, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
+    if "trl" not in code and "vllm" not in code
+]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_of_the_pages_runs(code, toy_runs):
+    write_stand_in(toy_runs / "pairs.jsonl", stand_in_rows("pairs"))
+    settings = {"kind": "helpfulness", "model": "toy", "data": {"train": "pairs.jsonl"}, "run": {"dir": "runs/made"}}
+    settings["train"] = {"max_steps": 1, "batch_size": 4}
+    (toy_runs / "rm.yaml").write_text(json.dumps(settings))
+    exec(compile(code, "page", "exec"), {})
