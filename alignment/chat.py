@@ -86,6 +86,15 @@ def encode_prompt(chat: ChatFormat, messages: Messages) -> list[int]:
     return [token for segment in chat.segments(messages) for token in segment.ids]
 
 
+def can_be_a_turn(chat: ChatFormat, response: str) -> bool:
+    """Whether a response can be written as a turn: a model may write what its format refuses, as a tag of Llama 2's."""
+    try:
+        chat.check([Message("assistant", response)])
+    except DataError:
+        return False
+    return True
+
+
 def encode_dialogue(chat: ChatFormat, dialogue: Dialogue) -> EncodedDialogue:
     """Ids and loss mask of a demonstration: all assistant turns are trained, or only the last one.
 

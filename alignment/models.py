@@ -122,7 +122,10 @@ def load_reward_model(
 
 def reward_model_context(path: str) -> int:
     """Tokens that a reward model's context holds; no weights are loaded. Raises ModelError where it is none."""
-    config = AutoConfig.from_pretrained(model_folder(path))
+    try:
+        config = AutoConfig.from_pretrained(model_folder(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: its config.json cannot be read ({error}).") from error
     _check_one_score(config, path)
     return context_length(config)
 

@@ -275,7 +275,7 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
 def _check_not_read(path: Path, config: StageConfig) -> None:
     """Raises RunError where the stage reads what is to be removed."""
     for key, name, _ in config.input_names():
-        if Path(name).resolve().is_relative_to(path.resolve()):
+        if Path(name).expanduser().resolve().is_relative_to(path.resolve()):
             raise RunError(
                 f"{path}: holds {key} ({name}), which run.overwrite=true would remove. Give another run.dir."
             )

@@ -239,8 +239,8 @@ class PPOEvaluation(Section):
     """Iterations between evaluations. One is made before the first, one after the last."""
 
     patience: PositiveInt | None = None
-    """Stop after so many evaluations without a higher gated reward than the best, and save the best policy. null trains
-    to the end and saves the last."""
+    """Stop after so many evaluations without a higher gated reward than the best, and save the best policy. Those
+    during `ppo.critic_warmup` do not count. null trains to the end and saves the last."""
 
     guard: ModelSection | None = None
     """A reward model on whose scores nothing was trained: it tells a better policy from a fooled reward model."""

@@ -40,7 +40,7 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples one answer a prompt from every policy with the same seed, scores all, compares with the first policy."""
     state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    judges = judges_context(judges_of(config.rewards, config.guard))
+    judges = judges_context(judges_of(config.rewards, guard=config.guard))
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
     chosen = prompts = choose_prompts(data, config.prompts, config.run.seed)

@@ -30,7 +30,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     accelerator = _accelerator(config)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     held_out_data = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
-    judges = judges_context(judges_of(config.rewards, config.evaluation.guard))
+    judges = judges_context(judges_of(config.rewards, **{"evaluation.guard": config.evaluation.guard}))
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
     dtype = run_dir.dtype(accelerator.device, config.model.dtype)

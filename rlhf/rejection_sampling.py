@@ -9,9 +9,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from alignment.chat import ChatFormat
 from alignment.data import load_prompts, load_rows, write_rows
-from alignment.dialogue import Candidate, Message, Messages, RowError, as_response
+from alignment.dialogue import Candidate, Messages, RowError, as_response
 from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.metrics import mean_interval
@@ -55,19 +54,18 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     asked = {each.prompt.messages: each.prompt for each in pool}
     of_asked = [replace(r, prompt=asked[r.prompt.messages]) for r in baseline.rows if r.prompt.messages in asked]
     known = {each.prompt.messages: each.reward for each in models.score(of_asked, title="reject: baseline")}
-    writable = [each for each in pool if _can_be_trained_on(chat, each)]
-    selection = select_best(writable, accumulate=config.accumulate, min_gain=config.min_gain, baseline=known)
-    left_out = {**selection.left_out, "refused_candidates": len(pool) - len(writable)}
+    selection = select_best(pool, accumulate=config.accumulate, min_gain=config.min_gain, baseline=known)
     if not selection.best:
         raise DataError(
-            f"no candidate can be trained on: {left_out}. Lower min_gain, or let answers end (sampling.max_new_tokens)."
+            f"no candidate can be trained on: {selection.left_out}. Lower min_gain, or let answers end "
+            "(sampling.max_new_tokens)."
         )
     if state.is_main_process:
         write_rows(run_dir.path / "candidates.jsonl", (candidate.to_json() for candidate in [*scored, *others]))
         write_rows(run_dir.path / "sft.jsonl", (as_dialogue(candidate).to_json() for candidate in selection.best))
         _write_potential(temperature, scored, tried, run_dir)
     this_round = select_best(scored, accumulate="last")
-    run_dir.note(selection={"kept": len(selection.best), **left_out})
+    run_dir.note(selection={"kept": len(selection.best), **selection.left_out})
     result = run_dir.finish(
         {
             "stage": "reject",
@@ -94,15 +92,6 @@ def _scored_before(row: Mapping[str, Any]) -> Candidate:
     if candidate.reward is None:
         raise RowError('"reward" is missing. Take rescore_earlier=true, or a file of `align reject`.')
     return candidate
-
-
-def _can_be_trained_on(chat: ChatFormat, candidate: Candidate) -> bool:
-    """Whether the chat format can write the response as a turn: a model may write a tag of Llama 2's layout."""
-    try:
-        chat.check([Message("assistant", candidate.response)])
-    except DataError:
-        return False
-    return True
 
 
 def try_temperatures(

@@ -41,10 +41,10 @@ def load_scorer(model: ModelSection, device: torch.device, *, max_tokens: int, o
     return Scorer.load(model.path, device=home, dtype=dtype, chat_template=model.chat_template, max_tokens=max_tokens)
 
 
-def judges_of(rewards: RewardSection, guard: ModelSection | None = None) -> dict[str, ModelSection]:
-    """The reward models of a stage by the setting that names them."""
+def judges_of(rewards: RewardSection, **guard: ModelSection | None) -> dict[str, ModelSection]:
+    """The reward models of a stage by the setting that names them; a guard, where there is one, by its own."""
     judges = {"rewards.helpfulness": rewards.helpfulness, "rewards.safety": rewards.safety}
-    return judges if guard is None else {**judges, "guard": guard}
+    return {**judges, **{name: model for name, model in guard.items() if model is not None}}
 
 
 def judges_context(judges: Mapping[str, ModelSection]) -> int:

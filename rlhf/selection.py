@@ -10,6 +10,9 @@ from typing import Any, Literal
 from alignment.dialogue import Candidate, Dialogue, Message, Messages
 from alignment.metrics import mean_interval
 
+# How a response may end, by how well it can be trained on.
+_ENDINGS = {"stop": 2, "length": 1, "refused": 0}
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -30,7 +33,8 @@ def select_best(
     """The highest gated reward for each prompt, prompts in order of first appearance; the earliest wins a tie.
 
     Llama 2 Sec. 3.2.3: up to V3 only the last iteration's samples were used, and skills were lost; afterwards the best
-    of all iterations. Empty responses and those cut off at the length limit are chosen only where nothing else is.
+    of all iterations. Responses cut off at the length limit are chosen only where nothing else is; empty ones and those
+    that the chat format refuses, which nothing can be trained on, are left out.
 
     Args:
         candidates: scored by the same reward models, of any number of rounds.
@@ -44,7 +48,7 @@ def select_best(
     newest = max((candidate.round for candidate in candidates), default=0)
     taking_part = [c for c in candidates if c.round == newest or accumulate != "last"]
     best, gains = [], []
-    left_out = {"below_min_gain": 0, "empty": 0, "repeated": 0}
+    left_out = {"below_min_gain": 0, "empty": 0, "refused": 0, "repeated": 0}
     left_out["other_rounds"] = len(by_prompt(candidates)) - len(by_prompt(taking_part))
     for messages, found in by_prompt(taking_part).items():
         pools: dict[int, list[Candidate]] = {}
@@ -57,6 +61,8 @@ def select_best(
             gain = winner.reward - baseline.get(messages, median)
             if not winner.response:
                 left_out["empty"] += 1
+            elif winner.finish_reason == "refused":
+                left_out["refused"] += 1
             elif winner.response in chosen:
                 left_out["repeated"] += 1
             elif min_gain and gain < min_gain:
@@ -97,8 +103,8 @@ def choose_temperature(tried: Mapping[float, Sequence[Candidate]]) -> tuple[floa
 
 
 def pick(pool: Sequence[Candidate]) -> Candidate:
-    """The highest reward; empty responses and those cut off at the length limit only where nothing else is."""
-    return max(pool, key=lambda c: (bool(c.response), c.finish_reason == "stop", c.reward))
+    """The highest reward of those that ended; where none did of those cut off, then of refused, then of empty ones."""
+    return max(pool, key=lambda c: (bool(c.response), _ENDINGS.get(c.finish_reason, 0), c.reward))
 
 
 def by_prompt(candidates: Sequence[Candidate]) -> dict[Messages, list[Candidate]]:

@@ -57,8 +57,13 @@ def why_not_kept(row: Mapping[str, Any]) -> str:
     return "" if row["score_distilled"] > row["score_plain"] else "not_better"
 
 
-def run(config: DistilConfig, load_score: LoadScore, *, resume: bool = False) -> dict[str, Any]:
-    """Samples both answers, scores them, keeps the better: `answers.jsonl`, `scored.jsonl`, `distilled.jsonl`."""
+def run(
+    config: DistilConfig, load_score: LoadScore, *, judge_context: int | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """Samples both answers, scores them, keeps the better: `answers.jsonl`, `scored.jsonl`, `distilled.jsonl`.
+
+    `judge_context`: tokens that the reward model can read, where there is an end to them.
+    """
     state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     run_dir = open_run(config, resume=resume, state=state)
@@ -75,6 +80,7 @@ def run(config: DistilConfig, load_score: LoadScore, *, resume: bool = False) ->
     if missing := log.missing():
         length = config.prompts.max_prompt_length
         options = {"device": state.device, "max_prompt_length": length, "seed": config.run.seed}
+        options["judge_context"] = judge_context
         with (
             Speaker.open(config.model, config.sampling, **options) as speaker,
             ProgressBar("distil: answers", 2 * sum(map(len, missing)), shown=run_dir.writes) as bar,
@@ -90,7 +96,8 @@ def run(config: DistilConfig, load_score: LoadScore, *, resume: bool = False) ->
     ]
     dropped = Counter(row["dropped"] for row in log.rows if row["dropped"])
     if not answered:
-        raise DataError(f"prompts: {why_unanswered(dropped.keys(), config.model, config.prompts, config.sampling)}.")
+        why = why_unanswered(dropped.keys(), config.model, config.prompts, config.sampling, judge_context)
+        raise DataError(f"prompts: {why}.")
     score = load_score(config, state.device)
     scores = score([p.messages for p, _ in answered], [[row["plain"], row["distilled"]] for _, row in answered])
     scored = [

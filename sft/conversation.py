@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from alignment.chat import ChatFormat, decode_response, encode_prompt
+from alignment.chat import ChatFormat, can_be_a_turn, decode_response, encode_prompt
 from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
-from alignment.dialogue import Dialogue, Message, Messages, PreferencePair, Prompt
+from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt
 from alignment.errors import DataError
 from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.prompts import choose_prompts, limit_in_words, sample_shared
+from alignment.sampling.prompts import choose_prompts, limit_in_words, prompt_room, sample_shared
 from alignment.sampling.protocol import Sample, Sampler
 from sft.answer_log import NoAnswer, Turn
 from sft.config import GattInstructions
@@ -81,12 +81,17 @@ def make_plans(
 
 
 def why_unanswered(
-    reasons: Collection[str | None], model: ModelSection, prompts: PromptSection, sampling: SamplingSection
+    reasons: Collection[str | None],
+    model: ModelSection,
+    prompts: PromptSection,
+    sampling: SamplingSection,
+    judge_context: int | None = None,
 ) -> str:
     """Why a model could answer no prompt, in words: what its chat format refuses, or which limit of length was met."""
     if set(reasons) == {"refused"}:
         return 'the model\'s chat format refuses all of them: see "align data preview"'
-    room = load_chat_of(model.path, model.chat_template)[1] - sampling.max_new_tokens
+    chat, context = load_chat_of(model.path, model.chat_template)
+    room = prompt_room(chat, sampling, policy=context, judges=judge_context)
     return f"none fits into {limit_in_words(prompts, room)}"
 
 
@@ -103,11 +108,22 @@ class Speaker:
     @classmethod
     @contextmanager
     def open(
-        cls, model: ModelSection, sampling: SamplingSection, *, device: torch.device, max_prompt_length: int, seed: int
+        cls,
+        model: ModelSection,
+        sampling: SamplingSection,
+        *,
+        device: torch.device,
+        max_prompt_length: int,
+        seed: int,
+        judge_context: int | None = None,
     ) -> Iterator[Speaker]:
-        """The model is in memory until the end of the block. Raises as `open_sampler`."""
+        """The model is in memory until the end of the block. Raises as `open_sampler`.
+
+        `judge_context`: tokens that a reward model can read, where one is to judge the answers.
+        """
         chat, context = load_chat_of(model.path, model.chat_template)
-        length = min(max_prompt_length, context - sampling.max_new_tokens)
+        room = prompt_room(chat, sampling, policy=context, judges=judge_context)
+        length = min(max_prompt_length, room)
         with open_sampler(model, sampling, device, max_prompt_length=length) as sampler:
             yield cls(sampler, chat, sampling, max_prompt_length=length, seed=seed)
 
@@ -132,11 +148,7 @@ class Speaker:
 
     def _read(self, sample: Sample) -> Answer:
         text = decode_response(self.chat, sample.token_ids)
-        try:
-            self.chat.check([Message("assistant", text)])
-        except DataError:
-            return Answer(text, sample.finish_reason == "stop", is_refused=True)
-        return Answer(text, sample.finish_reason == "stop")
+        return Answer(text, sample.finish_reason == "stop", is_refused=not can_be_a_turn(self.chat, text))
 
     def _encode(self, messages: Messages) -> tuple[list[int], NoAnswer | None]:
         try:

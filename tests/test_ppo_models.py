@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,6 +11,7 @@ from torch import nn
 
 from alignment.config import load_config
 from alignment.data import load_prompts
+from alignment.dialogue import Message, Prompt
 from alignment.errors import ModelError
 from alignment.hardware import lent
 from alignment.models import load_chat_model, load_reward_model, save_model
@@ -115,6 +118,10 @@ def test_prompts_leave_room_for_a_response_in_every_models_context(runs):
     assert trainer.context == context
     trainer.rewards.safety.model.config.max_position_embeddings = context - 100
     assert trainer.context == context - 100
+    prompts = [Prompt(messages=(Message("user", "a" * count),)) for count in range(context - 130, context - 90)]
+    noted = SimpleNamespace(note=lambda **_: None)
+    kept = [len(prompt.ids) for prompt in trainer.encode(prompts, noted)]
+    assert max(kept) == context - 106, "the longest leaves room for a response of six tokens"
 
 
 class Suitcase(nn.Linear):

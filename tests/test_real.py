@@ -34,7 +34,10 @@ def smollm2() -> LoadedModel:
 
 def align(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "alignment.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    environment = dict(os.environ)
+    if data := environment.get("ALIGN_DATA_DIR"):
+        environment["ALIGN_DATA_DIR"] = str(Path(data).resolve())
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env=environment)
 
 
 def test_prompt_ids_equal_the_models_own_template(smollm2):

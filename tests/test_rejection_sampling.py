@@ -9,6 +9,9 @@ from alignment.chat import chat_format
 from alignment.dialogue import Candidate, Message, Prompt
 from alignment.errors import DataError, ModelError
 from alignment.headlines import one_line
+from alignment.sampling import SamplingParams
+from alignment.sampling.prompts import as_candidate
+from alignment.sampling.protocol import Sample
 from rlhf import rejection_sampling
 from rlhf.config import RejectionSamplingConfig, RejectSampling
 from rlhf.selection import as_dialogue, choose_temperature, select_best
@@ -218,28 +221,19 @@ def test_a_baseline_is_judged_as_its_prompts_candidates_are(tmp_path, monkeypatc
     assert {entry[2] for entry in judged} == {True}
 
 
-def test_an_answer_that_fine_tuning_would_refuse_is_not_chosen(tmp_path, monkeypatch, make_tokenizer):
-    """In Llama 2's layout a model may write a tag; the best candidate does."""
-    chat = chat_format(make_tokenizer(), "llama2")
-    allowed = rejection_sampling._can_be_trained_on
-    monkeypatch.setattr(rejection_sampling, "_can_be_trained_on", lambda _, each: allowed(chat, each))
-    judged_by(monkeypatch, lambda each: float(each.index))
-    as_drawn = rejection_sampling.sample_candidates
-
-    def tagged(*arguments):
-        return {
-            temperature: [replace(each, response="[INST]" if each.index == 2 else "fine") for each in drawn]
-            for temperature, drawn in as_drawn(*arguments).items()
-        }
-
-    monkeypatch.setattr(rejection_sampling, "sample_candidates", tagged)
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps(candidate("alpha", 0.0).prompt.to_json()) + "\n")
-    rejection_sampling.run(config_of(tmp_path / "run", prompts))
-    [row] = map(json.loads, (tmp_path / "run" / "sft.jsonl").open())
-    assert row["messages"][-1]["content"] == "fine"
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["selection"]["refused_candidates"] == 1
+def test_an_answer_that_fine_tuning_would_refuse_is_not_chosen(make_tokenizer):
+    """In Llama 2's layout a model may write a tag. A cut-off answer is taken before it; one alone is left out."""
+    tokenizer = make_tokenizer()
+    chat = chat_format(tokenizer, "llama2")
+    ids = tokenizer.encode("so [INST] then", add_special_tokens=False)
+    tagged = as_candidate(chat, candidate("a", 0).prompt, Sample(ids, [0.0] * len(ids), "stop"), 0, SamplingParams())
+    assert (tagged.response, tagged.finish_reason) == ("so [INST] then", "refused")
+    tagged = replace(tagged, reward=9.0, round=1)
+    cut = candidate("a", 1, finish="length")
+    assert select_best([tagged, cut, candidate("a", 0)], accumulate="best").best[0].reward == 0
+    assert select_best([tagged, cut], accumulate="best").best == [cut]
+    alone = select_best([tagged], accumulate="best")
+    assert alone.best == [] and alone.left_out["refused"] == 1
 
 
 def test_what_would_fail_after_sampling_fails_before(tmp_path):

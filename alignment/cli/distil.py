@@ -8,17 +8,17 @@ import torch
 from accelerate import PartialState
 
 from alignment.distributed import for_all, map_over_processes
-from alignment.models import reward_model_context
 from alignment.progress import ProgressBar
 from reward_models.score import Scorer
+from rlhf.rollout import judges_context
 from sft import context_distillation
 from sft.config import DistilConfig
 
 
 def run(config: DistilConfig, *, resume: bool = False) -> dict[str, Any]:
     """See `sft.context_distillation.run`. Raises ModelError where `safety` is no reward model, before any sampling."""
-    reward_model_context(config.safety.path)
-    return context_distillation.run(config, _load_score, resume=resume)
+    context = judges_context({"safety": config.safety})
+    return context_distillation.run(config, _load_score, judge_context=context, resume=resume)
 
 
 def _load_score(config: DistilConfig, device: torch.device) -> context_distillation.Score:

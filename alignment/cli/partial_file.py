@@ -68,7 +68,7 @@ class PartialFile:
             return
         with _partial_paths(self.out)[0].open("a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")  # a Hub's rows may hold dates
             file.write(json.dumps({"prompts_done": self.num_prompts}) + "\n")
 
     def finish(self) -> None:

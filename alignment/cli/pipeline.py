@@ -78,6 +78,8 @@ def load_pipeline(
         problems.append(f"--from {from_stage}: no such stage. Known: {', '.join(entries)}.")
     runs = Path(given.get("runs") or values.get("runs") or f"runs/{path.stem}")
     defaults = merge(values.get("defaults") or {}, given.get("defaults") or {})
+    if "dir" in (defaults.get("run") or {}):
+        problems.append(f"{path}: defaults.run.dir: every stage has its own folder in a pipeline. Set runs.")
     known = {name for stage in STAGES.values() for name in stage.config_class().model_fields}
     problems += [
         f"{path}: defaults.{key}: no stage has such a section. Known: {', '.join(sorted(known))}."
@@ -106,7 +108,7 @@ def load_pipeline(
             continue
         fitting = {key: value for key, value in defaults.items() if key in cls.model_fields}
         full = merge(merge(fitting, stage_values), given.get(name) or {})
-        if "dir" in (full.get("run") or {}):
+        if "dir" in ({**stage_values, **given.get(name, {})}.get("run") or {}):
             problems.append(f"{path}: stages.{name}.run.dir: is {runs / name} in a pipeline. Set runs for all stages.")
         full = merge(full, {"run": {"dir": str(runs / name)}})
         unknown_names: list[str] = []
@@ -125,7 +127,8 @@ def load_pipeline(
             places[outside[name]] = places[name]
     if not written:
         problems.append(f"{path}: stages: missing or empty. List at least one.")
-    if len(devices := {stage.config.run.device for stage in stages}) > 1:
+    devices = {stage.config.run.device for stage in stages}
+    if "cpu" in devices and len(devices) > 1:
         problems.append(
             f"{path}: run.device is {', '.join(sorted(devices))} in different stages. One process runs them all: "
             "set it in defaults."
@@ -145,9 +148,9 @@ def run_stages(plan: Pipeline) -> None:
     for stage in plan.stages:
         if is_finished(stage.path) and not stage.again:
             _check_unchanged(stage)
-    num_threads = torch.get_num_threads()
     # A process group can be made only once.
     state = PartialState(cpu=all(stage.config.run.device == "cpu" for stage in plan.stages))
+    num_threads = torch.get_num_threads()  # this process's share of the cores
     for number, stage in enumerate(plan.stages, start=1):
         heading = f"[{number}/{len(plan.stages)}] {stage.name}"
         if is_finished(stage.path) and not stage.again:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from accelerate import PartialState
 
-from alignment.chat import ChatFormat, cut_to_fit, decode_response
+from alignment.chat import ChatFormat, can_be_a_turn, cut_to_fit, decode_response
 from alignment.config import PromptSection, SamplingSection
 from alignment.data import Loaded, raise_together
 from alignment.dialogue import Candidate, Prompt
@@ -73,6 +73,8 @@ def fit_prompts(
         raise_together(problems)
     fitting = [(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
     if not fitting:
+        if len(problems) == len(prompts):
+            raise DataError(f"prompts: the chat format refuses all of them, the first because {problems[0]}")
         raise DataError(f"prompts: none fits into {limit_in_words(section, room)}.")
     if run_dir is not None:
         num_cut = sum(messages is not prompt.messages for prompt, (messages, _) in found)
@@ -90,7 +92,7 @@ def prompt_room(chat: ChatFormat, sampling: SamplingSection, *, policy: int, jud
         sampling: how long answers may become.
         policy: tokens of the policy's context.
         judges: the least of the reward models' contexts, or None. They read an answer that was cut off with an end of
-            turn, which the policy did not write.
+            turn, which the policy did not write. Where one has another vocabulary, its count of tokens may be higher.
     """
     room = policy - sampling.max_new_tokens
     return room if judges is None else min(room, judges - sampling.max_new_tokens - len(chat.encode_response("")))
@@ -133,12 +135,16 @@ def sampling_params(section: SamplingSection, seed: int) -> SamplingParams:
 def as_candidate(
     chat: ChatFormat, prompt: Prompt, sample: Sample, index: int, params: SamplingParams, *, round_number: int = 0
 ) -> Candidate:
-    """A sample as a row of `candidates.jsonl`, with the parameters it was drawn by."""
+    """A sample as a row of `candidates.jsonl`, with the parameters it was drawn by.
+
+    Its `finish_reason` is "refused" where the chat format cannot write it as a turn.
+    """
+    response = decode_response(chat, sample.token_ids)
     return Candidate(
         prompt=prompt,
-        response=decode_response(chat, sample.token_ids),
+        response=response,
         index=index,
-        finish_reason=sample.finish_reason,
+        finish_reason=sample.finish_reason if can_be_a_turn(chat, response) else "refused",
         round=round_number,
         seed=params.seed,
         temperature=params.temperature,

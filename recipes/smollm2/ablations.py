@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,10 +163,11 @@ def _graded_pairs(folder: Path) -> dict[str, Path]:
     parts = {part: folder / f"graded.{part}.jsonl" for part in ("train", "valid")}
     if not all(path.exists() for path in parts.values()):
         folder.mkdir(parents=True, exist_ok=True)
-        rated = [folder / f"rated.{part}.jsonl" for part in parts]
-        for part, path in zip(parts, rated, strict=True):
-            convert_file(f"pref_helpful_graded.{part}", "graded", path, rating_bins=RATING_BINS)
-        pairs = load_pairs([str(path) for path in rated]).rows
+        with tempfile.TemporaryDirectory() as scratch:
+            rated = [Path(scratch) / f"rated.{part}.jsonl" for part in parts]
+            for part, path in zip(parts, rated, strict=True):
+                convert_file(f"pref_helpful_graded.{part}", "graded", path, rating_bins=RATING_BINS)
+            pairs = load_pairs([str(path) for path in rated]).rows
         split = split_by_prompt(pairs, valid_fraction=HELD_OUT_FRACTION, seed=0)
         for path, rows in zip(parts.values(), split, strict=True):
             write_rows(path, (row.to_json() for row in rows))

@@ -1,0 +1,114 @@
+"""Reward models that a stage samples for: found wanting before anything is sampled, and their contexts kept to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.cli import distil
+from alignment.config import load_config
+from alignment.errors import DataError, ModelError
+from alignment.models import load_reward_model, save_model
+from rlhf import evaluate, ppo_run, rejection_sampling
+from rlhf.config import EvalConfig, PPOConfig, RejectionSamplingConfig
+from rlhf.rollout import judges_context, judges_of
+from sft.config import DistilConfig
+
+# A prompt of more than a hundred tokens, and one that a reward model of 60 tokens can read with an answer of 30.
+LONG, SHORT = "x" * 100, "hi"
+
+
+def save_judge(folder: Path, *, context: int | None = None) -> Path:
+    """A reward model of the toy's shape; with `context` it reads no more tokens than these."""
+    loaded = load_reward_model("toy", new_head_seed=0)
+    save_model(loaded.model, loaded, folder)
+    if context is not None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": context}))
+    return folder
+
+
+@pytest.fixture
+def judges(tmp_path) -> dict[str, Path]:
+    return {"whole": save_judge(tmp_path / "whole"), "small": save_judge(tmp_path / "small", context=60)}
+
+
+def prompts_of(folder: Path, text: str) -> Path:
+    path = folder / f"{text[:3]}.jsonl"
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n")
+    return path
+
+
+# Stage, its run function and configuration, the setting of a judge, other settings.
+STAGES = {
+    "reject": (rejection_sampling.run, RejectionSamplingConfig, ["model=toy"]),
+    "eval": (evaluate.run, EvalConfig, ["policies.toy=toy"]),
+    "ppo": (ppo_run.run, PPOConfig, ["model=toy", "train.batch_size=1", "train.minibatch_size=1", "train.max_steps=1"]),
+    "distil": (distil.run, DistilConfig, ["model=toy"]),
+}
+
+
+def run_with(stage: str, folder: Path, judge: str, small: Path, whole: Path, **prompts: Path) -> dict:
+    """Runs a stage whose setting `judge` is the small reward model; the others are the whole one."""
+    function, config, settings = STAGES[stage]
+    names = ["safety"] if stage == "distil" else ["rewards.helpfulness", "rewards.safety"]
+    models = {**dict.fromkeys(names, whole), judge: small}
+    given = [f"{name}={{path: {path}, dtype: float32}}" for name, path in models.items()]
+    given += [f"{name.replace('_', '.')}={path}" for name, path in prompts.items()]
+    place = ["sampling.max_new_tokens=30", f"run.dir={folder}", "run.device=cpu"]
+    return function(load_config(config, None, [*settings, *given, *place]))
+
+
+@pytest.mark.parametrize(
+    ("stage", "judge", "room"),
+    [
+        ("reject", "rewards.safety", 29), ("eval", "rewards.helpfulness", 29), ("eval", "guard", 29),
+        ("ppo", "rewards.safety", 30), ("distil", "safety", 29),
+    ],
+)  # fmt: skip
+def test_prompts_are_kept_to_what_every_judge_can_read(tmp_path, judges, stage, judge, room):
+    """With an answer of full length and, where an answer is written out again, its end."""
+    prompts = prompts_of(tmp_path, LONG)
+    with pytest.raises(DataError, match=f"none fits into {room} tokens"):
+        run_with(stage, tmp_path / "run", judge, judges["small"], judges["whole"], prompts_prompts=prompts)
+
+
+def test_held_out_prompts_of_ppo_are_kept_to_what_its_guard_can_read(tmp_path, judges):
+    prompts = {"prompts_prompts": prompts_of(tmp_path, SHORT), "evaluation_prompts": prompts_of(tmp_path, LONG)}
+    with pytest.raises(DataError, match="none fits into 29 tokens"):
+        run_with("ppo", tmp_path / "run", "evaluation.guard", judges["small"], judges["whole"], **prompts)
+
+
+@pytest.mark.parametrize(
+    ("stage", "judge"),
+    [("reject", "rewards.safety"), ("eval", "guard"), ("ppo", "evaluation.guard"), ("distil", "safety")],
+)
+def test_a_chat_model_for_a_judge_is_named_before_the_run_begins(tmp_path, judges, stage, judge):
+    prompts = prompts_of(tmp_path, SHORT)
+    with pytest.raises(ModelError, match=f"^{judge}: toy: not a reward model"):
+        run_with(stage, tmp_path / "run", judge, Path("toy"), judges["whole"], prompts_prompts=prompts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_cannot_be_read_is_named(tmp_path, judges):
+    (tmp_path / "small" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"^guard: .*small: its config.json cannot be read"):
+        judges_context({"guard": judges_config(judges).rewards.safety})
+
+
+def judges_config(judges: dict[str, Path]) -> EvalConfig:
+    models = [f"rewards.helpfulness={judges['whole']}", f"rewards.safety={judges['small']}"]
+    settings = ["policies.toy=toy", "prompts.prompts=toy:prompts.heldout", "run.dir=r", *models]
+    return load_config(EvalConfig, None, settings)
+
+
+def test_swapped_judges_are_remarked_upon(judges, caplog):
+    """Not refused: where the helpfulness model speaks for every response it stands in both places."""
+    config = judges_config(judges)
+    assert judges_context(judges_of(config.rewards)) == 60 and not caplog.records
+    (judges["small"] / "manifest.json").write_text(json.dumps({"settings": {"kind": "helpfulness"}}))
+    judges_context(judges_of(config.rewards))
+    [record] = caplog.records
+    assert "rewards.safety is" in record.getMessage() and "a reward model of helpfulness" in record.getMessage()
