@@ -131,11 +131,11 @@ def test_what_is_planned_can_be_read(words, monkeypatch):
 @pytest.mark.parametrize("words", those("plan"), ids=" ".join)
 def test_plans_are_made_and_come_to_the_peaks_that_are_written_beside_them(words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    done = CliRunner().invoke(app, list(words))
-    assert done.exit_code == 0, done.output or done.exception
-    if words in PEAKS:
-        [found] = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
-        assert found["peak_gb"] == pytest.approx(PEAKS[words], abs=0.06)
+    if words not in PEAKS:
+        run(list(words))
+        return
+    [found] = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert found["peak_gb"] == pytest.approx(PEAKS[words], abs=0.06)
 
 
 def peaks_in_tables() -> dict[tuple[str, ...], float]:
