@@ -109,9 +109,14 @@ class PPOTrainer:
         rewards = (self.rewards.helpfulness.context_length, self.rewards.safety.context_length)
         return min(context_length(self.models.loaded.model.config), *rewards)
 
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt at most, so that every model's context holds it with its response."""
+        return self.context - self.config.sampling.max_new_tokens
+
     def encode(self, prompts: Sequence[Prompt], run_dir: Run) -> list[EncodedPrompt]:
         """Prompts that fit, with their ids; the others are counted. Raises DataError where none fits."""
-        chat, room = self.models.loaded.chat, self.context - self.config.sampling.max_new_tokens
+        chat, room = self.models.loaded.chat, self.room
         fitting = fit_prompts(chat, prompts, self.config.prompts, room=room, run_dir=run_dir)
         return [EncodedPrompt(prompt, ids) for prompt, ids in fitting]
 
