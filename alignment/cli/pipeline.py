@@ -78,7 +78,7 @@ def load_pipeline(
         problems.append(f"--from {from_stage}: no such stage. Known: {', '.join(entries)}.")
     runs = Path(given.get("runs") or values.get("runs") or f"runs/{path.stem}")
     defaults = merge(values.get("defaults") or {}, given.get("defaults") or {})
-    if "dir" in (defaults.get("run") or {}):
+    if _names_a_folder(defaults):
         problems.append(f"{path}: defaults.run.dir: every stage has its own folder in a pipeline. Set runs.")
     known = {name for stage in STAGES.values() for name in stage.config_class().model_fields}
     problems += [
@@ -108,7 +108,7 @@ def load_pipeline(
             continue
         fitting = {key: value for key, value in defaults.items() if key in cls.model_fields}
         full = merge(merge(fitting, stage_values), given.get(name) or {})
-        if "dir" in ({**stage_values, **given.get(name, {})}.get("run") or {}):
+        if _names_a_folder(stage_values) or _names_a_folder(given.get(name, {})):
             problems.append(f"{path}: stages.{name}.run.dir: is {runs / name} in a pipeline. Set runs for all stages.")
         full = merge(full, {"run": {"dir": str(runs / name)}})
         unknown_names: list[str] = []
@@ -136,6 +136,12 @@ def load_pipeline(
     if problems:
         raise ConfigError("\n".join(problems))
     return Pipeline(runs, stages)
+
+
+def _names_a_folder(values: Mapping[str, Any]) -> bool:
+    """Whether settings of a stage say where its run goes."""
+    run = values.get("run")
+    return isinstance(run, Mapping) and "dir" in run
 
 
 def run_stages(plan: Pipeline) -> None:
