@@ -106,7 +106,10 @@ def check_split(accelerator: Accelerator) -> None:
 
 
 def compute_in(accelerator: Accelerator, dtype: torch.dtype) -> None:
-    """Lets FSDP gather weights and sum gradients in this type; call before `prepare`. Autocast does not reach these."""
+    """Lets the caller's own autocast decide, and FSDP gather weights and sum gradients in this type, which it does not
+    reach. Call before `prepare`: accelerate would wrap models in the type that the process's first stage trained in.
+    """
+    accelerator.native_amp = False
     if is_split(accelerator):
         plugin = accelerator.state.fsdp_plugin
         plugin.mixed_precision_policy = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,15 +227,28 @@ def test_splits_that_are_not_supported_are_refused_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_ppo_follows_a_training_in_bfloat16_in_the_same_process(settings, tmp_path):
-    """As in a pipeline: transformers' Trainer has told accelerate its type of arithmetic, which stays."""
+@pytest.fixture
+def after_bfloat16() -> Iterator[None]:
+    """As in a pipeline or a notebook: transformers' Trainer has told accelerate its type of arithmetic, which stays."""
     AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(cpu=True, mixed_precision="bf16")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("after_bfloat16")
+def test_ppo_follows_a_training_in_bfloat16_in_the_same_process(settings, tmp_path):
     extra = ["model.dtype=bfloat16", "train.max_steps=1", f"run.dir={tmp_path / 'run'}"]
-    try:
-        assert ppo_run.run(load_config(PPOConfig, None, [*settings, *extra]))["iterations"] == 1
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    assert ppo_run.run(load_config(PPOConfig, None, [*settings, *extra]))["iterations"] == 1
+
+
+@pytest.mark.usefixtures("after_bfloat16")
+def test_ppo_in_float32_stays_so_after_a_training_in_bfloat16_in_the_same_process(settings):
+    trainer = trainer_of(settings)
+    ids = torch.tensor([[5, 6, 7]])
+    found = trainer.policy(input_ids=ids).logits
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.testing.assert_close(found, trainer_of(settings).policy(input_ids=ids).logits, atol=0, rtol=0)
 
 
 def test_what_drops_out_is_decided_by_the_iterations_seed_alone(settings, monkeypatch):
