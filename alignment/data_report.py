@@ -47,9 +47,9 @@ class FileReport:
         lengths: by `prompt` (all turns before the response) and `response`, or `chosen` and `rejected`.
         ratings, safety_bins, chosen_longer_rate: pairs only; longer by words.
         unread_fields: fields that no stage reads, with their rows.
-        num_duplicates: rows that equal an earlier one in all texts.
+        duplicates: where rows are that equal an earlier one in all texts, "file:line".
         num_shared_prompts: rows whose whole prompt another row has as well.
-        num_contradictions: pairs that also occur the other way round.
+        contradictions: where pairs are that also occur the other way round.
         warnings: what deserves a look, though the rows can be used.
     """
 
@@ -68,20 +68,20 @@ class FileReport:
     chosen_longer_rate: float | None
     sources: dict[str, int]
     unread_fields: dict[str, int]
-    num_duplicates: int
+    duplicates: list[str]
     num_shared_prompts: int
-    num_contradictions: int
+    contradictions: list[str]
     warnings: list[str]
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many rows of `second` have a prompt (or only its first user message) that occurs in `first`."""
+    """Where rows of `second` are ("file:line") whose prompt, or only its first user message, occurs in `first`."""
 
     first: str
     second: str
-    num_same_prompt: int
-    num_same_first_message: int
+    same_prompt: list[str]
+    same_first_message: list[str]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,12 @@ def check_files(names: Sequence[str]) -> DataReport:
         for line in read_lines(source):
             tally.add(line.where, line.row, line.problem)
     overlaps = [
-        Overlap(one.name, other.name, _shared(one.prompts, other.prompts), _shared(one.openings, other.openings))
+        Overlap(
+            one.name,
+            other.name,
+            [row.where for row in other.rows if row.prompt in one.prompts],
+            [row.where for row in other.rows if row.opening in one.openings],
+        )
         for one, other in combinations(tallies, 2)
     ]
     return DataReport([tally.report() for tally in tallies], overlaps)
@@ -164,9 +169,23 @@ def _bin_start(count: int) -> int:
     return 0 if count < 4 else 2 ** (count.bit_length() - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Where a good row is, and hashes of its texts, so that memory does not grow with their length.
+
+    `exchanged` is the `texts` of the pair the other way round, None where the row is no pair.
+    """
+
+    where: str
+    texts: int
+    prompt: int
+    opening: int
+    exchanged: int | None
+
+
 @dataclass
 class _Tally:
-    """Running counts of one file. Texts are kept as hashes, so that memory does not grow with their length."""
+    """Running counts of one file."""
 
     name: str
     kind: str = ""
@@ -174,10 +193,11 @@ class _Tally:
     num_rows: int = 0
     problems: list[str] = field(default_factory=list)
     words: dict[str, list[int]] = field(default_factory=dict)
-    seen: Counter[int] = field(default_factory=Counter)
-    reversed_pairs: list[int] = field(default_factory=list)
+    rows: list[_Row] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+    duplicates: list[str] = field(default_factory=list)
     prompts: Counter[int] = field(default_factory=Counter)
-    openings: Counter[int] = field(default_factory=Counter)
+    openings: set[int] = field(default_factory=set)
     user_turns: Counter[int] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
     ratings: Counter[str] = field(default_factory=Counter)
@@ -201,23 +221,33 @@ class _Tally:
                 self.looks_like = guess_layout(row)
             return
         self.field_rows.update(str(name) for name, value in row.items() if value is not None)
-        self._add_typed(typed)
+        self._add_typed(where, typed)
 
-    def _add_typed(self, row: TypedRow) -> None:
+    def _add_typed(self, where: str, row: TypedRow) -> None:
         prompt, responses = _texts(row)
         self._add_words("prompt", sum(len(message.content.split()) for message in prompt))
         for name, text in responses.items():
             self._add_words(name, len(text.split()))
-        self.seen[hash((prompt, *responses.values()))] += 1
-        self.prompts[hash(prompt)] += 1
-        self.openings[hash(first_user_message(prompt))] += 1
+        is_pair = isinstance(row, PreferencePair)
+        keys = _Row(
+            where,
+            texts=hash((prompt, *responses.values())),
+            prompt=hash(prompt),
+            opening=hash(first_user_message(prompt)),
+            exchanged=hash((prompt, row.rejected, row.chosen)) if is_pair else None,
+        )
+        if keys.texts in self.seen:
+            self.duplicates.append(where)
+        self.rows.append(keys)
+        self.seen.add(keys.texts)
+        self.prompts[keys.prompt] += 1
+        self.openings.add(keys.opening)
         self.user_turns[sum(message.role == "user" for message in prompt)] += 1
         about = row.prompt if isinstance(row, Candidate) else row
         self.sources[about.source] += 1
         self.flags["system"] += prompt[0].role == "system"
         self.flags["safety"] += getattr(about, "is_safety", False)
-        if isinstance(row, PreferencePair):
-            self.reversed_pairs.append(hash((prompt, row.rejected, row.chosen)))
+        if is_pair:
             self.ratings[row.rating or "unrated"] += 1
             self.safety_bins[safety_bin(row)] += 1
             self.flags["half_labelled"] += (row.chosen_safe is None) != (row.rejected_safe is None)
@@ -227,20 +257,12 @@ class _Tally:
         self.words.setdefault(name, []).append(count)
 
     @property
-    def num_good(self) -> int:
-        return self.seen.total()
-
-    @property
-    def num_duplicates(self) -> int:
-        return self.num_good - len(self.seen)
-
-    @property
-    def num_contradictions(self) -> int:
-        return sum(pair in self.seen for pair in self.reversed_pairs)
+    def contradictions(self) -> list[str]:
+        return [row.where for row in self.rows if row.exchanged in self.seen]
 
     @property
     def chosen_longer_rate(self) -> float | None:
-        return self.flags["chosen_longer"] / self.num_good if self.ratings else None
+        return self.flags["chosen_longer"] / len(self.rows) if self.ratings else None
 
     def report(self) -> FileReport:
         known = KINDS[self.kind].FIELDS if self.kind else frozenset()
@@ -249,7 +271,7 @@ class _Tally:
             name=self.name,
             kind=self.kind,
             num_rows=self.num_rows,
-            num_bad=self.num_rows - self.num_good,
+            num_bad=self.num_rows - len(self.rows),
             problems=self.problems if self.num_rows else [f"{self.name}: has no rows."],
             looks_like=self.looks_like,
             user_turns=dict(sorted(self.user_turns.items())),
@@ -261,29 +283,32 @@ class _Tally:
             chosen_longer_rate=self.chosen_longer_rate,
             sources=dict(self.sources.most_common()),
             unread_fields=unread,
-            num_duplicates=self.num_duplicates,
+            duplicates=self.duplicates,
             num_shared_prompts=sum(rows for rows in self.prompts.values() if rows > 1),
-            num_contradictions=self.num_contradictions,
+            contradictions=self.contradictions,
             warnings=self._warnings(),
         )
 
     def _warnings(self) -> list[str]:
         longer, unrated = self.chosen_longer_rate or 0.0, self.ratings["unrated"]
+        repeated, exchanged = self.duplicates, self.contradictions
         findings = (
-            (self.num_duplicates, "{} rows repeat an earlier row, so their texts count twice."),
-            (self.num_contradictions, "{} pairs also occur with chosen and rejected exchanged."),
+            (len(repeated), "{} rows repeat an earlier row, so their texts count twice", some(repeated)),
+            (len(exchanged), "{} pairs also occur with chosen and rejected exchanged", some(exchanged)),
             (
                 self.safety_bins["veto"],
-                "{} pairs prefer an unsafe response to a safe one; the safety label has the veto (align rm veto=...).",
+                "{} pairs prefer an unsafe response to a safe one; the safety label has the veto (align rm veto=...)",
+                ".",
             ),
-            (self.flags["half_labelled"], "{} pairs have a safety label on one response only."),
-            (unrated if len(self.ratings) > 1 else 0, "{} pairs have no rating, though others have one."),
+            (self.flags["half_labelled"], "{} pairs have a safety label on one response only", "."),
+            (unrated if len(self.ratings) > 1 else 0, "{} pairs have no rating, though others have one", "."),
             (
                 longer if longer >= LENGTH_BIAS_RATE else 0,
-                "The chosen response is the longer one in {:.0%} of the pairs: a reward model may learn length.",
+                "The chosen response is the longer one in {:.0%} of the pairs: a reward model may learn length",
+                ".",
             ),
         )
-        return [text.format(found) for found, text in findings if found]
+        return [text.format(found) + end for found, text, end in findings if found]
 
 
 def _texts(row: TypedRow) -> tuple[Messages, dict[str, str]]:
@@ -297,5 +322,7 @@ def _texts(row: TypedRow) -> tuple[Messages, dict[str, str]]:
     return row.messages, {}
 
 
-def _shared(first: Counter[int], second: Counter[int]) -> int:
-    return sum(rows for key, rows in second.items() if key in first)
+def some(places: Sequence[str], most: int = 5) -> str:
+    """The end of a sentence that names the first of them: ": a.jsonl:3, a.jsonl:9 and 7 more."."""
+    rest = f" and {len(places) - most:,} more" if len(places) > most else ""
+    return f": {', '.join(places[:most])}{rest}."

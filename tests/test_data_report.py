@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from alignment.chat import CHATML
 from alignment.cli.data import app
 from alignment.data import write_rows
-from alignment.data_report import FileReport, check_files, lengths
+from alignment.data_report import FileReport, check_files, lengths, some
 from alignment.errors import DataError, ModelError
 
 Row = dict[str, Any]
@@ -136,7 +136,7 @@ def test_a_length_bias_is_pointed_out(write_file: WriteFile) -> None:
     assert report_on(write_file, *rows, rows[-1] | {"prompt": [user("x")]}).warnings == []
 
 
-def test_repeats_shared_prompts_and_contradictions_are_counted(write_file: WriteFile) -> None:
+def test_repeats_shared_prompts_and_contradictions_are_found(write_file: WriteFile) -> None:
     report = report_on(
         write_file,
         pair("q", "a", "b"),
@@ -147,9 +147,15 @@ def test_repeats_shared_prompts_and_contradictions_are_counted(write_file: Write
         pair("r", "c", "d"),
         pair("alone", "a", "b"),
     )
-    assert (report.num_duplicates, report.num_shared_prompts, report.num_contradictions) == (1, 6, 3)
-    assert "1 rows repeat an earlier row, so their texts count twice." in report.warnings
-    assert "3 pairs also occur with chosen and rejected exchanged." in report.warnings
+    second, exchanged = f"{report.name}:2", [f"{report.name}:{line}" for line in (1, 2, 3)]
+    assert (report.duplicates, report.num_shared_prompts, report.contradictions) == ([second], 6, exchanged)
+    assert f"1 rows repeat an earlier row, so their texts count twice: {second}." in report.warnings
+    assert f"3 pairs also occur with chosen and rejected exchanged: {', '.join(exchanged)}." in report.warnings
+
+
+def test_of_many_places_some_are_named() -> None:
+    assert some(["a:1", "{a}:2"]) == ": a:1, {a}:2."
+    assert some([f"a:{line}" for line in range(1, 1008)]) == ": a:1, a:2, a:3, a:4, a:5 and 1,002 more."
 
 
 def test_fields_that_nobody_reads_are_listed_and_misspelt_ones_are_bad_rows(write_file: WriteFile) -> None:
@@ -178,7 +184,7 @@ def test_foreign_rows_are_told_which_layout_they_look_like(write_file: WriteFile
     assert f"align data convert {path} --from alpaca --out NEW.jsonl" in result.stdout
 
 
-def test_prompts_that_two_files_share_are_counted(write_file: WriteFile) -> None:
+def test_prompts_that_two_files_share_are_found(write_file: WriteFile) -> None:
     train = write_file("train.jsonl", lines(pair("q", "a", "b"), pair("r", "a", "b")))
     valid = write_file(
         "valid.jsonl", lines(pair("q", "c", "d"), pair("q", "e", "f"), pair("s", "a", "b"), demo_pair("r", "x", "y"))
@@ -186,11 +192,11 @@ def test_prompts_that_two_files_share_are_counted(write_file: WriteFile) -> None
     prompts = write_file("prompts.jsonl", lines({"prompt": [user("s")]}))
     overlaps = check_files([str(path) for path in (train, valid, prompts)]).overlaps
     # Both pairs of "q" have a whole prompt of train; the conversation that opens with "r" goes on from there.
-    found = [(o.first, o.second, o.num_same_prompt, o.num_same_first_message) for o in overlaps]
+    found = [(o.first, o.second, o.same_prompt, o.same_first_message) for o in overlaps]
     assert found == [
-        (str(train), str(valid), 2, 3),
-        (str(train), str(prompts), 0, 0),
-        (str(valid), str(prompts), 1, 1),
+        (str(train), str(valid), [f"{valid}:1", f"{valid}:2"], [f"{valid}:1", f"{valid}:2", f"{valid}:4"]),
+        (str(train), str(prompts), [], []),
+        (str(valid), str(prompts), [f"{prompts}:1"], [f"{prompts}:1"]),
     ]
 
 
@@ -221,7 +227,8 @@ def test_the_check_names_the_overlap_of_files(write_file: WriteFile) -> None:
     one, two = write_file("one.jsonl", lines(demo("q", "a"))), write_file("two.jsonl", lines(demo("q", "b")))
     other = write_file("other.jsonl", lines(demo("r", "a")))
     result = CliRunner().invoke(app, ["check", str(one), str(two)])
-    assert f"{two}: 1 rows open with the same user message as a row of {one}, 1 have its whole prompt" in result.stdout
+    found = f"{two}: 1 rows open with the same user message as a row of {one}, 1 have its whole prompt: {two}:1."
+    assert found in result.stdout
     result = CliRunner().invoke(app, ["check", str(one), str(other)])
     assert "No prompt of one file opens with the same user message" in result.stdout
 

@@ -91,6 +91,9 @@ def test_every_recipe_validates(path, monkeypatch, tmp_path):
     }
     whole = {"sft", "rm", "reject", "ppo", "eval"}
     assert {stage.config.stage for stage in plan.stages} >= part_of_the_method.get(path.name, whole)
+    for stage in plan.stages:  # a draw from all rows together would leave out most of what earlier stages made
+        if stage.config.stage == "sft" and any(name.startswith(f"{tmp_path}/runs") for name in stage.config.data.train):
+            assert stage.config.data.max_rows is None, stage.name
 
 
 def test_a_pipeline_reports_the_problems_of_all_stages_together(tmp_path):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from alignment.converters import STRENGTHS, ConversionSummary, convert_file
 from alignment.data import load_dialogues, load_rows, pick, read_lines, split_by_prompt, write_rows
-from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, guess_layout, parse_row
+from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, guess_layout, parse_row, some
 from alignment.dialogue import Candidate, Dialogue, PreferencePair, RowError
 from alignment.errors import DataError, ModelError
 from alignment.layouts import CONVERTERS, RatingBins, Strength
@@ -169,7 +169,7 @@ def _print_file(console: Console, file: FileReport) -> None:
             line(f"  ratings             {_counts(file.ratings)}")
             line(f"  safety bins         {_counts(file.safety_bins)}")
             line(f"  chosen is longer    {file.chosen_longer_rate:.1%}")
-        line(f"  exact repeats       {file.num_duplicates:,}")
+        line(f"  exact repeats       {len(file.duplicates):,}")
         if file.kind != "candidates":
             line(f"  share their prompt  {file.num_shared_prompts:,}")
         if set(file.sources) != {""}:
@@ -212,11 +212,12 @@ def _bar(histogram: Mapping[int, int], start: int) -> str:
 
 
 def _print_overlaps(console: Console, overlaps: list[Overlap]) -> None:
-    found = [overlap for overlap in overlaps if overlap.num_same_first_message]
+    found = [overlap for overlap in overlaps if overlap.same_first_message]
     for overlap in found:
+        whole = f", {len(overlap.same_prompt):,} have its whole prompt" if overlap.same_prompt else ""
         text = (
-            f"{overlap.second}: {overlap.num_same_first_message:,} rows open with the same user message as a row of "
-            f"{overlap.first}, {overlap.num_same_prompt:,} have its whole prompt"
+            f"{overlap.second}: {len(overlap.same_first_message):,} rows open with the same user message as a row of "
+            f"{overlap.first}{whole}{some(overlap.same_first_message)}"
         )
         console.print(text, style="yellow", markup=False, soft_wrap=True)
     if not found:
