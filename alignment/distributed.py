@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -107,9 +108,11 @@ def check_split(accelerator: Accelerator) -> None:
 
 def compute_in(accelerator: Accelerator, dtype: torch.dtype) -> None:
     """Lets the caller's own autocast decide, and FSDP gather weights and sum gradients in this type, which it does not
-    reach. Call before `prepare`: accelerate would wrap models in the type that the process's first stage trained in.
+    reach. Call before `prepare`: accelerate would wrap models, and scale losses, by what it was told when the process
+    first used it, by a launcher or another training, whose unfinished accumulation of gradients would hold back steps.
     """
-    accelerator.native_amp = False
+    accelerator.native_amp, accelerator.scaler = False, None
+    accelerator.gradient_state._set_sync_gradients(True)
     if is_split(accelerator):
         plugin = accelerator.state.fsdp_plugin
         plugin.mixed_precision_policy = None
@@ -186,6 +189,7 @@ def leave_process_group() -> None:
     the other processes may wait in a collective, which would hold this one up: there the launcher ends them.
     """
     PartialState().destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)  # which still says that there is one
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from alignment.errors import ConfigError
@@ -36,10 +37,19 @@ def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
 
 
 def process_state(device: str) -> PartialState:
-    """accelerate's state of this process, on `auto`, `cpu` or `cuda`. Raises ConfigError where that is missing."""
+    """accelerate's state of this process, on `auto`, `cpu` or `cuda`. Raises ConfigError where that is missing.
+
+    Where the process has used another device before, as a notebook may, the state is made anew.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device: cuda, but torch finds no CUDA device here. Use auto or cpu.")
-    return PartialState(cpu=device == "cpu")
+    fastest = torch.accelerator.current_accelerator()
+    wanted = "cpu" if device == "cpu" or fastest is None else fastest.type
+    state = PartialState(cpu=device == "cpu")
+    if state.device.type != wanted and state.num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=device == "cpu")
+    return state
 
 
 def tune_allocator() -> None:

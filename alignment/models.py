@@ -244,6 +244,7 @@ def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
         model.save_pretrained(folder, state_dict=dict(weights))
         config = copy.deepcopy(model.config)
         config.dtype = torch.float32  # what it has just been written with is the type in memory
+        config.use_cache = True  # Trainer turns it off
         config.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         if adapter is not None:

@@ -90,13 +90,18 @@ class Run:
         return self.path / "model"
 
     def dtype(self, device: torch.device, name: str) -> torch.dtype:
-        """The type to compute in; a resumed run keeps what it began with, whatever `auto` would say now."""
+        """The type to compute in, the same on all processes, which call it.
+
+        A resumed run keeps what it began with, whatever `auto` would say now.
+        """
         import torch
 
         from alignment import hardware
+        from alignment.distributed import gather_objects
 
         if "compute_dtype" not in self._manifest:
-            self.note(compute_dtype=str(hardware.compute_dtype(device, name)).removeprefix("torch."))
+            found = gather_objects(hardware.compute_dtype(device, name))[0]  # CPUs are timed
+            self.note(compute_dtype=str(found).removeprefix("torch."))
         return getattr(torch, self._manifest["compute_dtype"])
 
     def noted(self, name: str) -> Any:

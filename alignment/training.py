@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from alignment.config import ModelSection, OptimSection, RunSection, TrainSectio
 from alignment.distributed import check_split, gather_objects, is_split
 from alignment.errors import TrainingError
 from alignment.prefix_batch import PrefixBatch
-from alignment.progress import ProgressBar
+from alignment.progress import ProgressBar, console
 from alignment.runs import Run, mark_complete
 
 
@@ -90,8 +91,25 @@ class GlobalBatchMixin:
         Raises ConfigError where the models would be split over processes in a way that is not supported.
         """
         check_split(self.accelerator)
+        if self.args.n_gpu > 1:
+            console.print(
+                f"{self.args.n_gpu} GPUs are here, one is used. For all of them: accelerate launch --multi_gpu "
+                "--num_processes N -m alignment.cli.main ..."
+            )
+            self.args._n_gpu = 1  # Trainer would take torch's DataParallel
         self._schedule, self._batcher, self._loss_function = schedule, batcher, loss_function
         self.step_metrics: dict[str, float] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; whatever happens, the bar is closed, and the run of Weights & Biases, which it leaves open."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, RunCallback):
+                    callback.close()
+            if (wandb := sys.modules.get("wandb")) and "wandb" in self.args.report_to:
+                wandb.finish()  # the next stage of a pipeline would go on in it
 
     def get_train_dataloader(self) -> DataLoader:
         """All processes see all steps; each takes its own share of the rows in `training_step`."""
@@ -194,8 +212,8 @@ class RunCallback(TrainerCallback):
         if self.run.writes:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Closes the bar."""
+    def close(self) -> None:
+        """Closes the bar: an open one leaves a terminal without its cursor."""
         if self.bar is not None:
             self.bar.__exit__(None, None, None)
 
@@ -214,6 +232,8 @@ def training_arguments(
     optim, seed = config.optim, config.run.seed
     # transformers' default is a folder among the checkpoints, which a finished run removes.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
+    # A launcher's --mixed_precision and accelerate's configuration file would count for more than bf16=False.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if dtype == torch.bfloat16 else "no"
     name, extra = scheduler_name(optim)
     return {
         "output_dir": str(run.path / "checkpoints"),

@@ -171,7 +171,7 @@ def _nothing_left(left_out: Mapping[str, int], limit: str) -> str:
 def _check_labels(config: RewardModelConfig, train: Sequence[EncodedPair]) -> None:
     """The gate reads sigmoid(score) as P(safe), which a safety model learns from labels alone."""
     labelled = any(label is not None for pair in train for label in (pair.chosen_safe, pair.rejected_safe))
-    if config.kind == "safety" and config.safety_loss_weight is None and not labelled:
+    if config.kind == "safety" and config.safety_loss_weight != 0 and not labelled:
         raise DataError(
             "data.train: kind=safety, but no response carries a safety label, so sigmoid(score) could not be read as "
             "P(safe). Add chosen_safe and rejected_safe (true or false) to rows that were judged, or set "

@@ -15,11 +15,19 @@ from alignment.compilation import compile_layers
 from alignment.data import write_rows
 from alignment.errors import TrainingError
 from alignment.hardware import process_state
+from alignment.isolation import isolated
 from alignment.logprobs import branch_scores
 from alignment.models import add_lora, load_chat_of, load_reward_model, save_model
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
-from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepSchedule, training_arguments, use_run
+from alignment.training import (
+    GlobalBatchMixin,
+    LossFunction,
+    MicroBatch,
+    StepSchedule,
+    training_arguments,
+    use_run,
+)
 from reward_models.config import RewardModelConfig
 from reward_models.evaluate import evaluate_pairs, scored_row
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss
@@ -34,6 +42,7 @@ class RewardTrainer(GlobalBatchMixin, Trainer):
     """transformers' Trainer on prefix-shared pairs."""
 
 
+@isolated()
 def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains a reward model, measures it on held-out pairs, saves it; returns the headline figures."""
     state = process_state(config.run.device)

@@ -15,6 +15,7 @@ from alignment.chat import ChatFormat
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Candidate, Prompt
 from alignment.hardware import process_state
+from alignment.isolation import isolated
 from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.models import load_chat_of
 from alignment.prefix_batch import Branch, Tree
@@ -36,6 +37,7 @@ from rlhf.refusals import is_refusal
 from rlhf.rollout import RewardModels, guard_scores, judges_context, judges_of, load_scorer
 
 
+@isolated()
 def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples one answer a prompt from every policy with the same seed, scores all, compares with the first policy."""
     state = process_state(config.run.device)

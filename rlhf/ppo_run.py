@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,6 +13,7 @@ from alignment.data import load_prompts
 from alignment.distributed import check_split, is_split
 from alignment.errors import ConfigError
 from alignment.hardware import process_state
+from alignment.isolation import isolated
 from alignment.models import save_model
 from alignment.progress import ProgressBar, console
 from alignment.runs import newest_checkpoint, open_run
@@ -24,6 +27,7 @@ from rlhf.ppo import PPOTrainer, iteration_seed
 from rlhf.rollout import judges_context, judges_of
 
 
+@isolated()
 def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains the policy; returns the headline figures."""
     state = process_state(config.run.device)
@@ -34,9 +38,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
     dtype = run_dir.dtype(accelerator.device, config.model.dtype)
-    if config.run.report_to:
-        accelerator.init_trackers("align-ppo")
-    with open_policy_vllm(config, dtype) as vllm:
+    with _trackers(accelerator, config), open_policy_vllm(config, dtype) as vllm:
         trainer = PPOTrainer(config, accelerator, dtype, vllm)
         separate = trainer.models.separate
         run_dir.note(backbone=f"separate: {separate}" if separate else "shared")
@@ -82,8 +84,6 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
                 if done % config.train.save_every == 0:
                     extra = {"beta": trainer.beta, "watch": watch.state(), "held_out": held_out.state_dict()}
                     save_checkpoint(run_dir, done, trainer.learners, extra)
-    for tracker in accelerator.trackers:
-        tracker.finish()
     accelerator.wait_for_everyone()
     is_best = held_out.restore_best(policy)
     model = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
@@ -107,6 +107,18 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     )
     run_dir.clear_checkpoints()
     return result
+
+
+@contextmanager
+def _trackers(accelerator: Accelerator, config: PPOConfig) -> Iterator[None]:
+    """The trackers of `run.report_to`, finished whatever happens: W&B's run would stay open for the next stage."""
+    if config.run.report_to:
+        accelerator.init_trackers("align-ppo")
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _accelerator(config: PPOConfig) -> Accelerator:

@@ -13,6 +13,7 @@ from alignment.data import load_prompts, load_rows, write_rows
 from alignment.dialogue import Candidate, Messages, RowError, as_response
 from alignment.errors import DataError
 from alignment.hardware import process_state
+from alignment.isolation import isolated
 from alignment.metrics import mean_interval
 from alignment.models import load_chat_of
 from alignment.runs import Run, open_run, write_json
@@ -24,6 +25,7 @@ from rlhf.rollout import RewardModels, judges_context, judges_of
 from rlhf.selection import as_dialogue, by_prompt, choose_temperature, select_best
 
 
+@isolated()
 def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples, scores, selects; returns the headline figures.
 

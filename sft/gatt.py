@@ -9,6 +9,7 @@ from typing import Any
 from alignment.data import write_rows
 from alignment.errors import DataError
 from alignment.hardware import process_state
+from alignment.isolation import isolated
 from alignment.metrics import wilson_interval
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
@@ -18,6 +19,7 @@ from sft.conversation import Plan, Speaker, load_own, load_seeds, make_plans
 from sft.ghost_attention import choose_answer, context, every_turn, first_turn, training_dialogue
 
 
+@isolated()
 def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples the dialogues and writes them.
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from alignment.errors import DataError
 from alignment.hardware import compute_dtype, process_state
+from alignment.isolation import isolated
 from alignment.metrics import mean_interval, show, wilson_interval
 from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
@@ -26,6 +27,7 @@ from sft.ghost_attention import Answer, context, first_turn
 Row = Mapping[str, Any]
 
 
+@isolated()
 def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Holds the dialogues with every policy, judges them; writes dialogues, table, curve and attention picture."""
     state = process_state(config.run.device)

@@ -15,6 +15,7 @@ from alignment.compilation import compile_layers
 from alignment.data import load_dialogues, pick
 from alignment.errors import DataError
 from alignment.hardware import process_state
+from alignment.isolation import isolated
 from alignment.models import add_lora, load_chat_model, load_chat_of, save_model
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import BeforeTraining, GlobalBatchMixin, StepSchedule, training_arguments, use_run
@@ -27,6 +28,7 @@ class MaskedSFTTrainer(GlobalBatchMixin, trl.SFTTrainer):
     """TRL's trainer on ready token ids and masks; micro-batches and loss are ours."""
 
 
+@isolated()
 def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     """Fine-tunes, evaluates before and after, saves; returns the headline figures."""
     state = process_state(config.run.device)

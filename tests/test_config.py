@@ -30,6 +30,7 @@ from alignment.config import (
 from alignment.errors import ConfigError
 from alignment.hardware import process_state
 from reward_models.config import RewardModelConfig
+from rlhf.config import PPOConfig
 from sft.config import GattConfig, SFTConfig
 
 
@@ -91,6 +92,15 @@ def test_the_stages_have_the_papers_numbers():
     rm = build_config(RewardModelConfig, {**data, "kind": "safety"}, "test")
     assert (rm.optim.lr, rm.train.epochs, rm.train.batch_size, rm.optim.min_warmup_steps) == (1e-5, 1.0, 512, 5)
     assert (rm.margin, rm.veto) == ("small", "drop")
+    assert (rm.optim.warmup_fraction, rm.optim.schedule, rm.optim.final_lr_fraction) == (0.03, "cosine", 0.1)
+    for optim in (sft.optim, rm.optim):
+        assert (optim.schedule, optim.final_lr_fraction, optim.weight_decay) == ("cosine", 0.1, 0.1)
+    judges = {"rewards": {"helpfulness": "toy", "safety": "toy"}, "prompts": {"prompts": "org/rows"}}
+    ppo = build_config(PPOConfig, {"model": "toy", "run": data["run"], **judges}, "test")
+    assert (ppo.optim.lr, ppo.optim.schedule, ppo.optim.betas, ppo.optim.eps) == (1e-6, "constant", (0.9, 0.95), 1e-5)
+    assert (ppo.optim.weight_decay, ppo.optim.max_grad_norm) == (0.1, 1.0)
+    assert (ppo.train.batch_size, ppo.train.minibatch_size) == (512, 64)
+    assert ppo.ppo.beta in (0.01, 0.005) and ppo.ppo.clip_range == 0.2 and ppo.rewards.threshold == 0.15
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name():

@@ -118,6 +118,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
         def __init__(self, model: str, *, dtype: object = "auto", enforce_eager: bool = False, **kwargs: Any) -> None:
             if kwargs.get("max_num_seqs") == 0:
                 raise ValueError("first line\nno room")
+            torch.set_num_threads = lambda _: None  # as vLLM does on a CPU
             self.llm_engine = FakeEngine({"model": model, "dtype": dtype, "enforce_eager": enforce_eager, **kwargs})
             started.append(self.llm_engine)
 
@@ -143,6 +144,13 @@ def test_settings_become_arguments_of_vllm_and_the_users_replace_them(fake):
     assert (theirs["dtype"], theirs["max_num_seqs"], theirs["max_model_len"]) == ("float16", 3, 9)
     assert ours["logprobs_mode"] == "processed_logprobs"
     assert [engine.shut_down for engine in fake] == [1, 1]
+
+
+def test_the_number_of_threads_can_be_set_while_vllm_runs(fake):
+    """By the stages that follow, and by the threads that score what it sampled."""
+    set_num_threads = torch.set_num_threads
+    with opened(engine="vllm"):
+        assert torch.set_num_threads is set_num_threads
 
 
 def test_vllm_is_not_started_on_more_than_the_models_context(fake):

@@ -126,7 +126,7 @@ def test_a_whole_batch_of_masked_answers_changes_no_weight(settings):
 @pytest.mark.parametrize(
     "settings_of_model", [[], ["lora.r=4"], ["sampling.num_candidates=2", "sampling.temperature=0.7"]]
 )
-def test_the_first_minibatch_has_ratio_one_and_the_first_iteration_no_divergence(settings, settings_of_model):
+def test_a_minibatch_is_one_step_and_the_first_has_ratio_one(settings, settings_of_model):
     """Old, new and reference log-probabilities come from one forward, at the sampling temperature, however batched."""
     trainer = trainer_of(settings, *settings_of_model, "train.max_tokens_per_batch=40")
     prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
@@ -135,6 +135,9 @@ def test_the_first_minibatch_has_ratio_one_and_the_first_iteration_no_divergence
     assert abs(first["kl"]) < 1e-4 and abs(first["kl_k3"]) < 1e-4
     second = trainer.iterate(prompts, seed=1)
     assert second["kl_k3"] > 1e-4
+    minibatches = len(prompts) * trainer.config.sampling.num_candidates // trainer.config.train.minibatch_size
+    for learner in trainer.learners.values():
+        assert {int(state["step"]) for state in learner.optimizer.state.values()} == {2 * minibatches}
     assert max(first["sampler_gap"], second["sampler_gap"]) < 1e-5
 
 

@@ -93,6 +93,7 @@ def test_rows_are_kept_to_the_context_of_the_model(tmp_path):
         ([pair(0, **VETO)], ["kind=safety"], "no pair is left to train on: 1 vetoed"),
         ([pair(0)], ["kind=helpfulness", "data.max_length=5"], "1 too_long .*over data.max_length, 5 tokens"),
         ([pair(0)], ["kind=safety"], "no response carries a safety label"),
+        ([pair(0)], ["kind=safety", "safety_loss_weight=2"], "no response carries a safety label"),
     ],
 )
 def test_a_training_set_that_cannot_be_used_says_why(tmp_path, rows, settings, reason):

@@ -55,6 +55,7 @@ def test_what_cannot_be_saved_whole_is_refused_before_training(kind, version, me
     plugin = SimpleNamespace(fsdp_version=version)
     trainer = GlobalBatchMixin()
     trainer.accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer.args = SimpleNamespace(n_gpu=1)
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
         trainer.use_steps(StepSchedule(1, TrainSection(), seed=0), lambda rows: rows, lambda model, part: part)
 

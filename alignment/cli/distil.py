@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from alignment.distributed import for_all, map_over_processes
+from alignment.isolation import isolated
 from alignment.progress import ProgressBar
 from reward_models.score import Scorer
 from rlhf.rollout import judges_context
@@ -15,6 +16,7 @@ from sft import context_distillation
 from sft.config import DistilConfig
 
 
+@isolated()
 def run(config: DistilConfig, *, resume: bool = False) -> dict[str, Any]:
     """See `sft.context_distillation.run`. Raises ModelError where `safety` is no reward model, before any sampling."""
     context = judges_context({"safety": config.safety})

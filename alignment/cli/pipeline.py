@@ -146,17 +146,13 @@ def _names_a_folder(values: Mapping[str, Any]) -> bool:
 
 def run_stages(plan: Pipeline) -> None:
     """Runs what is not finished, prints the summary, and writes `summary.json` and `report.html` beside the runs."""
-    import torch
     from accelerate import PartialState
-
-    from alignment.hardware import reset_peak_memory
 
     for stage in plan.stages:
         if is_finished(stage.path) and not stage.again:
             _check_unchanged(stage)
     # A process group can be made only once.
     state = PartialState(cpu=all(stage.config.run.device == "cpu" for stage in plan.stages))
-    num_threads = torch.get_num_threads()  # this process's share of the cores
     for number, stage in enumerate(plan.stages, start=1):
         heading = f"[{number}/{len(plan.stages)}] {stage.name}"
         if is_finished(stage.path) and not stage.again:
@@ -170,8 +166,6 @@ def run_stages(plan: Pipeline) -> None:
         config = stage.config
         if stage.again:
             config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
-        reset_peak_memory()
-        torch.set_num_threads(num_threads)  # a stage may ask for another number
         state.wait_for_everyone()
         run = STAGES[config.stage].of_kind(getattr(config, "kind", None)).run_function()
         result = run(config, resume=resume)

@@ -127,9 +127,11 @@ def _config(stage: str, values: Mapping[str, Any], where: str) -> StageConfig:
     filled = {key: value for key, value in _PLACEHOLDERS.items() if key in cls.model_fields}
     if stage == "eval":
         filled.pop("kind")
-    if "rewards" in cls.model_fields and "rewards" not in values:
-        model = values.get("model") or next(iter(values.get("policies", {"": None}).values()))
-        filled["rewards"] = {"helpfulness": model, "safety": model}
+    policy = values.get("model") or next(iter(values.get("policies", {"": None}).values()))
+    if "rewards" in cls.model_fields:
+        filled["rewards"] = {"helpfulness": policy, "safety": policy}
+    if "safety" in cls.model_fields:
+        filled["safety"] = policy
     return build_config(cls, merge(filled, values), where, check_inputs=False)
 
 

@@ -247,7 +247,11 @@ def _check_arguments(vllm: Any, given: Mapping[str, Any]) -> None:
 def _start(model: str, arguments: Mapping[str, Any]) -> vllm.LLM:
     import vllm
 
-    return vllm.LLM(model=model, skip_tokenizer_init=True, logprobs_mode="processed_logprobs", **arguments)
+    set_num_threads = torch.set_num_threads
+    try:
+        return vllm.LLM(model=model, skip_tokenizer_init=True, logprobs_mode="processed_logprobs", **arguments)
+    finally:  # on CPUs vLLM puts a function there that does nothing, for good
+        torch.set_num_threads = set_num_threads
 
 
 def _on_cpu() -> bool:
