@@ -1,4 +1,4 @@
-"""What `accelerate launch` runs in tests/launching.py, no test itself: `align`, under FSDP where the launcher says so.
+"""What tests/launching.py starts, no test itself: `align`, under FSDP where the launcher says so.
 
 accelerate takes up its FSDP plugin only where it finds several accelerators. Here it is told to, by the same lines that
 it has for those; all that follows (splitting, gathering, checkpoints) is its own code and torch's, over gloo.
@@ -6,6 +6,8 @@ it has for those; all that follows (splitting, gathering, checkpoints) is its ow
 
 import os
 import signal
+import sys
+from collections.abc import Sequence
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -33,11 +35,16 @@ def mark_and_die(folder):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def run_as_launched(arguments: Sequence[str]) -> None:
     AcceleratorState.__init__ = start_with_fsdp
     if os.environ.get("DIES"):
         training.mark_complete = checkpoint.mark_complete = mark_and_die
+    sys.argv = ["align", *arguments]
     try:
         main()
     finally:
         assert bool(splits) == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+
+
+if __name__ == "__main__":
+    run_as_launched(sys.argv[1:])

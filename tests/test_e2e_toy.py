@@ -1,13 +1,11 @@
 """The toy pipeline from the command line: it learns by the computable truth, skips what is done, saves plain models."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, align
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from alignment.dialogue import Message
@@ -16,15 +14,6 @@ from alignment.models import load_chat_model, load_reward_model
 from alignment.prefix_batch import Branch, Tree, collate
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).parents[1]
-
-
-def align(*arguments: str, cwd: Path = ROOT, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "alignment.cli.main", *map(str, arguments)],
-        capture_output=True, text=True, input=stdin, cwd=cwd, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
-    )  # fmt: skip
 
 
 def result(path: Path) -> dict:
@@ -143,22 +132,22 @@ def test_two_reward_models_are_compared_by_the_scores_they_left(pipeline):
 
 def test_score_sample_and_chat_work_on_the_results(pipeline, tmp_path):
     cache = {"ALIGN_CACHE_DIR": str(pipeline.parent / "cache")}
-    report = align("score", pipeline / "rm-safety", "toy:safety.valid", "--json", **cache)
+    report = align("score", pipeline / "rm-safety", "toy:safety.valid", "--json", env=cache)
     assert report.returncode == 0, report.stderr
     assert json.loads(report.stdout)["accuracy"]["value"] > 0.7  # vetoed pairs included, which it is right to miss
 
     out = tmp_path / "candidates.jsonl"
     options = ("--num-candidates", "3", "--max-new-tokens", "12", "--max-prompts", "5", "--out", out)
-    sampled = align("sample", pipeline / "ppo", "toy:prompts.heldout", *options, **cache)
+    sampled = align("sample", pipeline / "ppo", "toy:prompts.heldout", *options, env=cache)
     assert sampled.returncode == 0, sampled.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2] * 5
 
     scored = tmp_path / "scored.jsonl"
-    assert align("score", pipeline / "rm-helpfulness", out, "--out", scored, **cache).returncode == 0
+    assert align("score", pipeline / "rm-helpfulness", out, "--out", scored, env=cache).returncode == 0
     assert all(0 < json.loads(line)["probability"] < 1 for line in scored.read_text().splitlines())
 
-    talk = align("chat", pipeline / "ppo", "--safety", pipeline / "rm-safety", stdin="give c\nmore d\n", **cache)
+    talk = align("chat", pipeline / "ppo", "--safety", pipeline / "rm-safety", stdin="give c\nmore d\n", env=cache)
     assert talk.returncode == 0, talk.stderr
     assert talk.stderr.count("P(safe)") == 2 and "P(safe)" not in talk.stdout
 

@@ -2,9 +2,6 @@
 
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import DDP, launch_two
+from processes import start
 from safetensors.torch import load_file
 
 from alignment.cli.pipeline import load_pipeline, run_stages
@@ -24,7 +22,6 @@ from alignment.models import load_reward_model
 from alignment.runs import Run
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).parents[1]
 
 COMMON = ["model.dtype=float32", "run.device=cpu", "run.seed=3", "train.save_every=3"]
 TRAIN = [*COMMON, "data.max_length=128", "data.max_rows=160", "train.batch_size=8", "train.epochs=1", "optim.lr=1e-3"]
@@ -37,20 +34,21 @@ STAGE_SETTINGS = {
 
 
 def command(stage: str, settings: list[str], run_dir: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "alignment.cli.main", stage, *settings, f"run.dir={run_dir}", *options]
+    return [stage, *settings, f"run.dir={run_dir}", *options]
 
 
 def kill_when(reached: Callable[[], bool], arguments: list[str], run_dir: Path, *, delay: float = 0.0) -> None:
     """Kills a training `delay` seconds after `reached` holds, wherever it is by then."""
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    streams = run_dir.with_name(f"{run_dir.name}-streams")
+    process = start(arguments, streams)
     deadline = time.monotonic() + 240
     while not reached():
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        assert process.is_alive(), (streams / "stderr").read_text()[-2000:]
         assert time.monotonic() < deadline, "it did not get so far"
         time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert json.loads((run_dir / "manifest.json").read_text())["status"] == "running", "it ended before the kill"
 
 
@@ -329,8 +327,8 @@ def test_a_stage_made_from_an_older_run_is_not_passed_off_as_finished(tmp_path):
     run_stages(load_pipeline(path, [f"runs={tmp_path}/runs"], from_stage="second"))
 
 
-def run_in_two_processes(stage: str, settings: list[str], run_dir: Path) -> None:
-    launch_two(DDP, stage, settings, run_dir)
+def run_in_two_processes(stage: str, settings: list[str], run_dir: Path, **options: bool) -> None:
+    launch_two(DDP, stage, settings, run_dir, **options)
     assert json.loads((run_dir / "manifest.json").read_text())["num_processes"] == 2
 
 
@@ -356,7 +354,7 @@ def test_two_processes_take_the_same_steps_as_one(stage, tmp_path, request):
     else:
         settings = [*STAGE_SETTINGS[stage], "data.max_rows=44", *(["lora.dropout=0"] if models else [])]
     run_here(name, settings, tmp_path / "one", resume=False)
-    run_in_two_processes(name, settings, tmp_path / "two")
+    run_in_two_processes(name, settings, tmp_path / "two", by_torchrun=stage == "sft")
     one, two = (load_file(tmp_path / count / "model" / "model.safetensors") for count in ("one", "two"))
     for key in one:
         assert (one[key] - two[key]).abs().max() < 1e-5, key
