@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -239,13 +240,15 @@ def reward_folder(tmp_path: Path, make_reward_model: Callable[..., Any], make_to
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished toy pipeline, run in a fresh process with an empty cache."""
-    folder = tmp_path_factory.mktemp("toy")
-    arguments = ["run", "recipes/toy/pipeline.yaml", f"runs={folder}/runs"]
-    done = subprocess.run(
-        [sys.executable, "-m", "alignment.cli.main", *arguments],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
-        env={**os.environ, "ALIGN_CACHE_DIR": str(folder / "cache")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    """The finished toy pipeline, run in a fresh process with an empty cache, once for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toy-pipeline"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "runs" / "summary.json").exists():
+            done = subprocess.run(
+                [sys.executable, "-m", "alignment.cli.main", "run", "recipes/toy/pipeline.yaml", f"runs={folder}/runs"],
+                capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
+                env={**os.environ, "ALIGN_CACHE_DIR": str(folder / "cache")},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs"

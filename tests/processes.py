@@ -16,7 +16,8 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
     "alignment.cli.main", "alignment.cli.stages", "alignment.cli.pipeline", "alignment.cli.scoring",
     "alignment.cli.inference", "alignment.cli.chat", "alignment.report", "sft.trainer", "sft.gatt",
-    "sft.gatt_evaluation", "alignment.cli.distil", "reward_models.trainer", "rlhf.ppo_run", "rlhf.rejection_sampling", "rlhf.evaluate",
+    "sft.gatt_evaluation", "alignment.cli.distil", "reward_models.trainer", "rlhf.ppo_run", "rlhf.rejection_sampling",
+    "rlhf.evaluate",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 ])  # fmt: skip
 
