@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 
+from alignment.cli.stages import STAGES
 from alignment.config import load_config
 from alignment.distributed import compute_in
 from alignment.hardware import process_state
@@ -130,3 +131,9 @@ def test_the_device_is_the_settings_whatever_the_process_used_before():
 def test_a_saved_model_answers_with_a_cache(tmp_path):
     sft_trainer.run(sft_config(tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["use_cache"] is True
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_is_isolated(name):
+    for kind in (None, *STAGES[name].kinds):
+        assert STAGES[name].of_kind(kind).run_function().__wrapped__.__module__ != "alignment.isolation"

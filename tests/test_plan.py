@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import torch
@@ -408,6 +409,20 @@ def test_fewer_responses_side_by_side_are_advised_though_their_number_was_left_t
     assert any(tip.startswith(f"sampling.max_rows={plan.responses // 2}: ") for tip in tips)
     assert any(tip.startswith("prompts.max_prompt_length=256: ") for tip in tips)
     assert any(tip.startswith("sampling.max_new_tokens=64: ") for tip in tips)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "judges"),
+    [
+        ("distil", ["model=toy"], ["safety"]),
+        ("reject", ["model=toy", "rewards.max_tokens_per_batch=64"], ["rewards.helpfulness", "rewards.safety"]),
+        ("eval", ["policies.a=toy", "rewards.safety=llama-2-7b"], ["rewards.helpfulness"]),
+    ],
+)
+def test_a_reward_model_that_is_not_named_has_the_policys_shape(stage, settings, judges):
+    configs, _ = load_stages(None, stage, settings)
+    for judge in judges:
+        assert attrgetter(judge)(configs[stage]).path == "toy"
 
 
 def test_smaller_minibatches_and_upper_layers_are_advised():
