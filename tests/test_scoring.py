@@ -134,7 +134,7 @@ def test_unfinished_rows_of_other_data_are_not_gone_on_with(reward_folder, respo
     out = tmp_path / "scored.jsonl"
     scoring.PartialFile.open(out, {"model": "another", "data": []}, resume=False).begin("float32")
     result = align("score", reward_folder, responses, "--out", out, "--resume")
-    assert isinstance(result.exception, RunError) and "another model or other data" in str(result.exception)
+    assert isinstance(result.exception, RunError) and "another model, other data or settings" in str(result.exception)
 
 
 def test_a_file_that_is_there_is_not_written_over(reward_folder, responses, tmp_path):

@@ -217,6 +217,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
     engine: Annotated[str, typer.Option(help="torch or vllm.")] = "torch",
     out: Annotated[Path | None, typer.Option(help="Write rows here; the terminal otherwise.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted call that had --out.")] = False,
 ) -> None:
     """Sample K responses to each prompt of a file."""
     from alignment.cli.inference import sample_file
@@ -230,7 +231,7 @@ def sample(
         "max_new_tokens": max_new_tokens,
         "engine": engine,
     }
-    sample_file(model, prompts, settings, max_prompts=max_prompts, seed=seed, out=out)
+    sample_file(model, prompts, settings, max_prompts=max_prompts, seed=seed, out=out, resume=resume)
 
 
 @app.command()

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data import write_rows
+from alignment.data import file_sha256, write_rows
 from alignment.errors import RunError
-from alignment.runs import check_new_file, write_json
+from alignment.models import model_folder
+from alignment.runs import check_new_file, weights_sha256, write_json
+from alignment.sources import find_data
 
 Row = dict[str, Any]
 
 
 class PartialFile:
-    """Rows scored so far, beside the file they will become: `F.jsonl.partial`, and what they were made from.
+    """Rows made so far, beside the file they will become: `F.jsonl.partial`, and what they were made from.
 
     The rows never stand without the other file, which alone means that nothing is done. Without `out` nothing is kept.
     """
@@ -42,7 +44,7 @@ class PartialFile:
         known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
         dtype = known.pop("dtype", None)
         if dtype is None or known != made_from:
-            raise RunError(f"{data}: was made with another model or other data. Remove it and {about}.")
+            raise RunError(f"{data}: was made with another model, other data or settings. Remove it and {about}.")
         return cls(out, made_from, dtype, *_whole_blocks(data))
 
     def begin(self, dtype: str) -> None:
@@ -71,15 +73,27 @@ class PartialFile:
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")  # a Hub's rows may hold dates
             file.write(json.dumps({"prompts_done": self.num_prompts}) + "\n")
 
-    def finish(self) -> None:
-        """Turns the partial file into the final one."""
+    def finish(self, rows: Iterable[Row] | None = None) -> None:
+        """Turns the partial file into the final one: its rows as they stand, or these, which are the same in order."""
         if self.out is None:
             return
         data, about = _partial_paths(self.out)
         with data.open(encoding="utf-8") as lines:
-            write_rows(self.out, (row for row in map(json.loads, lines) if "prompts_done" not in row))
+            as_they_stand = (row for row in map(json.loads, lines) if "prompts_done" not in row)
+            write_rows(self.out, as_they_stand if rows is None else rows)
         data.unlink()
         about.unlink()
+
+
+def model_hash(model: str) -> str:
+    """Of a model's weights on disk; a Hub's model is known by its name."""
+    folder = model_folder(model)
+    return weights_sha256(folder) if isinstance(folder, Path) else model
+
+
+def data_hashes(files: Sequence[str]) -> list[str]:
+    """Of files' contents; other sources are known by their names."""
+    return [file_sha256(found) if isinstance(found := find_data(name), Path) else str(name) for name in files]
 
 
 def _partial_paths(out: Path) -> tuple[Path, Path]:

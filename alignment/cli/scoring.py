@@ -14,14 +14,13 @@ from accelerate import PartialState
 from rich.console import Console
 
 from alignment.chat import ChatFormat
-from alignment.cli.partial_file import PartialFile, Row
+from alignment.cli.partial_file import PartialFile, Row, data_hashes, model_hash
 from alignment.config import build_section
-from alignment.data import file_sha256, load_pairs, load_rows, raise_together, read_lines, stream_rows
+from alignment.data import load_pairs, load_rows, raise_together, read_lines, stream_rows
 from alignment.dialogue import Candidate, Messages, PreferencePair, RowError, as_response, optional_number
 from alignment.errors import AlignError, DataError
-from alignment.models import load_chat_of, model_folder
+from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
-from alignment.runs import weights_sha256
 from alignment.sources import find_data
 from reward_models.calibration import sigmoid
 from reward_models.config import EvaluationSection
@@ -52,7 +51,7 @@ def score_files(
         mixed = ", ".join(f"{name} ({'pairs' if pairs else 'responses'})" for name, pairs in kinds.items())
         raise DataError(f"pairs and responses in one call: {mixed}. Score them in two.")
     is_pairs = all(kinds.values())
-    partial = PartialFile.open(out, {"model": _model_hash(model), "data": _data_hashes(files)}, resume=resume)
+    partial = PartialFile.open(out, {"model": model_hash(model), "data": data_hashes(files)}, resume=resume)
     context = _Context(*load_chat_of(model))
     pairs = load_pairs(files).rows if is_pairs else []
     context.check_pairs(pairs)
@@ -265,15 +264,6 @@ def _held_out_scores(model: str) -> str | None:
 
     file = Path(model) / HELD_OUT_SCORES
     return str(file) if file.is_file() and file.stat().st_size else None
-
-
-def _model_hash(model: str) -> str:
-    folder = model_folder(model)
-    return weights_sha256(folder) if isinstance(folder, Path) else model
-
-
-def _data_hashes(files: Sequence[str]) -> list[str]:
-    return [file_sha256(found) if isinstance(found := find_data(name), Path) else str(name) for name in files]
 
 
 def _has_pairs(name: str) -> bool:
