@@ -43,7 +43,7 @@ def process_state(device: str) -> PartialState:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device: cuda, but torch finds no CUDA device here. Use auto or cpu.")
-    fastest = torch.accelerator.current_accelerator()
+    fastest = torch.accelerator.current_accelerator(check_available=True)
     wanted = "cpu" if device == "cpu" or fastest is None else fastest.type
     state = PartialState(cpu=device == "cpu")
     if state.device.type != wanted and state.num_processes == 1:

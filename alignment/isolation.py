@@ -26,8 +26,9 @@ def isolated() -> Iterator[None]:
     reset_peak_memory()
     python, arrays, num_threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
     environment = {name: os.environ.get(name) for name in _TOLD_BY_ENVIRONMENT}
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=gpus):
             yield
     finally:
         random.setstate(python)

@@ -109,7 +109,8 @@ class GlobalBatchMixin:
                 if isinstance(callback, RunCallback):
                     callback.close()
             if (wandb := sys.modules.get("wandb")) and "wandb" in self.args.report_to:
-                wandb.finish()  # the next stage of a pipeline would go on in it
+                failed = sys.exc_info()[0] is not None
+                wandb.finish(exit_code=int(failed))  # the next stage of a pipeline would go on in it
 
     def get_train_dataloader(self) -> DataLoader:
         """All processes see all steps; each takes its own share of the rows in `training_step`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from accelerate import Accelerator
@@ -116,9 +116,13 @@ def _trackers(accelerator: Accelerator, config: PPOConfig) -> Iterator[None]:
         accelerator.init_trackers("align-ppo")
     try:
         yield
-    finally:
+    except BaseException:
         for tracker in accelerator.trackers:
-            tracker.finish()
+            with suppress(Exception):  # the first error is the one to report
+                tracker.tracker.finish(exit_code=1) if tracker.name == "wandb" else tracker.finish()
+        raise
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def _accelerator(config: PPOConfig) -> Accelerator:

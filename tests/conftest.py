@@ -244,7 +244,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toy-pipeline"
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "runs" / "summary.json").exists():
+        if not (folder / "runs" / "report.html").exists():  # what it writes last
             done = subprocess.run(
                 [sys.executable, "-m", "alignment.cli.main", "run", "recipes/toy/pipeline.yaml", f"runs={folder}/runs"],
                 capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -44,6 +45,7 @@ def launch_two(
     interpreters; unless `by_torchrun`, two processes are forked instead, which is many seconds quicker.
     """
     model_folder("toy")  # made once, before two processes want it
+    forkserver.ensure_running()  # with the environment of the tests, not with what is set below
     words = [
         *("--num_machines", "1", "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"),
         *("--dynamo_backend", "no", *split, "tests/launched_on_cpu.py", stage, *settings, f"run.dir={run_dir}"),

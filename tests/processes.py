@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
@@ -43,7 +45,7 @@ def start(
     streams.mkdir(parents=True, exist_ok=True)
     (streams / "stdin").write_text(stdin, encoding="utf-8")
     environment = {**os.environ, **(env or {})}
-    process = SERVER.Process(target=_work, args=(work, [*map(str, arguments)], streams, cwd, environment))
+    process = SERVER.Process(daemon=True, target=_work, args=(work, [*map(str, arguments)], streams, cwd, environment))
     process.start()
     return process
 
@@ -74,4 +76,6 @@ def _work(
         os.close(file)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
+    if num_threads := environment.get("OMP_NUM_THREADS"):  # the server has read its own
+        torch.set_num_threads(int(num_threads))
     work(arguments)

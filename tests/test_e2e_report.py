@@ -255,7 +255,7 @@ def test_a_phone_needs_no_sideways_scrolling_and_its_text_is_large_enough(open_p
 
 def test_a_report_of_two_pipelines_tells_their_runs_apart(pipeline, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(pipeline, other, ignore=shutil.ignore_patterns("model", "report.html"))
+    shutil.copytree(pipeline, other, ignore=shutil.ignore_patterns("model", "report.html", "*.tmp"))
     out = tmp_path / "both.html"
     done = subprocess.run(
         [sys.executable, "-m", "alignment.cli.main", "report", str(pipeline), str(other), "--out", str(out)],

@@ -417,12 +417,25 @@ def test_fewer_responses_side_by_side_are_advised_though_their_number_was_left_t
         ("distil", ["model=toy"], ["safety"]),
         ("reject", ["model=toy", "rewards.max_tokens_per_batch=64"], ["rewards.helpfulness", "rewards.safety"]),
         ("eval", ["policies.a=toy", "rewards.safety=llama-2-7b"], ["rewards.helpfulness"]),
+        ("reject", ["model={path: toy, dtype: float32}"], ["rewards.helpfulness", "rewards.safety"]),
     ],
 )
 def test_a_reward_model_that_is_not_named_has_the_policys_shape(stage, settings, judges):
     configs, _ = load_stages(None, stage, settings)
     for judge in judges:
         assert attrgetter(judge)(configs[stage]).path == "toy"
+        assert attrgetter(judge)(configs[stage]).dtype == "auto", "its own, not the policy's"
+
+
+def test_a_reward_model_that_is_named_is_planned_as_it_is():
+    configs, _ = load_stages(None, "reject", ["model={path: toy, dtype: float32}", "rewards.safety=llama-2-7b"])
+    assert (configs["reject"].rewards.safety.path, configs["reject"].rewards.safety.dtype) == ("llama-2-7b", "auto")
+
+
+@pytest.mark.parametrize("policies", ["policies={}", "policies=runs/x"])
+def test_policies_of_another_form_are_the_users_mistake(policies):
+    with pytest.raises(ConfigError, match="policies"):
+        load_stages(None, "eval", [policies])
 
 
 def test_smaller_minibatches_and_upper_layers_are_advised():

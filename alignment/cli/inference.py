@@ -15,6 +15,7 @@ from alignment.cli.partial_file import PartialFile, Row, data_hashes, model_hash
 from alignment.config import ModelSection, PromptSection, SamplingSection, build_section
 from alignment.data import load_prompts
 from alignment.dialogue import Prompt
+from alignment.errors import ConfigError, RunError
 from alignment.hardware import compute_dtype
 from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
@@ -41,16 +42,21 @@ def sample_file(
     With `out`, a prompt's candidates are written as soon as it has them all; an interrupted call goes on with `resume`.
     Raises RunError, before anything is sampled, where `out` exists or another call's rows are in its way.
     """
+    if PartialState().num_processes > 1:
+        raise ConfigError("align sample runs in one process. Start it without a launcher; align reject shares prompts.")
     prompts = build_section(PromptSection, {"prompts": [source], "max_prompts": max_prompts})
     sampling = build_section(SamplingSection, settings)
-    made_from = {"model": model_hash(model), "data": data_hashes([source])}
-    made_from |= {"settings": {**settings, "max_prompts": max_prompts, "seed": seed}}
+    made_from: Row = {"settings": {**settings, "max_prompts": max_prompts, "seed": seed}}
+    if out is not None:
+        made_from |= {"model": model_hash(model), "data": data_hashes([source])}
     partial = PartialFile.open(out, made_from, resume=resume)
     data = load_prompts([source])
     chat, context = load_chat_of(model)
     chosen = choose_prompts(data, prompts, seed)
     fitting = fit_prompts(chat, chosen, prompts, room=context - sampling.max_new_tokens)
     drawn = _by_ids(partial.rows, fitting)
+    if drawn is None:
+        raise RunError(f"{out}.partial: has other prompts than {source}. Remove it and {out}.partial.json.")
     if missing := [(prompt, ids) for prompt, ids in fitting if tuple(ids) not in drawn]:
         device, longest = PartialState().device, max(len(ids) for _, ids in fitting)
         dtype = str(compute_dtype(device, partial.dtype)).removeprefix("torch.")
@@ -66,12 +72,14 @@ def sample_file(
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _by_ids(rows: Sequence[Row], fitting: Sequence[Asked]) -> dict[tuple[int, ...], list[Row]]:
-    """The rows by what the model reads as their prompt."""
+def _by_ids(rows: Sequence[Row], fitting: Sequence[Asked]) -> dict[tuple[int, ...], list[Row]] | None:
+    """The rows by what the model reads as their prompt; None where one has another prompt than these."""
     ids_of = {json.dumps(prompt.to_json()["prompt"]): tuple(ids) for prompt, ids in fitting}
     found: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(ids_of[json.dumps(row["prompt"])], []).append(row)
+        if (ids := ids_of.get(json.dumps(row["prompt"]))) is None:
+            return None
+        found.setdefault(ids, []).append(row)
     return found
 
 

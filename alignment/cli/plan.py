@@ -127,12 +127,25 @@ def _config(stage: str, values: Mapping[str, Any], where: str) -> StageConfig:
     filled = {key: value for key, value in _PLACEHOLDERS.items() if key in cls.model_fields}
     if stage == "eval":
         filled.pop("kind")
-    policy = values.get("model") or next(iter(values.get("policies", {"": None}).values()))
-    if "rewards" in cls.model_fields:
-        filled["rewards"] = {"helpfulness": policy, "safety": policy}
-    if "safety" in cls.model_fields:
-        filled["safety"] = policy
+    if shape := _policy(values):
+        if "rewards" in cls.model_fields:
+            filled["rewards"] = _unnamed(values.get("rewards"), shape)
+        if "safety" in cls.model_fields and "safety" not in values:
+            filled["safety"] = shape
     return build_config(cls, merge(filled, values), where, check_inputs=False)
+
+
+def _policy(values: Mapping[str, Any]) -> str | None:
+    """The path of the stage's model, or of its first policy."""
+    policies = values.get("policies")
+    model = values.get("model") or (next(iter(policies.values()), None) if isinstance(policies, Mapping) else None)
+    return model.get("path") if isinstance(model, Mapping) else model
+
+
+def _unnamed(rewards: Any, shape: str) -> dict[str, str]:
+    """The policy's shape for each reward model that is not named."""
+    named = rewards if isinstance(rewards, Mapping) else {}
+    return {kind: shape for kind in ("helpfulness", "safety") if kind not in named}
 
 
 def print_plans(plans: Sequence[StagePlan], tips: Mapping[str, Sequence[str]], setting: Setting) -> None:
