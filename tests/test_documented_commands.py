@@ -403,7 +403,8 @@ PYTHON = [
 @pytest.mark.e2e
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_of_the_pages_runs(code, toy_runs):
-    write_stand_in(toy_runs / "pairs.jsonl", stand_in_rows("pairs"))
+    for name in ("pairs", "demonstrations"):
+        write_stand_in(toy_runs / f"{name}.jsonl", stand_in_rows(name))
     settings = {"kind": "helpfulness", "model": "toy", "data": {"train": "pairs.jsonl"}, "run": {"dir": "runs/made"}}
     settings["train"] = {"max_steps": 1, "batch_size": 4}
     (toy_runs / "rm.yaml").write_text(json.dumps(settings))
