@@ -114,8 +114,8 @@ def test_sampled_logprobs_equal_teacher_forcing(smollm2):
 def test_the_quickstart_pipeline_runs_in_miniature(tmp_path):
     small = [f"{name}.data.max_rows=16" for name in ("sft", "rm-helpfulness", "rm-safety", "rs")]
     small += [f"{name}.data.max_valid_rows=8" for name in ("sft", "rm-helpfulness", "rm-safety", "rs")]
-    small += ["gatt.prompts.max_prompts=6", "gatt.prompts.turns=2", "gatt.sampling.max_new_tokens=64"]
-    small += ["gatt.sampling.num_candidates=4"]  # of six dialogues one at least shall be finished, on any machine
+    small += ["gatt.prompts.max_prompts=10", "gatt.prompts.turns=2", "gatt.sampling.max_new_tokens=64"]
+    small += ["gatt.sampling.num_candidates=4"]  # of ten dialogues one at least shall be finished, on any machine
     small += ["reject.prompts.max_prompts=2", "reject.sampling.num_candidates=2", "eval.prompts.max_prompts=2"]
     small += ["ppo.train.max_steps=1", "ppo.train.batch_size=4", "ppo.train.minibatch_size=4"]
     done = align("run", QUICKSTART / "pipeline.yaml", f"runs={tmp_path}/runs", *small)
