@@ -20,14 +20,7 @@ from alignment.logprobs import branch_scores
 from alignment.models import add_lora, load_chat_of, load_reward_model, save_model
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
-from alignment.training import (
-    GlobalBatchMixin,
-    LossFunction,
-    MicroBatch,
-    StepSchedule,
-    training_arguments,
-    use_run,
-)
+from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepSchedule, training_arguments, use_run
 from reward_models.config import RewardModelConfig
 from reward_models.evaluate import evaluate_pairs, scored_row
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss

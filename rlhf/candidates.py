@@ -18,12 +18,9 @@ from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.prompts import as_candidate, fit_prompts, sampling_params
+from alignment.sampling.prompts import Asked, as_candidate, fit_prompts, sampling_params
 from alignment.sampling.protocol import Sample, Sampler
 from rlhf.config import RejectionSamplingConfig
-
-# A prompt with its token ids.
-Asked = tuple[Prompt, list[int]]
 
 
 def distinct_prompts(

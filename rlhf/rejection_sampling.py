@@ -17,8 +17,8 @@ from alignment.isolation import isolated
 from alignment.metrics import mean_interval
 from alignment.models import load_chat_of
 from alignment.runs import Run, open_run, write_json
-from alignment.sampling.prompts import choose_prompts, prompt_room
-from rlhf.candidates import Asked, distinct_prompts, remove_candidates, sample_candidates
+from alignment.sampling.prompts import Asked, choose_prompts, prompt_room
+from rlhf.candidates import distinct_prompts, remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig
 from rlhf.potential import plot_potential, potential_curve
 from rlhf.rollout import RewardModels, judges_context, judges_of

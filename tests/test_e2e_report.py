@@ -1,17 +1,14 @@
 """The toy pipeline's report in a real browser: figures, sorting, filtering, dark mode, a phone, print, no network."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import align
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 FIGURES = {
@@ -86,10 +83,7 @@ def report_of_more(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The report of stages with everything measured that the toy pipeline leaves out."""
     folder = tmp_path_factory.mktemp("more")
     (folder / "more.yaml").write_text(MORE_STAGES.format(folder=folder, toy=pipeline), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "alignment.cli.main", "run", str(folder / "more.yaml")],
-        capture_output=True, text=True, cwd=ROOT, check=False, env=dict(os.environ),
-    )  # fmt: skip
+    done = align("run", folder / "more.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "more" / "report.html"
 
@@ -257,10 +251,7 @@ def test_a_report_of_two_pipelines_tells_their_runs_apart(pipeline, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(pipeline, other, ignore=shutil.ignore_patterns("model", "report.html", "*.tmp"))
     out = tmp_path / "both.html"
-    done = subprocess.run(
-        [sys.executable, "-m", "alignment.cli.main", "report", str(pipeline), str(other), "--out", str(out)],
-        capture_output=True, text=True, cwd=ROOT, check=False, env=dict(os.environ),
-    )  # fmt: skip
+    done = align("report", pipeline, other, "--out", out)
     assert done.returncode == 0 and str(out) in done.stderr, done.stderr
     page = out.read_text(encoding="utf-8")
     assert "runs/sft" in page and "other/sft" in page and "16 of 16" in page

@@ -14,17 +14,13 @@ from alignment.chat import ChatFormat
 from alignment.cli.partial_file import PartialFile, Row, data_hashes, model_hash
 from alignment.config import ModelSection, PromptSection, SamplingSection, build_section
 from alignment.data import load_prompts
-from alignment.dialogue import Prompt
 from alignment.errors import ConfigError, RunError
 from alignment.hardware import compute_dtype
 from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sampling_params
+from alignment.sampling.prompts import Asked, as_candidate, choose_prompts, fit_prompts, sampling_params
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
-
-# A prompt with its token ids.
-Asked = tuple[Prompt, list[int]]
 
 
 def sample_file(

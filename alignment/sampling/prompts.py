@@ -18,6 +18,9 @@ from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
 
+# A prompt with its token ids.
+Asked = tuple[Prompt, list[int]]
+
 
 def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> list[Prompt]:
     """At most `max_prompts` prompts, chosen by the seed, `safety_share` of them safety prompts if there are enough."""
@@ -35,7 +38,7 @@ def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> l
 
 
 def sample_prompts(
-    sampler: Sampler, fitting: Sequence[tuple[Prompt, list[int]]], sampling: SamplingSection, *, seed: int, title: str
+    sampler: Sampler, fitting: Sequence[Asked], sampling: SamplingSection, *, seed: int, title: str
 ) -> list[list[Sample]]:
     """K samples for each of `fit_prompts`, with progress and every process at a share."""
     total = len(fitting) * sampling.num_candidates
@@ -45,7 +48,7 @@ def sample_prompts(
 
 def fit_prompts(
     chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, *, room: int, run_dir: Run | None = None
-) -> list[tuple[Prompt, list[int]]]:
+) -> list[Asked]:
     """The prompts that fit, without the oldest turns of those that are too long, and their token ids.
 
     So what is scored, kept and trained on later is what was answered. Those that do not fit, those that lost old
