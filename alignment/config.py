@@ -84,16 +84,16 @@ class OptimSection(Section):
     """Peak learning rate."""
 
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """AdamW moment decay rates. Paper: 0.9, 0.95."""
+    """AdamW moment decay rates. Paper, for reward models and PPO: 0.9, 0.95."""
 
     eps: PositiveFloat = 1e-5
-    """AdamW epsilon. Paper: 1e-5."""
+    """AdamW epsilon. Paper, for reward models and PPO: 1e-5."""
 
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, not on biases and norms. Paper: 0.1."""
 
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this norm. Paper: 1.0."""
+    """Gradients are scaled down to this norm. Paper, for reward models and PPO: 1.0."""
 
     schedule: Literal["cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""

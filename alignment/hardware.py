@@ -22,18 +22,34 @@ from alignment.errors import ConfigError
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
+# What `auto` means on a type of device, while a run has settled it.
+_settled: dict[str, torch.dtype] = {}
+
 
 def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     """The type matrix products run in. `auto` takes bfloat16 where the device computes it faster than float32.
 
     GPUs say so themselves. CPUs do not: some that list AVX512-BF16 run it at half the speed of float32, so there
-    both are timed once, in a few hundredths of a second, and bfloat16 must win by a fifth.
+    both are timed once, in a few hundredths of a second, and bfloat16 must win by a fifth. A run settles it for all
+    its processes and for its later parts (`settle_auto`).
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type in _settled:
+        return _settled[device.type]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if device.type == "cpu" and _cpu_prefers_bf16() else torch.float32
+
+
+def settle_auto(device: torch.device, dtype: torch.dtype) -> None:
+    """What `auto` means on this type of device from now on, until `unsettle_auto`."""
+    _settled[device.type] = dtype
+
+
+def unsettle_auto() -> None:
+    """Lets every device say again what it is good at."""
+    _settled.clear()
 
 
 def process_state(device: str) -> PartialState:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from alignment.hardware import reset_peak_memory
+from alignment.hardware import reset_peak_memory, unsettle_auto
 
 # By which transformers' Trainer and its callbacks are told things.
 _TOLD_BY_ENVIRONMENT = ("ACCELERATE_MIXED_PRECISION", "TENSORBOARD_LOGGING_DIR")
@@ -21,7 +21,7 @@ def isolated() -> Iterator[None]:
     """Decorates a stage: its peak memory is its own, and what it changes of the process is as before at its end.
 
     That is the states of Python's, numpy's and torch's random generators (Trainer seeds all of them), the number of
-    torch's threads, and the environment variables that training sets.
+    torch's threads, what `dtype: auto` means, and the environment variables that training sets.
     """
     reset_peak_memory()
     python, arrays, num_threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
@@ -34,6 +34,7 @@ def isolated() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(arrays)
         torch.set_num_threads(num_threads)
+        unsettle_auto()
         for name, value in environment.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -89,21 +89,6 @@ class Run:
         """Where the produced model goes."""
         return self.path / "model"
 
-    def dtype(self, device: torch.device, name: str) -> torch.dtype:
-        """The type to compute in, the same on all processes, which call it.
-
-        A resumed run keeps what it began with, whatever `auto` would say now.
-        """
-        import torch
-
-        from alignment import hardware
-        from alignment.distributed import gather_objects
-
-        if "compute_dtype" not in self._manifest:
-            found = gather_objects(hardware.compute_dtype(device, name))[0]  # CPUs are timed
-            self.note(compute_dtype=str(found).removeprefix("torch."))
-        return getattr(torch, self._manifest["compute_dtype"])
-
     def noted(self, name: str) -> Any:
         """An entry of the manifest, or None; a resumed run finds those of its first part."""
         return self._manifest.get(name)
@@ -165,7 +150,7 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
     """Makes the run directory and writes `config.yaml` and `manifest.json`; all processes call it.
 
     Raises RunError where the directory holds a finished run, an unfinished one and `resume` was not asked for,
-    one with other settings, or files that no run wrote.
+    one with other settings, or files that no run wrote. With `state`, it is settled what `dtype: auto` means.
     """
     path = Path(config.run.dir)
     is_main = state is None or state.is_main_process
@@ -195,7 +180,22 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         models=models,
         made_from=upstream_runs(config),
     )
+    if state is not None:
+        _settle_auto(run, state.device)
     return run
+
+
+def _settle_auto(run: Run, device: torch.device) -> None:
+    """One meaning of `dtype: auto` for all processes, and for a resumed run that which it began with."""
+    import torch
+
+    from alignment import hardware
+    from alignment.distributed import gather_objects
+
+    if "auto_dtype" not in run._manifest:
+        found = gather_objects(hardware.compute_dtype(device))[0]  # CPUs are timed
+        run.note(auto_dtype=str(found).removeprefix("torch."))
+    hardware.settle_auto(device, getattr(torch, run.noted("auto_dtype")))
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

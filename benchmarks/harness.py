@@ -47,17 +47,19 @@ def run_in_turn(
     rounds: int,
     figure: str,
     pythons: Mapping[str, str] | None = None,
-    allocator: Mapping[str, str] = ALLOCATOR,
+    allocators: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[Side, dict[str, float] | None]:
     """The median figures of every side, each measurement a child process, the sides in turn in every round.
 
     None for a side that the kernel killed for want of memory. `pythons` names the interpreter of sides that have their
-    own, `allocator` glibc's settings.
+    own, `allocators` glibc's settings of sides that have others than `ALLOCATOR`.
     """
     found: dict[Side, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            measured = _child((pythons or {}).get(side[0], sys.executable), script, side, arguments, allocator)
+            python = (pythons or {}).get(side[0], sys.executable)
+            allocator = (allocators or {}).get(side[0], ALLOCATOR)
+            measured = _child(python, script, side, arguments, allocator)
             shown = f"{measured[figure]:.3f} {figure}" if measured else "killed: not enough memory"
             print(f"{side[0]:>12} {side[1]:>5}: {shown}", file=sys.stderr, flush=True)
             found[side] += [measured] if measured else []

@@ -75,7 +75,8 @@ def main() -> None:
 def measure(sides: Sequence[Side], folder: str, allocator: Mapping[str, str], extra: Sequence[str]) -> Measured:
     """The peak of every side in GB, None where the kernel killed it for want of memory."""
     arguments = ["--folder", folder, *extra]
-    found = run_in_turn(__file__, sides, arguments, rounds=1, figure="peak_memory_gb", allocator=allocator)
+    allocators = {name: allocator for name, _ in sides}
+    found = run_in_turn(__file__, sides, arguments, rounds=1, figure="peak_memory_gb", allocators=allocators)
     return {side: None if row is None else row["peak_memory_gb"] for side, row in found.items()}
 
 

@@ -351,9 +351,8 @@ def _arguments() -> argparse.Namespace:
     found.add_argument("--rollouts-per-prompt", type=int, default=1)
     found.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     found.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
-    found.add_argument(
-        "--trl", nargs="*", choices=[name for name in NAMES if name.startswith("trl")], default=["trl", "trl-split"]
-    )
+    theirs = [name for name in NAMES if name.startswith("trl")]
+    found.add_argument("--trl", nargs="*", choices=theirs, default=["trl", "trl-bf16", "trl-split"])
     ours = [name for name in NAMES if name.startswith("align")]
     found.add_argument("--align", nargs="*", choices=ours, default=ours, help="ways of running ours")
     found.add_argument("--trl-batch", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="per-device batches of TRL")

@@ -7,7 +7,9 @@ Each measurement is a child process of its own, so that its peak memory is its o
 optimizer step of 16 pairs warms up, the following ones are timed. Both sides run with the same allocator settings, the
 same arithmetic type and AdamW; trained weights are float32, those that LoRA freezes are of the arithmetic type. Prints
 pairs a second, peak memory, ratios, and the share of the machine's matrix throughput that our side's tokens need.
-`trl-compiled` is told torch_compile=True; ours runs without and with train.compile, compiled within the first step.
+`trl-sorted` has the pairs of each optimizer step sorted by length, so that its batches pad less; `trl-glibc` runs with
+glibc's own allocator settings; `trl-compiled` is told torch_compile=True. Ours runs without and with train.compile,
+compiled within the first step.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from harness import StepClock, machine_line, parser, print_comparison, rows_in_o
 STEP_PAIRS = 16
 NAMES = {
     "trl": "TRL, batch {}",
+    "trl-sorted": "TRL, batch {}, sorted",
+    "trl-glibc": "TRL, batch {}, glibc's allocator",
     "trl-compiled": "TRL, batch {}, torch_compile",
     "align": "ours, {} tokens",
     "align-compiled": "ours, {} tokens, train.compile",
@@ -42,7 +46,14 @@ def main() -> None:
     arguments = ["--lora", str(options.lora), "--pairs", str(options.pairs), "--data", options.data]
     arguments += ["--dtype", options.dtype, "--max-length", str(options.max_length)]
     arguments += ["--trl-attention", options.trl_attention]
-    found = run_in_turn(__file__, sides, arguments, rounds=options.rounds, figure="pairs_per_second")
+    found = run_in_turn(
+        __file__,
+        sides,
+        arguments,
+        rounds=options.rounds,
+        figure="pairs_per_second",
+        allocators={"trl-glibc": {}},
+    )
 
     machine, peak = machine_line(getattr(torch, options.dtype), rounds=options.rounds)
     kind = f"LoRA r={options.lora}" if options.lora else "full fine-tuning"
@@ -102,6 +113,9 @@ def _trl_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any], f
     from peft import LoraConfig
     from trl import RewardConfig, RewardTrainer
 
+    if options.side == "trl-sorted":
+        steps = [encoded[start : start + STEP_PAIRS] for start in range(0, len(encoded), STEP_PAIRS)]
+        encoded = [pair for step in steps for pair in sorted(step, key=_separate_length, reverse=True)]
     rows = {
         name: [[*pair.tree.trunk, *pair.tree.branches[index].ids] for pair in encoded]
         for index, name in enumerate(("chosen_ids", "rejected_ids"))
@@ -164,9 +178,9 @@ def _align_trainer(options: argparse.Namespace, loaded: Any, encoded: list[Any],
 
 def _arguments() -> argparse.Namespace:
     found = parser(
-        __doc__, data="pref_helpful_hh.train", unit="pairs", count=48, trl_batch=[2, 4, 8, 16], sides=list(NAMES)
+        __doc__, data="pref_helpful_hh.train", unit="pairs", count=48, trl_batch=[1, 2, 4, 8, 16], sides=list(NAMES)
     )
-    found.add_argument("--trl", nargs="*", default=["trl"], help="ways of running TRL")
+    found.add_argument("--trl", nargs="*", default=["trl", "trl-sorted"], help="ways of running TRL")
     found.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="our max_tokens_per_batch")
     found.add_argument("--trl-attention", choices=["sdpa", "eager"], default="sdpa", help="sdpa is what users get")
     return found.parse_args()

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from alignment.compilation import compile_layers
 from alignment.data import write_rows
 from alignment.errors import TrainingError
-from alignment.hardware import process_state
+from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.logprobs import branch_scores
 from alignment.models import add_lora, load_chat_of, load_reward_model, save_model
@@ -50,7 +50,7 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     if state.is_main_process:
         warn_of_few_steps(len(train), len(schedule), config.train.batch_size)
 
-    dtype = run_dir.dtype(device, config.model.dtype)
+    dtype = compute_dtype(device, config.model.dtype)
     loaded = load_reward_model(
         config.model.path,
         dtype=dtype if config.lora.r else torch.float32,

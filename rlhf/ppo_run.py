@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from alignment.data import load_prompts
 from alignment.distributed import check_split, is_split
 from alignment.errors import ConfigError
-from alignment.hardware import process_state
+from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.models import save_model
 from alignment.progress import ProgressBar, console
@@ -37,7 +37,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     judges = judges_context(judges_of(config.rewards, **{"evaluation.guard": config.evaluation.guard}))
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
-    dtype = run_dir.dtype(accelerator.device, config.model.dtype)
+    dtype = compute_dtype(accelerator.device, config.model.dtype)
     with _trackers(accelerator, config), open_policy_vllm(config, dtype) as vllm:
         trainer = PPOTrainer(config, accelerator, dtype, vllm)
         separate = trainer.models.separate

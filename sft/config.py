@@ -41,7 +41,7 @@ class SFTTrain(TrainSection):
     """Passes over the demonstrations. Paper: 2."""
 
     batch_size: PositiveInt = 64
-    """Dialogues in one optimizer step, over all devices. Paper: 64."""
+    """Dialogues in one optimizer step, over all devices. Paper: 64 sequences of 4,096 tokens."""
 
     packing: bool = True
     """Fill rows of `data.max_length` tokens with several dialogues, none of which sees another. Paper: yes. It never

@@ -14,7 +14,7 @@ from alignment.chat import EncodedDialogue
 from alignment.compilation import compile_layers
 from alignment.data import load_dialogues, pick
 from alignment.errors import DataError
-from alignment.hardware import process_state
+from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.models import add_lora, load_chat_model, load_chat_of, save_model
 from alignment.runs import newest_checkpoint, open_run
@@ -53,7 +53,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir.note_sources([*train_data.sources, *valid_data.sources])
     run_dir.note(train=_counts(train), valid=_counts(valid))
 
-    dtype = run_dir.dtype(device, config.model.dtype)
+    dtype = compute_dtype(device, config.model.dtype)
     loaded = load_chat_model(
         config.model.path,
         dtype=dtype if config.lora.r else torch.float32,

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from alignment.cli.stages import STAGES
 from alignment.config import load_config
 from alignment.distributed import compute_in
-from alignment.hardware import process_state
+from alignment.hardware import compute_dtype, process_state, settle_auto
 from alignment.isolation import isolated
 from alignment.training import GlobalBatchMixin
 from sft import trainer as sft_trainer
@@ -54,6 +54,7 @@ def test_random_states_threads_and_environment_are_put_back(monkeypatch, fails):
     def stage(*, resume: bool) -> str:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(1)
+        settle_auto(torch.device("cpu"), torch.float64)
         os.environ |= {"TENSORBOARD_LOGGING_DIR": "ours", "ACCELERATE_MIXED_PRECISION": "bf16"}
         if fails:
             raise KeyboardInterrupt
@@ -65,6 +66,7 @@ def test_random_states_threads_and_environment_are_put_back(monkeypatch, fails):
     else:
         assert stage(resume=True) == "resume: True"
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "mine" and "ACCELERATE_MIXED_PRECISION" not in os.environ
+    assert compute_dtype(torch.device("cpu")) != torch.float64
     assert set_to.__self__ == [torch.get_num_threads()]
     found = drawn()
     random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import torch
 
-from alignment import runs
+from alignment import hardware, runs
 from alignment.config import DataSection, ModelSection, PositiveInt, RunSection, StageConfig, load_config
 from alignment.data import load_prompts
 from alignment.errors import RunError
+from alignment.hardware import process_state
 from alignment.runs import (
     Run,
     is_finished,
@@ -154,15 +156,17 @@ def test_notes_are_on_disk_at_once_and_are_found_on_resuming(config):
     assert again.noted("after") is None
 
 
-def test_a_resumed_run_computes_in_the_type_it_began_with(config, monkeypatch):
-    import torch
-
-    from alignment import hardware
-
-    monkeypatch.setattr(hardware, "compute_dtype", lambda *_: torch.bfloat16)
-    assert open_run(config).dtype(torch.device("cpu"), "auto") == torch.bfloat16
-    monkeypatch.setattr(hardware, "compute_dtype", lambda *_: torch.float32)
-    assert open_run(config, resume=True).dtype(torch.device("cpu"), "auto") == torch.bfloat16
+def test_a_resumed_run_computes_in_the_type_it_began_with_and_a_named_type_stays(config, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(hardware, "_settled", {})
+    for prefers_bf16, resume in ((True, False), (False, True)):
+        hardware.unsettle_auto()
+        monkeypatch.setattr(hardware, "_cpu_prefers_bf16", lambda: prefers_bf16)  # noqa: B023, used within the loop
+        open_run(config, resume=resume, state=process_state("cpu"))
+        assert hardware.compute_dtype(cpu) == torch.bfloat16
+        assert hardware.compute_dtype(cpu, "float32") == torch.float32
+    hardware.unsettle_auto()
+    assert hardware.compute_dtype(cpu) == torch.float32
 
 
 def test_a_run_knows_which_runs_it_was_made_from(config, tmp_path):
@@ -303,7 +307,8 @@ def test_leftovers_of_a_killed_write_are_removed(config):
 
 def process(index: int) -> SimpleNamespace:
     """The part of accelerate's PartialState that a run looks at."""
-    return SimpleNamespace(is_main_process=index == 0, wait_for_everyone=lambda: None, num_processes=2)
+    device = torch.device("cpu")
+    return SimpleNamespace(is_main_process=index == 0, wait_for_everyone=lambda: None, num_processes=2, device=device)
 
 
 def test_only_the_main_process_writes(config):

@@ -68,7 +68,7 @@ def _flat_settings(run: RunFolder) -> dict[str, str]:
     manifest = run.manifest
     environment = {
         "seed": manifest.get("seed"),
-        "compute_dtype": manifest.get("compute_dtype"),
+        "auto_dtype": manifest.get("auto_dtype"),
         "num_processes": manifest.get("num_processes"),
         "git_commit": (manifest.get("git_commit") or "")[:10],
         "versions": manifest.get("versions", {}),
