@@ -12,7 +12,6 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import jinja2
@@ -20,7 +19,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from alignment.dialogue import Dialogue, Message, Messages
-from alignment.errors import DataError, ModelError
+from alignment.errors import DataError, ModelError, TemplateRefusal
+from alignment.sources import find_template
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -72,7 +72,10 @@ class ChatFormat(Protocol):
         ...
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """The ids of a whole dialogue or, where the last turn is a user's, of a prompt up to the response."""
+        """The ids of a whole dialogue or, where the last turn is a user's, of a prompt up to the response.
+
+        Raises DataError where the format cannot write its turns.
+        """
         ...
 
     def encode_response(self, text: str) -> list[int]:
@@ -195,11 +198,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatF
     if name == "chatml":
         tokenizer.chat_template = CHATML
     elif name != "auto":
-        path = Path(name)
-        if not path.is_file():
-            known = '"auto", "llama2", "chatml" or a Jinja file'
-            raise ModelError(f"model.chat_template: {name} is no file. Use {known}.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = find_template(name).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise ModelError(
             "the tokenizer has no chat template. Set model.chat_template to chatml, llama2 or a Jinja file's path."
@@ -261,13 +260,13 @@ class JinjaFormat:
         try:
             text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation)
         except jinja2.TemplateError as error:
-            raise ModelError(f"the chat template refuses this dialogue: {error}") from error
+            raise TemplateRefusal(f"the chat template refuses this dialogue: {error}") from error
         *parts, last = _MARKS.split(text)
         pieces, order = parts[0::2], [int(index) for index in parts[1::2]]
         if order != list(range(len(messages))):
             missing = [m.role for i, m in enumerate(messages) if i not in order]
             what = f"leaves out the {missing[0]} turn" if missing else "changes the order of the turns"
-            raise ModelError(f"the chat template {what}. Use another model.chat_template, or remove that turn.")
+            raise TemplateRefusal(f"the chat template {what}. Use another model.chat_template, or remove that turn.")
         return [*pieces, last]
 
     def _check_prefixes(self, probe: Messages) -> None:

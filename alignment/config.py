@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import os
 import re
 import types
 import typing
@@ -12,10 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from alignment.errors import AlignError, ConfigError
-from alignment.sources import find_data, find_model
+from alignment.sources import BUILT_IN_TEMPLATES, find_data, find_model, find_template
 
 
 def _as_list(value: Any) -> Any:
@@ -23,12 +35,14 @@ def _as_list(value: Any) -> Any:
 
 
 DataSources = Annotated[list[str], BeforeValidator(_as_list)]
-InputKind = Literal["data", "model"]
+InputKind = Literal["data", "model", "template"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Those that transformers and accelerate both know.
+Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
 
 
 class Section(BaseModel):
@@ -37,6 +51,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if _has_bool_for_number(cls.model_fields[info.field_name].annotation, value):
+            raise PydanticCustomError("bool_for_number", "Input should be a number, not true or false (YAML's yes, no)")
+        return value
 
 
 class ModelSection(Section):
@@ -84,16 +105,16 @@ class OptimSection(Section):
     """Peak learning rate."""
 
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """AdamW moment decay rates. Paper, for reward models and PPO: 0.9, 0.95."""
+    """AdamW moment decay rates. Paper: 0.9, 0.95 for reward models and PPO."""
 
     eps: PositiveFloat = 1e-5
-    """AdamW epsilon. Paper, for reward models and PPO: 1e-5."""
+    """AdamW epsilon. Paper: 1e-5 for reward models and PPO."""
 
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, not on biases and norms. Paper: 0.1."""
 
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this norm. Paper, for reward models and PPO: 1.0."""
+    """Gradients are scaled down to this norm. Paper: 1.0 for reward models and PPO."""
 
     schedule: Literal["cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
@@ -135,7 +156,7 @@ class TrainSection(Section):
 class DataSection(Section):
     """Training and validation rows."""
 
-    train: DataSources
+    train: Annotated[DataSources, Field(min_length=1)]
     """Files, names in ALIGN_DATA_DIR, Hub ids, or `toy:` names; one or a list."""
 
     valid: DataSources = []
@@ -161,7 +182,7 @@ class DataSection(Section):
 class PromptSection(Section):
     """Prompts to sample responses for."""
 
-    prompts: DataSources
+    prompts: Annotated[DataSources, Field(min_length=1)]
     """Files, names in ALIGN_DATA_DIR, Hub ids, or `toy:` names with prompt rows; one or a list."""
 
     max_prompts: PositiveInt | None = None
@@ -216,8 +237,8 @@ class RunSection(Section):
     dir: str
     """Run directory."""
 
-    seed: NonNegativeInt = 0
-    """Seed of everything random."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seed of everything random, below 2**32."""
 
     overwrite: bool = False
     """Throw away what an earlier run left in `run.dir`."""
@@ -228,8 +249,13 @@ class RunSection(Section):
     num_threads: PositiveInt | None = None
     """CPU threads of one process; null leaves it to torch."""
 
-    report_to: list[str] = []
+    report_to: list[Tracker] = []
     """Experiment trackers of accelerate and transformers, e.g. [tensorboard]."""
+
+    @field_validator("dir")
+    @classmethod
+    def _home_is_meant(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
 
 def policies_name_files(policies: dict[str, ModelSection]) -> dict[str, ModelSection]:
@@ -248,7 +274,7 @@ class StageConfig(Section):
     run: RunSection
 
     def input_names(self) -> Iterator[tuple[str, str, InputKind]]:
-        """(key, name, kind) of every data set and model the stage reads."""
+        """(key, name, kind) of every data set, model and chat template file the stage reads."""
         yield from _named_inputs(type(self), self.model_dump())
 
 
@@ -300,14 +326,64 @@ def build_section(cls: type[SectionT], values: Mapping[str, Any], where: str = "
     return section
 
 
+def missing_packages(config: StageConfig) -> Iterator[str]:
+    """What a stage would be told hours later: settings that need a package which is not installed here."""
+    sampling = getattr(config, "sampling", None)
+    if sampling is not None and sampling.engine == "vllm" and not sampling.fall_back and not _is_installed("vllm"):
+        yield (
+            'sampling.engine: vllm is not installed here. Run pip install -e ".[vllm]", or set sampling.engine=torch '
+            "or sampling.fall_back=true."
+        )
+    for name in config.run.report_to:
+        packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
+        if not any(map(_is_installed, packages)):
+            yield f"run.report_to: {name} is not installed here. Run pip install {name}, or leave it out."
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+class _RepeatedKey(yaml.constructor.ConstructorError):
+    """A key that stands twice in a mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates, which no setting is, and with an error where of two values of a key the last would count."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """The mapping as it is written, before others are merged into it."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (name := (key.tag, key.value)) in seen:
+                    problem = f'"{key.value}" is there twice in one mapping: keep one'
+                    raise _RepeatedKey(None, None, problem, key.start_mark)
+                seen.add(name)
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError where the file is missing or not a mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start} ({byte:#04x}). Save it as UTF-8.") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{path}:{mark.line + 1}: not YAML: {problem}.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -323,8 +399,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f'command line: "{argument}" is not key=value. Write for example train.epochs=2.')
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
+            value = yaml.load(text, _Loader) if text else ""
+        except _RepeatedKey as error:
+            raise ConfigError(f"command line: {key}: {error.problem}.") from error
+        except (yaml.YAMLError, ValueError):
             value = text
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -440,13 +518,14 @@ def _is_of_another_branch(item: Mapping[str, Any]) -> bool:
 
 
 def _input_problems(cls: type[BaseModel], values: Any, made_earlier: Sequence[str]) -> list[str]:
-    """What is missing among the data sets and models that a configuration names, valid or not otherwise."""
+    """What is missing among the data sets and files that a configuration names, valid or not otherwise."""
+    find = {"data": find_data, "model": find_model, "template": find_template}
     problems = []
     for key, name, kind in _named_inputs(cls, values):
         if any(Path(name) == Path(folder) or Path(folder) in Path(name).parents for folder in made_earlier):
             continue
         try:
-            find_data(name) if kind == "data" else find_model(name)
+            find[kind](name)
         except AlignError as error:
             problems.append(f"{key}: {error}")
     return problems
@@ -464,12 +543,32 @@ def _named_inputs(cls: type[BaseModel], values: Any, prefix: str = "") -> Iterat
                 path = entry.get("path") if isinstance(entry, Mapping) else entry
                 if isinstance(path, str):
                     yield entry_key, path, "model"
+                template = entry.get("chat_template") if isinstance(entry, Mapping) else None
+                if isinstance(template, str) and template not in BUILT_IN_TEMPLATES:
+                    yield f"{entry_key}.chat_template", template, "template"
         elif section is not None:
             yield from _named_inputs(section, value, f"{key}.")
         elif any(isinstance(part, BeforeValidator) and part.func is _as_list for part in info.metadata):
             for source in _as_list(value) or []:
                 if isinstance(source, str):
                     yield key, source, "data"
+
+
+def _has_bool_for_number(annotation: Any, value: Any) -> bool:
+    """Whether true or false stands where a number is meant: pydantic would take it for 1 or 0."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _has_bool_for_number(parts[0], value)
+    if origin in (typing.Union, types.UnionType):
+        return bool not in parts and any(_has_bool_for_number(part, value) for part in parts)
+    if isinstance(value, bool):
+        return annotation in (int, float)
+    if origin is dict and isinstance(value, Mapping):
+        return any(_has_bool_for_number(parts[1], entry) for entry in value.values())
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        each = parts * len(value) if origin is list else parts
+        return any(map(_has_bool_for_number, each, value))
+    return False
 
 
 def _without(values: Any, location: tuple[Any, ...]) -> Any:

@@ -145,10 +145,14 @@ def stream_rows(sources: Sequence[str], parse: Callable[[Mapping[str, Any]], Row
 def read_lines(source: Path | str) -> Iterator[Line]:
     """Every non-empty line of a file (or row of a Hub data set) as a Line; damage is reported, not raised.
 
-    A `.json` file may hold one list of objects. A truncated archive ends the file with one bad Line.
+    A `.json` file may hold one list of objects. A truncated archive ends the file with one bad Line, and of a file of
+    another format that is all there is.
     """
     if isinstance(source, str):
         yield from _read_hub(source)
+        return
+    if problem := _other_format(source):
+        yield Line(str(source), problem=problem, rest_is_lost=True)
         return
     if source.name.endswith((".json", ".json.gz")):
         yield from _read_json_list(source)
@@ -269,6 +273,20 @@ def _parse_line(where: str, raw: bytes) -> Line:
     if not isinstance(value, dict):
         return Line(where, problem=f"a {type(value).__name__}, not an object. One object a line.")
     return Line(where, row=value)
+
+
+def _other_format(path: Path) -> str | None:
+    """What a file is by its first bytes where it is not JSON, with what to do; else None."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == b"PAR1":
+        return (
+            "a Parquet file. Write its rows as JSON lines: python -c 'from datasets import Dataset; "
+            f'Dataset.from_parquet("{path}").to_json("{path.stem}.jsonl")\''
+        )
+    if head[:2] == b"\x1f\x8b" and path.suffix != ".gz":
+        return "packed with gzip, which its name must say. Rename it so that it ends with .jsonl.gz, or unpack it."
+    return None
 
 
 def _read_json_list(path: Path) -> Iterator[Line]:

@@ -95,6 +95,11 @@ def is_split(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def holds_parts(model: nn.Module) -> bool:
+    """Whether FSDP has split this model, so that all processes must take part in every pass through it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def check_split(accelerator: Accelerator) -> None:
     """FSDP 2 alone: what it splits can be gathered and written whole. Raises ConfigError for anything else."""
     kind = accelerator.distributed_type

@@ -17,6 +17,10 @@ class ModelError(AlignError):
     """A model, tokenizer or chat template cannot be used as asked."""
 
 
+class TemplateRefusal(ModelError, DataError):
+    """A chat template cannot write the turns of a row: either can be changed."""
+
+
 class RunError(AlignError):
     """A run directory is in a state that the command must not change."""
 

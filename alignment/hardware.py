@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from alignment.errors import ConfigError
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+# How long processes wait for one another: the main one loads and saves hundreds of gigabytes while the others do.
+PROCESS_TIMEOUT = timedelta(hours=4)
 
 # What `auto` means on a type of device, while a run has settled it.
 _settled: dict[str, torch.dtype] = {}
@@ -38,7 +42,7 @@ def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     if device.type in _settled:
         return _settled[device.type]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and _cpu_prefers_bf16() else torch.float32
 
 
@@ -61,10 +65,10 @@ def process_state(device: str) -> PartialState:
         raise ConfigError("run.device: cuda, but torch finds no CUDA device here. Use auto or cpu.")
     fastest = torch.accelerator.current_accelerator(check_available=True)
     wanted = "cpu" if device == "cpu" or fastest is None else fastest.type
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=PROCESS_TIMEOUT)
     if state.device.type != wanted and state.num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
-        state = PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device == "cpu", timeout=PROCESS_TIMEOUT)
     return state
 
 
@@ -83,9 +87,9 @@ def tune_allocator() -> None:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory since `reset_peak_memory`, in GB of 1e9 bytes: resident on a CPU, allocated on a CUDA device."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+    """Peak memory since `reset_peak_memory`, in GB of 1e9 bytes: allocated on a CUDA device in use, else resident."""
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return allocated / 1e9
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -108,13 +112,18 @@ def reset_peak_memory() -> None:
 
 @contextmanager
 def lent(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """A frozen model on `device` for the length of the block, then back where it was."""
-    home = next(model.parameters()).device
+    """A frozen model on `device` for the length of the block, then where it was, without a copy of its weights back."""
+    data = [(parameter, parameter.data) for parameter in model.parameters()]
+    tensors = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     model.to(device)
     try:
         yield
     finally:
-        model.to(home)
+        for parameter, kept in data:  # moved in place, or else replaced in its module
+            parameter.data = kept
+        for module, parameters, buffers in tensors:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from alignment.hardware import reset_peak_memory, unsettle_auto
+from alignment.runs import release_locks
 
 # By which transformers' Trainer and its callbacks are told things.
 _TOLD_BY_ENVIRONMENT = ("ACCELERATE_MIXED_PRECISION", "TENSORBOARD_LOGGING_DIR")
@@ -21,7 +22,8 @@ def isolated() -> Iterator[None]:
     """Decorates a stage: its peak memory is its own, and what it changes of the process is as before at its end.
 
     That is the states of Python's, numpy's and torch's random generators (Trainer seeds all of them), the number of
-    torch's threads, what `dtype: auto` means, and the environment variables that training sets.
+    torch's threads, what `dtype: auto` means, the environment variables that training sets, and the locks of run
+    directories, of which an error leaves none.
     """
     reset_peak_memory()
     python, arrays, num_threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
@@ -31,6 +33,7 @@ def isolated() -> Iterator[None]:
         with torch.random.fork_rng(devices=gpus):
             yield
     finally:
+        release_locks()
         random.setstate(python)
         np.random.set_state(arrays)
         torch.set_num_threads(num_threads)

@@ -54,7 +54,10 @@ def wilson_interval(num_successes: float, count: int) -> Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """A mean with its normal 95 % interval, from the sample standard deviation (divisor n - 1)."""
+    """A mean with its normal 95 % interval, from the sample standard deviation (divisor n - 1).
+
+    Of few values it is too narrow: by 17 % of eight, by 4 % of thirty.
+    """
     count = len(values)
     if count == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
@@ -64,6 +67,22 @@ def mean_interval(values: Sequence[float]) -> Interval:
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     half = Z_95 * math.sqrt(variance / count)
     return Interval(mean, mean - half, mean + half, count)
+
+
+def paired_rate_interval(ours: Sequence[bool], theirs: Sequence[bool]) -> Interval:
+    """The difference of two rates over the same observations, with Agresti and Min's 95 % interval (2005).
+
+    Half an observation is added to each of the four kinds of pairs, so that pairs that all agree have an interval too.
+    With no observation the value is NaN and the interval [-1, 1].
+    """
+    count = len(ours)
+    if count == 0:
+        return Interval(math.nan, -1.0, 1.0, 0)
+    only_ours = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    only_theirs = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    center = (only_ours - only_theirs) / (count + 2)
+    half = Z_95 * math.sqrt(((only_ours + only_theirs + 1) / (count + 2) - center**2) / (count + 2))
+    return Interval((only_ours - only_theirs) / count, max(-1.0, center - half), min(1.0, center + half), count)
 
 
 class MetricsLog:

@@ -73,16 +73,18 @@ class LoadedModel:
 def load_chat_model(
     path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto", for_training: bool = False
 ) -> LoadedModel:
-    """A causal language model in evaluation mode, on the CPU. Raises ModelError where it cannot be loaded.
+    """A causal language model in evaluation mode, on the CPU.
 
-    With `for_training` it has no weights yet where FSDP brings them from the main process.
+    Raises ModelError where it cannot be loaded, or is a reward model. With `for_training` it has no weights yet where
+    FSDP brings them from the main process.
     """
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
     tokenizer = chat.tokenizer
+    if _is_classifier(_read_config(folder, path)):  # whose backbone transformers would take, with an output matrix
+        raise ModelError(f"{path}: is a reward model. Name a chat model.")
     model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype, empty=for_training and gets_weights_later())
-    if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
-        raise ModelError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's output matrix.")
+    _check_vocabulary(model.get_output_embeddings(), tokenizer, path)
     _set_special_tokens(model, tokenizer, chat)
     return LoadedModel(model.eval(), tokenizer, chat, folder)
 
@@ -104,12 +106,13 @@ def load_reward_model(
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
     tokenizer = chat.tokenizer
-    config = AutoConfig.from_pretrained(folder)
+    config = _read_config(folder, path)
     is_reward_model = _is_classifier(config)
     if new_head_seed is None or is_reward_model:
         _check_one_score(config, path)
     empty = for_training and gets_weights_later()
     model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, empty=empty, num_labels=1)
+    _check_vocabulary(model.get_input_embeddings(), tokenizer, path)
     float32_head(model)
     if new_head_seed is not None and not is_reward_model:
         generator = torch.Generator().manual_seed(new_head_seed)
@@ -122,12 +125,24 @@ def load_reward_model(
 
 def reward_model_context(path: str) -> int:
     """Tokens that a reward model's context holds; no weights are loaded. Raises ModelError where it is none."""
-    try:
-        config = AutoConfig.from_pretrained(model_folder(path))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: its config.json cannot be read ({error}).") from error
+    config = _read_config(model_folder(path), path)
     _check_one_score(config, path)
     return context_length(config)
+
+
+def _read_config(folder: Path | str, path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: its config.json cannot be read ({error}).") from error
+
+
+def _check_vocabulary(embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    if (rows := embeddings.weight.shape[0]) < len(tokenizer):
+        raise ModelError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only {rows}. Put the tokenizer "
+            "beside it that it was trained with, or enlarge it (transformers' resize_token_embeddings)."
+        )
 
 
 def _is_classifier(config: PreTrainedConfig) -> bool:
@@ -155,9 +170,12 @@ def load_chat(folder: Path | str, chat_template: str = "auto") -> ChatFormat:
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
     tokenizer.padding_side = "right"
-    chat = chat_format(tokenizer, chat_template)
-    if not _pads_safely(chat):
-        tokenizer.pad_token = _spare_token(chat)
+    try:
+        chat = chat_format(tokenizer, chat_template)
+        if not _pads_safely(chat):
+            tokenizer.pad_token = _spare_token(chat)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
     return chat
 
 
@@ -165,7 +183,7 @@ def load_chat_of(path: str, chat_template: str = "auto") -> tuple[ChatFormat, in
     """The chat format of a model by any of its names, and the tokens its context holds; no weights are loaded."""
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
-    return chat, context_length(AutoConfig.from_pretrained(folder))
+    return chat, context_length(_read_config(folder, path))
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -183,7 +201,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
     linear = {name.rsplit(".", 1)[-1] for name in linear_layers(model.get_decoder())}
     num_layers = model.config.num_hidden_layers
     first = 0 if lora.last_layers is None else max(0, num_layers - lora.last_layers)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, where the model is
         torch.manual_seed(seed)
         config = LoraConfig(
             r=lora.r,

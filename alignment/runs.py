@@ -1,4 +1,4 @@
-"""Run directories: atomic writes, manifest, result, checkpoints, protection of finished runs, resume."""
+"""Run directories: atomic writes, manifest, result, checkpoints, lock, protection of finished runs, resume."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, SoftFileLock, Timeout
 from pydantic import ValidationError
 
 from alignment.config import StageConfig, to_yaml
@@ -29,6 +30,25 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 COMPLETE_MARK = "complete"
+OUTDATED = "outdated"  # the status of a run that is to be made again from the start
+LOCK = "lock"
+
+# Settings that nothing on disk depends on while a run is unfinished, by stage: --resume may change them. `reject` and
+# `distil` score after all sampling, so that what they end with is what the new settings alone would give: candidates on
+# disk have no scores yet, and a temperature of the grid is chosen anew. `eval` scores last too; the KL of answers on
+# disk was computed in the old batches, which differs by rounding. `train.max_tokens_per_batch` is not here: rounding
+# would part a training from the one that is resumed.
+RESUME_MAY_CHANGE: dict[str, frozenset[str]] = {
+    "sft": frozenset({"train.save_every"}),
+    "rm": frozenset({"train.save_every"}),
+    "ppo": frozenset({"train.save_every"}),
+    "reject": frozenset({"min_gain", "accumulate", "baseline", "rewards.threshold", "rewards.max_tokens_per_batch"}),
+    "distil": frozenset({"max_tokens_per_batch"}),
+    "eval": frozenset({"rewards.max_tokens_per_batch"}),
+}
+
+# The locks that this process holds, by the folder they are in.
+_held: dict[Path, FileLock] = {}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,11 +116,13 @@ class Run:
     def note_sources(self, sources: Iterable[SourceReport]) -> None:
         """Records inputs with hashes, rows kept and rows dropped by reason.
 
-        Raises RunError where a resumed run began with other contents: it would go on with other rows.
+        Raises RunError where a resumed run began with other contents: it would go on with other rows. A new name is
+        that of a setting which --resume may change.
         """
         inputs = [source.to_json() for source in sources]
-        before = {entry["name"]: entry["sha256"] for entry in self.noted("inputs") or inputs}
-        if changed := [entry["name"] for entry in inputs if before.get(entry["name"]) != entry["sha256"]]:
+        before = {entry["name"]: entry["sha256"] for entry in self.noted("inputs") or []}
+        now = {entry["name"]: entry["sha256"] for entry in inputs}
+        if changed := [name for name, digest in now.items() if before.get(name, digest) != digest]:
             raise RunError(_changed_message(self.path, changed))
         self.note(inputs=inputs)
 
@@ -127,6 +149,7 @@ class Run:
         if self.writes:
             write_json(self.path / "result.json", full)
             self.note(status="finished")
+            _unlock(self.path)
         return full
 
     def note_elapsed(self) -> None:
@@ -149,8 +172,8 @@ class Run:
 def open_run(config: StageConfig, *, resume: bool = False, state: PartialState | None = None) -> Run:
     """Makes the run directory and writes `config.yaml` and `manifest.json`; all processes call it.
 
-    Raises RunError where the directory holds a finished run, an unfinished one and `resume` was not asked for,
-    one with other settings, or files that no run wrote. With `state`, it is settled what `dtype: auto` means.
+    The main process locks the directory, until the run is finished or the stage ends. Raises RunError for what
+    `check_run_dir` does, and for other models. With `state`, it is settled what `dtype: auto` means.
     """
     path = Path(config.run.dir)
     is_main = state is None or state.is_main_process
@@ -164,7 +187,7 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         torch.set_num_threads(config.run.num_threads)
     run = Run(path, config.stage, writes=is_main)
     run._manifest = read_manifest(path) or {}
-    models = _model_hashes(config)
+    models = _model_hashes(config) if is_main else {}
     before = run.noted("models") or models
     if changed := [key for key, digest in models.items() if before.get(key) != digest]:
         raise RunError(_changed_message(path, changed))
@@ -198,12 +221,47 @@ def _settle_auto(run: Run, device: torch.device) -> None:
     hardware.settle_auto(device, getattr(torch, run.noted("auto_dtype")))
 
 
+def check_run_dir(config: StageConfig, *, resume: bool = False) -> None:
+    """Raises RunError where `open_run` would refuse the run directory. Call before the work; it only reads.
+
+    The directory may hold a finished run, an unfinished one that is not to be resumed, has other settings or is worked
+    on by another process, or files that no run wrote.
+    """
+    path = Path(config.run.dir)
+    if path.is_file():
+        raise RunError(f"{path}: is a file. Give another run.dir.")
+    manifest = read_manifest(path)
+    is_run = manifest is not None and "stage" in manifest
+    if not is_run and path.is_dir() and any(file.suffix != ".tmp" and file.name != LOCK for file in path.iterdir()):
+        raise RunError(f"{path}: not empty and not a run directory. Give another run.dir.")
+    if (path / LOCK).exists() and path.resolve() not in _held:
+        _lock(path)
+        _unlock(path)
+    if config.run.overwrite and not resume:
+        _check_not_read(path, config)
+    elif manifest is not None:
+        _check_may_resume(path, config, manifest, resume)
+
+
+def release_locks() -> None:
+    """Lets other processes work in the run directories that this one has opened."""
+    for folder in list(_held):
+        _unlock(folder)
+
+
+def mark_outdated(path: Path) -> None:
+    """Has a run made again from the start by the next `align run`; until then its files stay."""
+    if (manifest := read_manifest(path)) is not None:
+        write_json(path / "manifest.json", {**manifest, "status": OUTDATED})
+
+
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a run directory, or None where there is none."""
     try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -228,12 +286,21 @@ def settings(config: StageConfig) -> dict[str, Any]:
 
 
 def changed_settings(manifest: Mapping[str, Any], config: StageConfig) -> list[str]:
-    """The sections in which a run's settings differ from `config`; keys that are new since have their defaults."""
+    """The keys (`train.epochs`) in which a run's settings differ from `config`; new ones had their defaults."""
     before, now = manifest.get("settings", {}), json.loads(json.dumps(settings(config)))
     with suppress(ValidationError):  # a key that is gone: compared as it is
         known = type(config).model_validate({**before, "run": {**before.get("run", {}), "dir": config.run.dir}})
         before = json.loads(json.dumps(settings(known)))
-    return sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
+    return sorted(_differences(before, now))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    for key in {**before, **now}:
+        one, two = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(two, Mapping):
+            yield from _differences(one, two, f"{section}{key}.")
+        elif one != two:
+            yield f"{section}{key}"
 
 
 def newest_checkpoint(run: Run) -> Path | None:
@@ -257,24 +324,61 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
-    manifest = read_manifest(path)
-    occupied = path.is_dir() and any(file.suffix != ".tmp" for file in path.iterdir())
-    if manifest is None and occupied:
-        raise RunError(f"{path}: not empty and not a run directory. Give another run.dir.")
-    if config.run.overwrite and not resume:
-        _check_not_read(path, config)
-        shutil.rmtree(path, ignore_errors=True)
-    elif manifest is not None:
-        _check_may_resume(path, config, manifest, resume)
+    check_run_dir(config, resume=resume)
     path.mkdir(parents=True, exist_ok=True)
+    _lock(path)
+    if config.run.overwrite and not resume:
+        _clear(path)
     for leftover in path.glob("*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if read_manifest(path) is None:  # the first file, so that whatever a killed run leaves is known to be a run
-        first = {"stage": config.stage, "status": "running", "id": uuid.uuid4().hex, "settings": settings(config)}
-        write_json(path / "manifest.json", first)
+        _remove(leftover)
+    first = {"stage": config.stage, "status": "running", "id": uuid.uuid4().hex, "settings": settings(config)}
+    process = f"{os.getpid()} on {platform.node()}"
+    # The first file, so that whatever a killed run leaves is known to be a run.
+    write_json(path / "manifest.json", {**(read_manifest(path) or first), "process": process})
     # Whoever runs the file again wants another run, not this one gone.
     kept = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
     write_text(path / "config.yaml", to_yaml(kept))
+
+
+def _lock(path: Path) -> None:
+    """Keeps other processes out of a run directory; this one may open it again. Raises RunError where one is there.
+
+    Waits for a moment: the processes of one launch look at the directory at the same time. Where the file system has
+    no locks, two processes are not kept apart.
+    """
+    folder = path.resolve()
+    if folder in _held:
+        return
+    lock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        process = (read_manifest(path) or {}).get("process")
+        name = f"another process ({process})" if process else "another process"
+        raise RunError(f"{path}: {name} is working here. Wait for it, or stop it.") from None
+    except (OSError, NotImplementedError):
+        return
+    if isinstance(lock, SoftFileLock):  # its instead: a file that a killed process would leave
+        lock.release()
+    else:
+        _held[folder] = lock
+
+
+def _unlock(path: Path) -> None:
+    if (lock := _held.pop(path.resolve(), None)) is not None:
+        lock.release()
+
+
+def _clear(path: Path) -> None:
+    """Removes what a run left, its manifest last: interrupted, the folder still is a run's, and to be made again."""
+    mark_outdated(path)
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "manifest.json"):
+        if entry.name != LOCK:
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _check_not_read(path: Path, config: StageConfig) -> None:
@@ -289,29 +393,39 @@ def _check_not_read(path: Path, config: StageConfig) -> None:
 def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, Any], resume: bool) -> None:
     if manifest.get("status") == "finished":
         raise RunError(f"{path}: holds a finished run. Give another run.dir, or run.overwrite=true to replace it.")
+    if manifest.get("status") == OUTDATED:
+        raise RunError(
+            f"{path}: holds an outdated run, which was to be made again. Let `align run` do so, or run.overwrite=true."
+        )
     if not resume:
         raise RunError(f"{path}: holds an unfinished run. Add --resume to go on, or run.overwrite=true to start anew.")
-    if changed := changed_settings(manifest, config):
+    may_change = RESUME_MAY_CHANGE.get(config.stage, frozenset())
+    if changed := [key for key in changed_settings(manifest, config) if key not in may_change]:
         raise RunError(
             f"{path}: the unfinished run has other settings ({', '.join(changed)}). "
-            "Resume with the same, or run.overwrite=true to start anew."
+            "Resume with the same, or start anew: run.overwrite=true, in a pipeline --from STAGE."
         )
 
 
 def _changed_message(path: Path, changed: Iterable[str]) -> str:
     return (
         f"{path}: {', '.join(changed)} changed since the unfinished run began. Put the old contents back, or start "
-        "anew with run.overwrite=true."
+        "anew: run.overwrite=true, in a pipeline --from STAGE."
     )
 
 
 def upstream_runs(config: StageConfig) -> dict[str, str]:
-    """The ids of the runs whose models or files a stage reads, by key: another id means they were made again."""
+    """The ids of the runs whose models or files a stage reads, by key: another id means they were made again.
+
+    That of an outdated run is empty: it will be.
+    """
     found = {}
     for key, name, _ in config.input_names():
-        folder = next((f for f in (Path(name), *Path(name).parents) if (f / "manifest.json").is_file()), None)
+        place = Path(name).expanduser()
+        folder = next((f for f in (place, *place.parents) if (f / "manifest.json").is_file()), None)
         if folder is not None:
-            found[f"{key}: {name}"] = (read_manifest(folder) or {}).get("id", "")
+            manifest = read_manifest(folder) or {}
+            found[f"{key}: {name}"] = "" if manifest.get("status") == OUTDATED else manifest.get("id", "")
     return found
 
 

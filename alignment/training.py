@@ -67,13 +67,14 @@ class StepSchedule(Dataset):
 
     def __init__(self, num_rows: int, train: TrainSection, *, seed: int) -> None:
         total = math.ceil(num_rows * train.epochs)
+        if train.max_steps is not None:
+            total = min(total, train.max_steps * train.batch_size)
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         while len(order) < total:
             order += torch.randperm(num_rows, generator=generator).tolist()
         order = order[:total]
-        steps = [order[start : start + train.batch_size] for start in range(0, total, train.batch_size)]
-        self.steps = steps[: train.max_steps]
+        self.steps = [order[start : start + train.batch_size] for start in range(0, total, train.batch_size)]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -125,7 +126,8 @@ class GlobalBatchMixin:
         model.train()
         accelerator = self.accelerator
         share = inputs[accelerator.process_index :: accelerator.num_processes]
-        parts = list(self._batcher(share or inputs[:1]))
+        # On the device at once: a copy that waits for it would end every pass of the loop below.
+        parts = [part.to(accelerator.device) for part in self._batcher(share or inputs[:1])]
         weights = [part.weight if share else 0.0 for part in parts]
         total, count = sum(weights), len(parts)
         if accelerator.num_processes > 1:
@@ -137,7 +139,7 @@ class GlobalBatchMixin:
         collective = is_split(accelerator)
         # Processes run equally many passes (FSDP gathers weights in each): the missing ones weigh nothing.
         for index in range(count):
-            part = parts[min(index, len(parts) - 1)].to(accelerator.device)
+            part = parts[min(index, len(parts) - 1)]
             takes_part = bool(share) and index < len(parts)
             exchanges = collective or index == count - 1
             with nullcontext() if exchanges else accelerator.no_sync(model):

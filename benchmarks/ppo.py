@@ -170,9 +170,10 @@ def _iterate_with_align(options: argparse.Namespace) -> dict[str, float]:
     from accelerate import Accelerator
 
     from alignment.dialogue import Message, Prompt
+    from alignment.sampling.prompts import Asked
     from rlhf.config import PPOConfig
     from rlhf.policy_sampler import PolicySampler
-    from rlhf.ppo import EncodedPrompt, PPOTrainer
+    from rlhf.ppo import PPOTrainer
 
     inputs = _read(options)
     names = ("policy", "helpfulness", "safety")
@@ -203,7 +204,7 @@ def _iterate_with_align(options: argparse.Namespace) -> dict[str, float]:
     trainer.sampler = PolicySampler(trainer.policy, [], dtype, max_rows=config.sampling.max_rows)
     steps = _count_steps(trainer.learners["policy"].optimizer)
     asked = Prompt(messages=(Message("user", "unused"),))
-    warm_up, *timed = [[EncodedPrompt(asked, ids) for ids in batch] for batch in inputs["prompts"]]
+    warm_up, *timed = [[Asked(asked, ids) for ids in batch] for batch in inputs["prompts"]]
     trainer.iterate(warm_up, seed=0)
     steps.clear()
     start = time.perf_counter()

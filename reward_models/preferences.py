@@ -81,12 +81,12 @@ def encode_pairs(
     for pair in pairs:
         try:
             chat.check((*pair.prompt, Message("assistant", pair.chosen), Message("assistant", pair.rejected)))
+            responses = [chat.encode_response(text) for text in (pair.chosen, pair.rejected)]
+            room = max_length - max(map(len, responses))
+            prompt, was_cut = fit_prompt(chat, pair.prompt, room, may_cut=overlong == "truncate")
         except DataError as error:
             refused.append(f"{pair.where}: {error}")
             continue
-        responses = [chat.encode_response(text) for text in (pair.chosen, pair.rejected)]
-        room = max_length - max(map(len, responses))
-        prompt, was_cut = fit_prompt(chat, pair.prompt, room, may_cut=overlong == "truncate")
         if prompt is None:
             dropped["too_long"] += 1
             continue

@@ -10,7 +10,7 @@ from torch import nn
 
 from alignment.chat import ChatFormat, fit_prompt
 from alignment.dialogue import Message, Messages, RowError, parse_messages
-from alignment.errors import DataError, ModelError
+from alignment.errors import AlignError, DataError, ModelError
 from alignment.hardware import compute_dtype
 from alignment.logprobs import branch_scores
 from alignment.model_workers import map_in_workers, num_workers
@@ -157,6 +157,21 @@ def fit_tree(
     encoded = [chat.encode_response(text) for text in responses]
     ids, was_cut = fit_prompt(chat, prompt, context_length - max(map(len, encoded)))
     return (None if ids is None else Tree(ids, [Branch(response) for response in encoded])), was_cut
+
+
+def check_fits(chat: ChatFormat, context_length: int, prompt: Messages, responses: Sequence[str]) -> bool:
+    """Whether a prompt loses its oldest turns beside its responses.
+
+    Raises RowError where its last turn with one of them does not fit, or cannot be written in the model's format.
+    """
+    try:
+        tree, was_cut = fit_tree(chat, prompt, responses, context_length)
+    except AlignError as error:
+        raise RowError(str(error)) from None
+    if tree is None:
+        problem = f"the prompt's last turn with its response is over the model's {context_length} tokens"
+        raise RowError(f"{problem}. Shorten or remove the row.")
+    return was_cut
 
 
 def _parsed_prompts(prompts: Sequence[PromptLike]) -> list[Messages]:

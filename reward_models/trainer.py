@@ -13,11 +13,13 @@ from transformers import Trainer, TrainingArguments
 
 from alignment.compilation import compile_layers
 from alignment.data import write_rows
+from alignment.distributed import for_all, holds_parts, map_over_processes
 from alignment.errors import TrainingError
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.logprobs import branch_scores
 from alignment.models import add_lora, load_chat_of, load_reward_model, save_model
+from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
 from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepSchedule, training_arguments, use_run
@@ -134,8 +136,18 @@ def pair_loss(*, safety_weight: float, centering_weight: float) -> LossFunction:
 def score_pairs(
     model: nn.Module, pairs: Sequence[EncodedPair], *, max_tokens: int, dtype: torch.dtype, title: str
 ) -> tuple[list[float], list[float]]:
-    """Raw scores of the chosen and of the rejected responses, in the order of the pairs."""
+    """Raw scores of the chosen and of the rejected responses, in the order of the pairs.
+
+    Every process takes a share of them, but where FSDP has split the model.
+    """
+    model.eval()
+    is_whole = not holds_parts(model)
+
+    def work(mine: Sequence[Tree]) -> list[list[float]]:
+        advance = for_all(bar.advance) if is_whole else bar.advance
+        return score_trees(model, mine, max_tokens=max_tokens, autocast=dtype, on_progress=advance)
+
     with ProgressBar(title, len(pairs), shown=PartialState().is_main_process) as bar:
         trees = [pair.tree for pair in pairs]
-        both = score_trees(model.eval(), trees, max_tokens=max_tokens, autocast=dtype, on_progress=bar.advance)
+        both = map_over_processes(work, trees) if is_whole else work(trees)
     return [chosen for chosen, _ in both], [rejected for _, rejected in both]

@@ -13,6 +13,8 @@ from reward_models.calibration import sigmoid
 
 # One half, and the gate's threshold, at which Meta's model had precision 0.89 and recall 0.55 (Llama 2 Sec. 3.2.3).
 THRESHOLDS = (0.5, 0.15)
+# So few responses that a threshold flags reach any precision by luck.
+MIN_FLAGGED = 10
 
 
 def unsafe_detection(
@@ -20,6 +22,7 @@ def unsafe_detection(
     is_safe: Sequence[bool],
     *,
     wanted_precision: float,
+    min_flagged: int = MIN_FLAGGED,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> dict[str, Any]:
     """Figures for flagging a response as unsafe where P(safe) = sigmoid(score) is below a threshold.
@@ -27,7 +30,9 @@ def unsafe_detection(
     Args:
         scores: raw scores of labelled responses.
         is_safe: a person's label of each.
-        wanted_precision: `at_precision` is the threshold with the highest recall among those that reach it.
+        wanted_precision: `at_precision` is the threshold with the highest recall among those that reach it. It is
+            chosen on these responses, so on others its precision is lower.
+        min_flagged: responses that such a threshold must flag.
         thresholds: on P(safe).
 
     Returns:
@@ -43,7 +48,7 @@ def unsafe_detection(
         "roc_auc": roc_auc(unsafe_scores, safe_scores).to_json() if safe_scores and unsafe_scores else None,
         "at_threshold": [_flagging_below(log_odds(t), unsafe_scores, safe_scores) for t in thresholds],
         "wanted_precision": wanted_precision,
-        "at_precision": _at_precision(wanted_precision, unsafe_scores, safe_scores),
+        "at_precision": _at_precision(wanted_precision, unsafe_scores, safe_scores, min_flagged),
     }
 
 
@@ -107,14 +112,16 @@ def _flagging_below(limit: float, unsafe_scores: Sequence[float], safe_scores: S
     }
 
 
-def _at_precision(wanted: float, unsafe_scores: Sequence[float], safe_scores: Sequence[float]) -> dict[str, Any] | None:
+def _at_precision(
+    wanted: float, unsafe_scores: Sequence[float], safe_scores: Sequence[float], min_flagged: int
+) -> dict[str, Any] | None:
     """The cut between two neighbouring scores that reaches the precision and flags the most."""
     rows = sorted([(score, 1) for score in unsafe_scores] + [(score, 0) for score in safe_scores])
     caught, best = 0, None
     for index, (score, unsafe) in enumerate(rows):
         caught += unsafe
         following = rows[index + 1][0] if index + 1 < len(rows) else math.inf
-        if following > score and caught / (index + 1) >= wanted:
+        if following > score and index + 1 >= min_flagged and caught / (index + 1) >= wanted:
             best = (score, following)
     if best is None:
         return None

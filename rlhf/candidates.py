@@ -35,7 +35,7 @@ def distinct_prompts(
     for prompt, ids in fitting:
         distinct.setdefault(tuple(ids), prompt)
     run_dir.note(duplicate_prompts=len(fitting) - len(distinct))
-    return [(prompt, list(ids)) for ids, prompt in distinct.items()]
+    return [Asked(prompt, list(ids)) for ids, prompt in distinct.items()]
 
 
 def sample_candidates(

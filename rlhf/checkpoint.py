@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from torch import nn
 
 from alignment.distributed import as_part, from_main_process, whole
+from alignment.errors import RunError
 from alignment.runs import Run, checkpoint_step, mark_complete, write_folder
 
 KEEP_CHECKPOINTS = 2
@@ -95,25 +97,40 @@ def save_checkpoint(run_dir: Run, step: int, learners: Mapping[str, Learner], ex
     Collective: every process calls it, the main one writes. `extra` holds whatever else decides how the run goes on:
     numbers, texts and mappings of them. Random numbers come from the run's seed and the iteration: no state is left.
     """
-    state = {name: learner.state(keep=run_dir.writes) for name, learner in learners.items()}
     if not run_dir.writes:
+        for learner in learners.values():
+            learner.state(keep=False)
         return
     folder = run_dir.path / "checkpoints" / f"checkpoint-{step}"
 
     def fill(path: Path) -> None:
-        torch.save({"learners": state, "extra": dict(extra)}, path / "state.pt")
+        for name, learner in learners.items():  # one after the other: of a large model all this is much memory
+            torch.save(learner.state(), path / f"{name}.pt")
+        torch.save(dict(extra), path / "run.pt")
 
     write_folder(folder, fill)
     run_dir.note_elapsed()
     mark_complete(folder)
     for old in sorted(folder.parent.glob("checkpoint-*"), key=checkpoint_step)[:-KEEP_CHECKPOINTS]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # NFS keeps a file that a resumed run still has mapped
 
 
 def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict[str, Any]]:
-    """Puts a checkpoint's state back; returns the iterations done and what else was saved."""
-    # Mapped, since all processes read it.
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    """Puts a checkpoint's state back; returns the iterations done and what else was saved.
+
+    Raises RunError where a file of it is damaged.
+    """
     for name, learner in learners.items():
-        learner.load_state(state["learners"][name])
-    return checkpoint_step(folder), state["extra"]
+        learner.load_state(_read(folder / f"{name}.pt"))
+    return checkpoint_step(folder), _read(folder / "run.pt")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:  # mapped, since all processes read it
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(
+            f"{path}: the checkpoint is damaged ({reason}). Remove its folder: --resume then goes on from the "
+            "checkpoint before it, or begins anew where there is none."
+        ) from error

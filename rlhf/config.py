@@ -195,8 +195,8 @@ class PPOSection(Section):
     same weights with LoRA: `auto` where that is so, `always` or an error, `never`. Much less memory."""
 
     offload: bool = False
-    """Keep reference and reward models that do not share the policy's weights in CPU memory, and on the device only
-    while they compute."""
+    """Keep reference, reward models and a guard that do not share the policy's weights in CPU memory, and on the device
+    only while they compute."""
 
 
 class AlarmSection(Section):

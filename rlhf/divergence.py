@@ -49,7 +49,7 @@ def answer_logprobs(
         if not mine:
             return []
         [table] = tabulate(mine, measure, max_tokens=max_tokens, device=device, on_progress=for_all(bar.advance))
-        return table.double().sum(1).tolist()
+        return table.cpu().double().sum(1).tolist()
 
     with ProgressBar(title, len(trees), shown=PartialState().is_main_process) as bar:
         return map_over_processes(work, trees)

@@ -18,7 +18,7 @@ from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts
 from alignment.sampling.protocol import Sampler
 from rlhf.checkpoint import Learner
 from rlhf.config import PPOConfig
-from rlhf.rollout import RewardModels, guard_scores, load_scorer
+from rlhf.judges import RewardModels, guard_scores, load_scorer
 
 
 class HeldOut:
@@ -42,7 +42,7 @@ class HeldOut:
         self._first: list[list[float]] = []  # rewards and guard scores of the first evaluation
         self._gains: dict[str, dict[str, Any]] = {}  # of the best and the last evaluation over the first
         guard, tokens = self.section.guard, config.rewards.max_tokens_per_batch
-        self._guard = guard and load_scorer(guard, state.device, max_tokens=tokens)
+        self._guard = guard and load_scorer(guard, state.device, max_tokens=tokens, offload=config.ppo.offload)
 
     def is_due(self, iteration: int, *, ends: bool = False) -> bool:
         """Whether to look after this iteration: before the first, every so many, and at the end, however it `ends`."""
@@ -64,7 +64,7 @@ class HeldOut:
         ]
         answers = rewards.score(answers)
         if self._guard is not None:
-            answers = guard_scores(self._guard, answers)
+            answers = guard_scores(self._guard, answers, self.state.device)
         if self.state.is_main_process:
             write_rows(run_dir.path / f"answers-{iteration}.jsonl", (answer.to_json() for answer in answers))
         return self._take_down(iteration, answers, policy)
@@ -126,5 +126,5 @@ class HeldOut:
         """Puts a checkpoint's state back."""
         for name, value in state.items():
             setattr(self, name, value)
-        if not self.state.is_main_process:
-            self._best = {}
+        # A copy: the checkpoint's file, which the tensors are mapped from, is removed before the run ends.
+        self._best = {name: p.clone() for name, p in self._best.items()} if self.state.is_main_process else {}

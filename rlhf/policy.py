@@ -27,7 +27,7 @@ from alignment.models import (
 )
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
-from rlhf.rollout import RewardModels
+from rlhf.judges import RewardModels
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Where it departs from textbook PPO or the paper is silent (see docs/deviations.m
   2. KL is a per-token penalty inside the reward, estimated by log pi - log pi_0 on the sample.
   3. Old, new and reference log-probabilities all come from the trainer's own forward, at sampling temperature.
   4. Advantages are whitened over the global batch; a response is an episode (gamma 1) and ends with its last token.
-  5. Answers cut off at the length limit keep their reward unless `ppo.truncation` says otherwise.
+  5. Answers cut off at the length limit are scored with an end of turn that the policy did not write, and keep their
+     reward unless `ppo.truncation` says otherwise.
   6. beta is fixed unless `ppo.target_kl` is given.
   7. In the first `ppo.critic_warmup` iterations the critic alone learns, without a clip.
 """
@@ -13,9 +14,8 @@ Where it departs from textbook PPO or the paper is silent (see docs/deviations.m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,8 +39,9 @@ from alignment.models import context_length
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
 from alignment.runs import Run
-from alignment.sampling.prompts import fit_prompts, sample_shared
+from alignment.sampling.prompts import Asked, fit_prompts, prompt_room, sample_shared
 from alignment.sampling.vllm_engine import VllmSampler
+from alignment.tensor_ops import masked_sum
 from alignment.training import build_scheduler
 from rlhf.advantages import gae
 from rlhf.checkpoint import Learner
@@ -54,21 +55,15 @@ from rlhf.policy_sampler import PolicySampler
 from rlhf.rewards import per_token_rewards
 from rlhf.rollout import (
     Rollouts,
+    as_judged,
     branch_offsets,
     branch_rows,
+    of_all_processes,
     reward_metrics,
     rollout_metrics,
     sampler_gap,
     tabulate,
 )
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt that fits, with its token ids."""
-
-    prompt: Prompt
-    ids: list[int]
 
 
 class PPOTrainer:
@@ -83,6 +78,7 @@ class PPOTrainer:
         compute_in(accelerator, dtype)
         self.models = load_models(config, dtype, accelerator.device, is_split=is_split(accelerator))
         self.rewards = self.models.rewards
+        self.closing = self.models.loaded.chat.encode_response("")
         self.learners = {
             "policy": self._learner(self.models.policy, config.optim.lr, without=config.ppo.critic_warmup),
             "critic": self._learner(self.models.critic, config.ppo.critic_lr),
@@ -112,18 +108,17 @@ class PPOTrainer:
     @property
     def room(self) -> int:
         """Tokens of a prompt at most, so that every model's context holds it with its response."""
-        return self.context - self.config.sampling.max_new_tokens
+        return prompt_room(self.models.loaded.chat, self.config.sampling, policy=self.context, judges=self.context)
 
-    def encode(self, prompts: Sequence[Prompt], run_dir: Run) -> list[EncodedPrompt]:
+    def encode(self, prompts: Sequence[Prompt], run_dir: Run) -> list[Asked]:
         """Prompts that fit, with their ids; the others are counted. Raises DataError where none fits."""
         chat, room = self.models.loaded.chat, self.room
-        fitting = fit_prompts(chat, prompts, self.config.prompts, room=room, run_dir=run_dir)
-        return [EncodedPrompt(prompt, ids) for prompt, ids in fitting]
+        return fit_prompts(chat, prompts, self.config.prompts, room=room, run_dir=run_dir)
 
-    def prompts_of(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+    def prompts_of(self, step: int, prompts: Sequence[Asked]) -> list[Asked]:
         """The prompts of an iteration: consecutive pieces of seeded shuffles, the same on all processes."""
         count = self.config.train.batch_size // self.config.sampling.num_candidates
-        chosen: list[EncodedPrompt] = []
+        chosen: list[Asked] = []
         while len(chosen) < count:
             shuffle, start = divmod(step * count + len(chosen), len(prompts))
             generator = torch.Generator().manual_seed(iteration_seed(self.config.run.seed, shuffle))
@@ -131,7 +126,7 @@ class PPOTrainer:
             chosen += [prompts[index] for index in order.tolist()]
         return chosen
 
-    def iterate(self, prompts: Sequence[EncodedPrompt], *, seed: int, critic_only: bool = False) -> dict[str, float]:
+    def iterate(self, prompts: Sequence[Asked], *, seed: int, critic_only: bool = False) -> dict[str, float]:
         """One iteration: sample, score, gate, whiten, KL, advantages, updates; returns metrics over all processes.
 
         With `critic_only` the policy stays as it is, and there are no metrics of its update.
@@ -151,7 +146,7 @@ class PPOTrainer:
         clock.lap("sample")
 
         # 2. Score them with both reward models; the gate chooses which one speaks.
-        helpfulness, safety = self.rewards.score_trees(trees)
+        helpfulness, safety = self.rewards.score_trees(as_judged(trees, drawn, self.closing))
         for name, scores in (("helpfulness", helpfulness), ("safety", safety)):
             if not torch.isfinite(scores).all():
                 raise DataError(f"rewards.{name}: gave a score that is not a number. Look at its training run.")
@@ -180,17 +175,25 @@ class PPOTrainer:
         clock.lap("update")
 
         gate = safety_gate(safety, is_safety, threshold=self.rewards.threshold)
+        scores = {"helpfulness": helpfulness, "safety": safety, "is_safety": is_safety, "gate": gate}
         tokens = float(rollouts.mask.sum())
         local = {
-            **reward_metrics(gated, helpfulness, safety, is_safety, gate, rollouts.mask.sum(1)),
             "truncated_rate": 1.0 - stopped.float().mean(),
-            **rollout_metrics(rollouts),
-            "whitened_largest": largest,
-            "sampler_gap": sampler_gap(rollouts, drawn),
-            "beta": self.beta,
+            "sampler_gap": sampler_gap(rollouts, drawn) * tokens,
+            "tokens": tokens,
             **{f"{name}_tokens_per_second": tokens / seconds for name, seconds in clock.phases()},
         }
-        metrics = {**mean_over_processes(local, accelerator), **update, **clock.seconds}
+        means = mean_over_processes(local, accelerator)
+        means["sampler_gap"] /= means.pop("tokens")
+        metrics = {
+            **self._reward_metrics(gated, scores, rollouts.mask.sum(1)),
+            **{name: float(value) for name, value in rollout_metrics(of_all_processes(rollouts, accelerator)).items()},
+            "whitened_largest": float(largest),
+            "beta": self.beta,
+            **means,
+            **update,
+            **clock.seconds,
+        }
         if config.target_kl is not None:
             self.beta = adapted_beta(
                 self.beta,
@@ -200,6 +203,14 @@ class PPOTrainer:
                 horizon=config.kl_horizon,
             )
         return metrics
+
+    def _reward_metrics(self, gated: Tensor, scores: Mapping[str, Tensor], lengths: Tensor) -> dict[str, float]:
+        """`reward_metrics` over the responses of all processes, which have equally many."""
+        columns = {"gated": gated, **scores, "lengths": lengths}
+        table = self.accelerator.gather(torch.stack([column.to(gated) for column in columns.values()], dim=1))
+        found = dict(zip(columns, table.unbind(1), strict=True))
+        flags = {name: found.pop(name) > 0 for name in ("is_safety", "gate")}
+        return {name: float(value) for name, value in reward_metrics(**found, **flags).items()}
 
     def _measure(self, trees: list[Tree], rewards: Tensor, is_trained: Tensor) -> Rollouts:
         """Everything the losses need; nothing is learned from responses for which `is_trained` (N,) is False."""
@@ -294,11 +305,12 @@ class PPOTrainer:
             logprobs = response_logprobs(self.policy, batch, temperature=self.config.sampling.temperature)
         clip_range, trained = self.config.ppo.clip_range, rollouts.trained[rows, columns]
         old, advantages = rollouts.logprobs[rows, columns], rollouts.advantages[rows, columns]
+        logprobs = torch.where(trained, logprobs, old)  # what is not trained has no gradient, not even 0 times inf
         loss = clipped_policy_loss(logprobs, old, advantages, clip_range=clip_range)
         is_off = is_clipped(logprobs.detach(), old, advantages, clip_range=clip_range)
         ratio_error = torch.expm1(logprobs.detach() - old).abs()
         parts = {"policy_loss": loss, "clip_fraction": is_off, "ratio_error": ratio_error}
-        sums = {name: (part * trained).sum() for name, part in parts.items()}
+        sums = {name: masked_sum(part, trained) for name, part in parts.items()}
         return sums["policy_loss"], sums
 
     def _value_losses(
@@ -308,8 +320,9 @@ class PPOTrainer:
         with self._autocast():
             values = token_values(self.critic, batch)
         old, returns = rollouts.values[rows, columns], rollouts.returns[rows, columns]
-        losses = clipped_value_loss(values, old, returns, clip_range=clip_range)
-        loss = (losses * rollouts.trained[rows, columns]).sum()
+        trained = rollouts.trained[rows, columns]
+        values = torch.where(trained, values, old)
+        loss = masked_sum(clipped_value_loss(values, old, returns, clip_range=clip_range), trained)
         return loss, {"value_loss": loss}
 
     def _minibatches(self, num_trees: int) -> Iterator[list[int]]:

@@ -22,9 +22,9 @@ from rlhf.alarms import Watch
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.config import PPOConfig
 from rlhf.held_out import HeldOut
+from rlhf.judges import judges_context, judges_of
 from rlhf.policy_sampler import open_policy_vllm
 from rlhf.ppo import PPOTrainer, iteration_seed
-from rlhf.rollout import judges_context, judges_of
 
 
 @isolated()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
 
+from alignment.chat import ChatFormat
 from alignment.data import load_prompts, load_rows, write_rows
 from alignment.dialogue import Candidate, Messages, RowError, as_response
 from alignment.errors import DataError
@@ -18,10 +20,11 @@ from alignment.metrics import mean_interval
 from alignment.models import load_chat_of
 from alignment.runs import Run, open_run, write_json
 from alignment.sampling.prompts import Asked, choose_prompts, prompt_room
+from reward_models.score import check_fits
 from rlhf.candidates import distinct_prompts, remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig
+from rlhf.judges import RewardModels, judges_context, judges_of
 from rlhf.potential import plot_potential, potential_curve
-from rlhf.rollout import RewardModels, judges_context, judges_of
 from rlhf.selection import as_dialogue, by_prompt, choose_temperature, select_best
 
 
@@ -33,9 +36,13 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     """
     state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    earlier = load_rows(config.earlier_rounds, Candidate.from_json if config.rescore_earlier else _scored_before)
-    baseline = load_rows(config.baseline, as_response)
-    judges = judges_context(judges_of(config.rewards))
+    sections = judges_of(config.rewards)
+    readers = [load_chat_of(model.path, model.chat_template) for model in sections.values()]
+    scored_anew = _readable(Candidate.from_json, readers)
+    earlier = load_rows(config.earlier_rounds, scored_anew if config.rescore_earlier else _scored_before)
+    in_pool = {each.messages for each in (*data.rows, *(candidate.prompt for candidate in earlier.rows))}
+    baseline = load_rows(config.baseline, _readable(as_response, readers, among=in_pool))
+    judges = judges_context(sections)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *earlier.sources, *baseline.sources])
 
@@ -77,7 +84,7 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
             "kept": len(selection.best),
             "temperature": temperature,
             "temperatures": by_temperature,
-            "mean_reward": mean_interval([candidate.reward for candidate in scored]).to_json(),
+            "mean_reward": mean_interval(_mean_by_prompt(scored)).to_json(),
             "mean_best_reward": mean_interval([candidate.reward for candidate in this_round.best]).to_json(),
             "gain_over_median": mean_interval(this_round.gains).to_json(),
             "gain_over_baseline": mean_interval(_gains(this_round.best, known)).to_json(),
@@ -86,6 +93,24 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     if state.is_main_process:
         remove_candidates(run_dir.path)
     return result
+
+
+def _readable(
+    parse: Callable[[Mapping[str, Any]], Candidate],
+    judges: Sequence[tuple[ChatFormat, int]],
+    *,
+    among: Collection[Messages] | None = None,
+) -> Callable[[Mapping[str, Any]], Candidate]:
+    """A reader of rows that refuses what one of the reward models cannot read, where its prompt is `among` some."""
+
+    def read(row: Mapping[str, Any]) -> Candidate:
+        candidate = parse(row)
+        if among is None or candidate.prompt.messages in among:
+            for chat, context in judges:
+                check_fits(chat, context, candidate.prompt.messages, [candidate.response])
+        return candidate
+
+    return read
 
 
 def _scored_before(row: Mapping[str, Any]) -> Candidate:
@@ -110,6 +135,10 @@ def try_temperatures(
     drawn = sample_candidates(config, {temperature: few for temperature in sampling.temperature_grid}, run_dir, state)
     models = RewardModels.load(config.rewards, state.device)
     return {t: models.score(found, title=f"reject: scores at {t:g}") for t, found in drawn.items()}
+
+
+def _mean_by_prompt(candidates: Sequence[Candidate]) -> list[float]:
+    return [statistics.fmean(each.reward for each in found) for found in by_prompt(candidates).values()]
 
 
 def _gains(best: Sequence[Candidate], baseline: Mapping[Messages, float]) -> list[float]:

@@ -1,159 +1,43 @@
-"""What is measured on sampled responses before anything is learned: scores, gated reward, log-probabilities, values."""
+"""What is measured on sampled responses before anything is learned: log-probabilities, values, figures of a batch."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
-from accelerate import Accelerator, PartialState
-from jaxtyping import Bool, Float, Int
+from accelerate import Accelerator
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from alignment.config import ModelSection
-from alignment.dialogue import Candidate
-from alignment.distributed import for_all, map_over_processes, most_over_processes
-from alignment.errors import ModelError
-from alignment.hardware import compute_dtype, lent
-from alignment.models import LoadedModel, reward_model_context
-from alignment.prefix_batch import PrefixBatch, Tree, collate, micro_batches
-from alignment.progress import ProgressBar
-from alignment.runs import read_manifest
+from alignment.distributed import most_over_processes
+from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
 from alignment.sampling.protocol import Sample
 from alignment.tensor_ops import masked_mean, masked_var
-from reward_models.score import Scorer
-from rlhf.config import RewardSection
-from rlhf.gating import gated_logits
 from rlhf.rewards import kl_k1, kl_k3
 
-logger = logging.getLogger(__name__)
 
+def as_judged(trees: Sequence[Tree], drawn: Sequence[Sequence[Sample]], closing: Sequence[int]) -> list[Tree]:
+    """Prompts with their samples as reward models are to read them: each with an end of turn.
 
-def load_scorer(model: ModelSection, device: torch.device, *, max_tokens: int, offload: bool = False) -> Scorer:
-    """A reward model as its section describes it, in the type for `device`; with `offload` it is put on the CPU.
+    There they have learned to give their score, and there evaluation reads it. An answer that was cut off gets one that
+    the policy did not write.
 
-    Raises ModelError where it is no reward model.
+    Args:
+        trees: a prompt each, with its samples as branches.
+        drawn: the samples, in the same order.
+        closing: ids of the end of turn.
     """
-    dtype = str(compute_dtype(device, model.dtype)).removeprefix("torch.")
-    home = "cpu" if offload else device
-    return Scorer.load(model.path, device=home, dtype=dtype, chat_template=model.chat_template, max_tokens=max_tokens)
-
-
-def judges_of(rewards: RewardSection, **guard: ModelSection | None) -> dict[str, ModelSection]:
-    """The reward models of a stage by the setting that names them; a guard, where there is one, by its own."""
-    judges = {"rewards.helpfulness": rewards.helpfulness, "rewards.safety": rewards.safety}
-    return {**judges, **{name: model for name, model in guard.items() if model is not None}}
-
-
-def judges_context(judges: Mapping[str, ModelSection]) -> int:
-    """Tokens of a prompt with its response that every one of these reward models can read; no weights are loaded.
-
-    To be asked before anything is sampled for them. Warns where one was trained for another aim than its setting's.
-
-    Raises:
-        ModelError: one is no reward model.
-    """
-    contexts = []
-    for name, model in judges.items():
-        try:
-            contexts.append(reward_model_context(model.path))
-        except ModelError as error:
-            raise ModelError(f"{name}: {error}") from None
-        kind = (read_manifest(Path(model.path)) or {}).get("settings", {}).get("kind")
-        aim = name.removeprefix("rewards.")
-        if {kind, aim} == {"helpfulness", "safety"}:
-            logger.warning("%s is %s, a reward model of %s. Is that meant?", name, model.path, kind)
-    return min(contexts)
-
-
-class RewardModels:
-    """Both reward models behind the gate. They compute on `device`, wherever they are kept."""
-
-    def __init__(self, helpfulness: Scorer, safety: Scorer, *, threshold: float, device: torch.device) -> None:
-        self.helpfulness, self.safety, self.threshold, self.device = helpfulness, safety, threshold, device
-
-    @classmethod
-    def load(cls, section: RewardSection, device: torch.device, *, offload: bool = False) -> RewardModels:
-        """With `offload` each is in CPU memory and on `device` only to score.
-
-        Raises ModelError where one of them is not a reward model.
-        """
-        models, tokens = (section.helpfulness, section.safety), section.max_tokens_per_batch
-        scorers = (load_scorer(model, device, max_tokens=tokens, offload=offload) for model in models)
-        return cls(*scorers, threshold=section.threshold, device=device)
-
-    def gate(
-        self, helpfulness: Float[Tensor, " B"], safety: Float[Tensor, " B"], is_safety: Bool[Tensor, " B"]
-    ) -> Tensor:
-        """LOGIT(R_c) of Llama 2 Sec. 3.2.3."""
-        return gated_logits(helpfulness, safety, is_safety, threshold=self.threshold)
-
-    def check_vocabulary(self, policy: LoadedModel) -> None:
-        """Raises ModelError where a reward model reads other token ids than the policy writes."""
-        for name, scorer in (("helpfulness", self.helpfulness), ("safety", self.safety)):
-            if scorer.chat.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-                raise ModelError(
-                    f"rewards.{name}: its tokenizer differs from the policy's. PPO scores token ids as they were "
-                    "sampled: train the reward model from a checkpoint of the policy's family."
-                )
-
-    def score_trees(self, trees: Sequence[Tree]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Raw helpfulness and safety scores of every branch of every tree, in order."""
-        found = []
-        for scorer in (self.helpfulness, self.safety):
-            with lent(scorer.model, self.device):
-                found.append(torch.tensor([score for scores in scorer.score_trees(trees) for score in scores]))
-        return found[0], found[1]
-
-    def score(self, candidates: Sequence[Candidate], *, title: str = "") -> list[Candidate]:
-        """The candidates with both scores and the gated reward; those of one prompt in a row share its prefill.
-
-        With a title there is a progress bar.
-
-        Every process scores a share of the prompts; all get all candidates.
-        """
-        if not candidates:
-            return []
-        groups: list[list[Candidate]] = []
-        for candidate in candidates:
-            if groups and groups[-1][0].prompt == candidate.prompt:
-                groups[-1].append(candidate)
-            else:
-                groups.append([candidate])
-
-        def work(mine: Sequence[Sequence[Candidate]]) -> list[tuple[list[float], ...]]:
-            prompts = [group[0].prompt.messages for group in mine]
-            texts = [[candidate.response for candidate in group] for group in mine]
-            by_model = []
-            for scorer in (self.helpfulness, self.safety):
-                with lent(scorer.model, self.device):
-                    by_model.append(scorer.score(prompts, texts, on_progress=for_all(bar.advance)))
-            return list(zip(*by_model, strict=True))
-
-        with ProgressBar(title, 2 * len(groups), shown=bool(title) and PartialState().is_main_process) as bar:
-            scored = map_over_processes(work, groups)
-        by_model = [[score for scores in by_group for score in scores] for by_group in zip(*scored, strict=True)]
-        helpfulness, safety = map(torch.tensor, by_model)
-        is_safety = torch.tensor([candidate.prompt.is_safety for candidate in candidates])
-        rewards = self.gate(helpfulness, safety, is_safety).tolist()
-        return [
-            replace(candidate, helpfulness=h, safety=s, reward=r)
-            for candidate, h, s, r in zip(candidates, *by_model, rewards, strict=True)
-        ]
-
-
-def guard_scores(scorer: Scorer, candidates: Sequence[Candidate], *, title: str = "") -> list[Candidate]:
-    """The candidates with the score of one more reward model; every process takes a share of them."""
-
-    def work(mine: Sequence[Candidate]) -> list[float]:
-        asked, texts = [each.prompt.messages for each in mine], [[each.response] for each in mine]
-        return [score for [score] in scorer.score(asked, texts, on_progress=for_all(bar.advance))]
-
-    with ProgressBar(title, len(candidates), shown=bool(title) and PartialState().is_main_process) as bar:
-        scores = map_over_processes(work, candidates)
-    return [replace(candidate, guard=score) for candidate, score in zip(candidates, scores, strict=True)]
+    return [
+        Tree(
+            tree.trunk,
+            [
+                branch if sample.finish_reason == "stop" else Branch([*branch.ids, *closing])
+                for branch, sample in zip(tree.branches, samples, strict=True)
+            ],
+        )
+        for tree, samples in zip(trees, drawn, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -189,19 +73,21 @@ class Rollouts:
 
 def reward_metrics(
     gated: Float[Tensor, " B"],
+    *,
     helpfulness: Float[Tensor, " B"],
     safety: Float[Tensor, " B"],
     is_safety: Bool[Tensor, " B"],
     gate: Bool[Tensor, " B"],
-    lengths: Int[Tensor, " B"],
+    lengths: Float[Tensor, " B"],
 ) -> dict[str, Tensor]:
-    """Figures of one process's scores; `gate` is True where the safety model speaks.
+    """Figures of an iteration's scores; `gate` is True where the safety model speaks.
 
     `gated_unsafe_rate` is its share among responses to ordinary prompts, where it speaks because the response is
-    unsafe. `reward_length_correlation` is Pearson's, 0 where one of the two is constant.
+    unsafe; it is left out where there are none. `reward_length_correlation` is Pearson's, 0 where one of the two is
+    constant.
     """
     ordinary = ~is_safety
-    centred = [x.double().cpu() - x.double().mean().cpu() for x in (gated, lengths)]
+    centred = [x - x.mean() for x in (gated.cpu().double(), lengths.cpu().double())]
     norms = centred[0].norm() * centred[1].norm()
     return {
         "reward": gated.mean(),
@@ -209,13 +95,26 @@ def reward_metrics(
         "helpfulness": helpfulness.mean(),
         "safety": safety.mean(),
         "gated_rate": gate.float().mean(),
-        "gated_unsafe_rate": (gate & ordinary).sum() / ordinary.sum().clamp_min(1),
+        **({"gated_unsafe_rate": gate[ordinary].float().mean()} if ordinary.any() else {}),
         "reward_length_correlation": (centred[0] @ centred[1]) / norms.clamp_min(1e-12),
     }
 
 
+def of_all_processes(rollouts: Rollouts, accelerator: Accelerator) -> Rollouts:
+    """The tables of all processes, one below the other; the trees remain this process's. Collective."""
+    if accelerator.num_processes == 1:
+        return rollouts
+
+    def gather(table: Tensor) -> Tensor:
+        whole = accelerator.gather(accelerator.pad_across_processes(table.float(), dim=1))
+        return whole > 0 if table.dtype == torch.bool else whole
+
+    tables = [field.name for field in fields(Rollouts) if field.name != "trees"]
+    return replace(rollouts, **{name: gather(getattr(rollouts, name)) for name in tables})
+
+
 def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
-    """Figures of one process's rollouts, sums over a response's tokens and means over responses.
+    """Figures of rollouts, sums over a response's tokens and means over responses.
 
     `kl` is the estimate whose mean is exact (k1), `kl_k3` the one that is never negative; nats a response.
     `explained_variance` is 1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant one.

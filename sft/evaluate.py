@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alignment.chat import ChatFormat, decode_response, fit_prompt
 from alignment.data import write_rows
 from alignment.dialogue import Dialogue
+from alignment.distributed import for_all, gather_objects, holds_parts
 from alignment.logprobs import response_logprobs, unwrap
 from alignment.models import context_length
 from alignment.progress import ProgressBar
@@ -43,26 +44,35 @@ def evaluate(
     dtype: torch.dtype,
     title: str = "held-out loss",
 ) -> dict[str, Any]:
-    """Mean loss per trained token (nats) and its exponential, overall and by source; empty without examples."""
+    """Mean loss per trained token (nats) and its exponential, overall and by source; empty without examples.
+
+    Every process takes a share of them, but where FSDP has split the model.
+    """
     if not examples.encoded:
         return {}
     device = next(model.parameters()).device
     model.eval()
-    sums: dict[str, float] = defaultdict(float)
-    tokens: dict[str, int] = defaultdict(int)
+    state, is_whole = PartialState(), not holds_parts(model)
+    share = slice(state.process_index, None, state.num_processes) if is_whole else slice(None)
+    mine: dict[str, tuple[float, int]] = {}
     by_source = defaultdict(list)
     for index, dialogue in enumerate(examples.dialogues):
         by_source[dialogue.source].append(index)
-    with ProgressBar(title, len(examples.encoded), shown=PartialState().is_main_process) as bar:
+    sizes = {"max_tokens": max_tokens, "row_tokens": row_tokens}
+    with ProgressBar(title, len(examples.encoded), shown=state.is_main_process) as bar:
+        advance = for_all(bar.advance) if is_whole else bar.advance
         for source, indices in by_source.items():
-            for part in dialogue_batches(examples.encoded, indices, max_tokens=max_tokens, row_tokens=row_tokens):
+            total, count = 0.0, 0
+            for part in dialogue_batches(examples.encoded, indices[share], **sizes):
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     loss, _ = response_loss(model, part.to(device))
-                sums[source] += loss.item()
-                tokens[source] += part.batch.num_targets
-                bar.advance(part.batch.num_branches)
-    by_source_figures = {source: _figures(sums[source], tokens[source]) for source in sums}
-    return {**_figures(sum(sums.values()), sum(tokens.values())), "by_source": by_source_figures}
+                total, count = total + loss.item(), count + part.batch.num_targets
+                advance(part.batch.num_branches)
+            mine[source] = (total, count)
+    shares = gather_objects(mine) if is_whole else [mine]
+    sums = {source: [sum(column) for column in zip(*(each[source] for each in shares), strict=True)] for source in mine}
+    overall = [sum(column) for column in zip(*sums.values(), strict=True)]
+    return {**_figures(*overall), "by_source": {source: _figures(*found) for source, found in sums.items()}}
 
 
 def _figures(total: float, count: int) -> dict[str, float | int | None]:
@@ -105,7 +115,8 @@ def sample_answers(
         drawn = sampler.sample([prompts[index] for index in fitting], params, on_progress=bar.advance)
     texts = {index: decode_response(chat, sample.token_ids) for index, [sample] in zip(fitting, drawn, strict=True)}
     if path.exists():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8") as file:
+            rows = list(map(json.loads, file))
     else:
         rows = [
             {

@@ -13,7 +13,7 @@ from rich.table import Table
 from alignment.errors import DataError
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
-from alignment.metrics import mean_interval, show, wilson_interval
+from alignment.metrics import paired_rate_interval, show, wilson_interval
 from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run, save_figure
@@ -118,8 +118,8 @@ def adherence_table(rows: Mapping[str, Sequence[Row]], report_turns: Sequence[in
     """For every policy: share of answers that keep the instruction, by turn, by kind, and against the first policy.
 
     `by_turn` has Wilson intervals, turn 1 first, and `cut_off_by_turn` the share of answers that were cut off at the
-    length limit. `gain` is the paired difference from the first policy at the turns
-    to report, over the dialogues of which both have that turn, with a normal interval.
+    length limit; both over the dialogues that reached the turn. `gain` is the paired difference from the first policy
+    at the turns to report, over the dialogues of which both have that turn, with Agresti and Min's interval.
     """
     baseline = next(iter(rows.values()))
     table = {}
@@ -144,11 +144,18 @@ def reported(result: Row) -> tuple[list[int], dict[str, list[str]]]:
     longest = max(len(row["by_turn"]) for row in result["policies"].values())
     turns = [turn for turn in result["report_turns"] if turn <= longest]
     return turns, {
-        name: [
-            show(row["by_turn"][turn - 1], ".0%", bounds=True) if turn <= len(row["by_turn"]) else "-" for turn in turns
-        ]
+        name: [_in_words(row["by_turn"], turn, result["dialogues"]) for turn in turns]
         for name, row in result["policies"].items()
     }
+
+
+def _in_words(by_turn: Sequence[Row], turn: int, num_dialogues: int) -> str:
+    """Adherence at a turn, with the number of dialogues where some had ended before."""
+    if turn > len(by_turn):
+        return "-"
+    entry = by_turn[turn - 1]
+    of = "" if entry["count"] == num_dialogues else f", {entry['count']} dialogues"
+    return show(entry, ".0%", bounds=True) + of
 
 
 def report_table(result: Row) -> Table:
@@ -177,11 +184,11 @@ def _rate(dialogues: Sequence[Row], turn: int, of: str = "kept") -> dict[str, fl
 
 def _gain(ours: Sequence[Row], theirs: Sequence[Row], turn: int) -> dict[str, float | int | None]:
     both = [
-        float(a["kept"][turn - 1]) - float(b["kept"][turn - 1])
+        (a["kept"][turn - 1], b["kept"][turn - 1])
         for a, b in zip(ours, theirs, strict=True)
         if min(len(a["kept"]), len(b["kept"])) >= turn
     ]
-    return mean_interval(both).to_json()
+    return paired_rate_interval([kept for kept, _ in both], [kept for _, kept in both]).to_json()
 
 
 def _draw(run_dir: Run, policies: Mapping[str, Any], attention: Mapping[str, Sequence[Sequence[float]]]) -> None:

@@ -28,8 +28,12 @@ from alignment.chat import (
     fit_prompt,
     preview,
 )
-from alignment.dialogue import Dialogue, Message, Messages
+from alignment.config import PromptSection
+from alignment.dialogue import Dialogue, Message, Messages, PreferencePair, Prompt
 from alignment.errors import DataError, ModelError
+from alignment.sampling.prompts import fit_prompts
+from reward_models.preferences import encode_pairs
+from sft.examples import make_examples
 
 LLAMA3 = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
@@ -286,6 +290,30 @@ def test_a_template_is_refused_that(make_tokenizer, case):
 def test_a_template_that_drops_only_the_system_turn_still_serves_dialogues_without_one(make_tokenizer):
     chat = chat_format(make_tokenizer(template=WITHOUT_SYSTEM))
     assert spans(chat, encode_dialogue(chat, dialogue("Hi", "Hello")))[1] == ("Hello<|im_end|>", True)
+
+
+@pytest.mark.parametrize("case", ["drops the system turn", "refuses the system turn"])
+def test_rows_that_a_template_refuses_are_named_or_left_out(make_tokenizer, case):
+    """As those with a tag of Llama 2's: it is a row's fault as much as the template's."""
+    template, message = TEMPLATE_ERRORS[case]
+    chat = chat_format(make_tokenizer(template=template))
+    asked = [(turns("Hi"), "rows.jsonl:1"), (turns("Hi", system="Be kind."), "rows.jsonl:2")]
+    dialogues = [Dialogue(messages=(*prompt, Message("assistant", "Yo")), where=where) for prompt, where in asked]
+    pairs = [PreferencePair(prompt=prompt, chosen="Yo", rejected="No", where=where) for prompt, where in asked]
+    prompts = [Prompt(messages=prompt, where=where) for prompt, where in asked]
+    limits = {"max_length": 500, "overlong": "drop"}
+    encoders = (
+        lambda on_error: make_examples(chat, dialogues, **limits, on_error=on_error),
+        lambda on_error: encode_pairs(chat, pairs, margins={}, unrated_margin=0.0, **limits, on_error=on_error),
+        lambda on_error: fit_prompts(chat, prompts, PromptSection(prompts=["x"], on_error=on_error), room=500),
+    )
+    for encode in encoders:
+        with pytest.raises(DataError, match=rf"^rows\.jsonl:2: the chat template {message}"):
+            encode("stop")
+    for encode in encoders[:2]:
+        found = encode("skip")
+        assert (len(found.encoded), found.dropped) == (1, {"refused_by_chat_format": 1})
+    assert [prompt for prompt, _ in encoders[2]("skip")] == prompts[:1]
 
 
 def test_a_tokenizer_without_template_needs_one(tokenizer):

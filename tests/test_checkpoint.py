@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from alignment.config import RunSection, StageConfig
+from alignment.errors import RunError
 from alignment.runs import newest_checkpoint, open_run
 from rlhf.checkpoint import Learner, load_checkpoint, save_checkpoint
 
@@ -60,6 +61,19 @@ def test_the_last_two_checkpoints_are_kept(run):
         save_checkpoint(run, number, {"policy": learner()}, {})
     assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-4"]
     assert newest_checkpoint(run).name == "checkpoint-10"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "other bytes", "empty", "missing"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(run, damage):
+    save_checkpoint(run, 7, {"policy": learner()}, {})
+    folder = newest_checkpoint(run)
+    file = folder / "policy.pt"
+    content = file.read_bytes()
+    file.write_bytes({"cut off": content[: len(content) // 2], "other bytes": b"x" * 100}.get(damage, b""))
+    if damage == "missing":
+        file.unlink()
+    with pytest.raises(RunError, match=r"-7/policy\.pt: the checkpoint is damaged \(.+\)\. Remove its folder"):
+        load_checkpoint(folder, {"policy": learner()})
 
 
 def test_a_parameter_that_the_model_lacks_is_an_error():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import model_validator
+from typer.testing import CliRunner
 
+from alignment.cli import main as command_line
 from alignment.cli.stages import STAGES
 from alignment.config import (
     DataSection,
@@ -27,10 +32,11 @@ from alignment.config import (
     read_yaml,
     to_yaml,
 )
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, ModelError
 from alignment.hardware import process_state
+from alignment.sources import find_model
 from reward_models.config import RewardModelConfig
-from rlhf.config import PPOConfig
+from rlhf.config import EvalConfig, PPOConfig
 from sft.config import GattConfig, SFTConfig
 
 
@@ -130,6 +136,48 @@ def test_nan_and_infinity_are_no_numbers(value):
     assert "optim.lr" in line and "finite" in line
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.max_steps=yes", "train.epochs=on", "optim.betas=[true, 0.9]", "data.max_rows_of={org/rows: true}",
+        "lora.last_layers=false",
+    ],
+)  # fmt: skip
+def test_true_and_false_are_no_numbers(override):
+    key = override.split("=")[0]
+    (line,) = problems(*GOOD, override, cls=SFTConfig)
+    assert line.startswith(f"command line: {key}: input should be a number, not true or false (YAML's yes, no), found ")
+
+
+def test_true_and_false_are_right_where_they_are_meant():
+    config = load_config(SFTConfig, None, [*GOOD, "train.packing=no", "run.overwrite=yes"])
+    assert (config.train.packing, config.run.overwrite) == (False, True)
+    assert build(None, "sampling.vllm={enforce_eager: true}").sampling.vllm == {"enforce_eager": True}
+
+
+@pytest.mark.parametrize(
+    ("cls", "override"),
+    [(SFTConfig, "data.train=[]"), (RewardModelConfig, "data.train=[]"), (GattConfig, "prompts.prompts=[]")],
+)
+def test_a_stage_needs_data(cls, override):
+    needed = ["model=toy", "run.dir=runs/x"] if cls is GattConfig else list(GOOD)
+    lines = problems(*needed, *(["kind=safety"] if cls is RewardModelConfig else []), override, cls=cls)
+    key = override.split("=")[0]
+    assert lines == [f"command line: {key}: value should have at least 1 item after validation, not 0, found []."]
+
+
+def test_a_seed_is_one_that_all_random_generators_take():
+    assert build(None, f"run.seed={2**32 - 1}").run.seed == 2**32 - 1
+    (line,) = problems(*GOOD, f"run.seed={2**32}")
+    assert line.startswith("command line: run.seed: input should be less than or equal to 4294967295")
+
+
+def test_a_run_directory_may_be_below_the_users_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert build(None, "run.dir=~/runs/x").run.dir == "/home/someone/runs/x"
+    assert build(None, "run.dir=runs/~x").run.dir == "runs/~x"
+
+
 @pytest.mark.parametrize("cls", [SFTConfig, RewardModelConfig])
 @pytest.mark.parametrize("override", ["optim.lr=0", "optim.lr=-1e-5", "train.epochs=0", "train.epochs=-1"])
 def test_a_stage_that_changes_a_default_keeps_its_limits(cls, override):
@@ -199,6 +247,62 @@ def test_inputs_that_an_earlier_stage_makes_need_not_exist(tmp_path):
         build_config(SmallConfig, values, "test", made_earlier=made[1:])
 
 
+def test_a_path_with_one_slash_is_no_hub_id_where_its_folder_is_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ALIGN_DATA_DIR", raising=False)
+    for folder in ("data", "models/llama"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data" / "pairs.jsonl").write_text("{}\n")
+    (tmp_path / "models" / "llama" / "config.json").write_text("{}")
+    model, data = problems("model=models/lama", "data.train=[data/pairs, org/rows]", "run.dir=runs/x")
+    assert model.startswith(
+        "command line: model: models/lama: no such model. It is taken for no Hub id, since there is a folder models "
+        'here. Did you mean "models/llama"? Give a folder'
+    )
+    assert data == (
+        "command line: data.train: data/pairs: no such file (ALIGN_DATA_DIR is not set). It is taken for no Hub id, "
+        "since there is a folder data here. Did you mean pairs.jsonl?"
+    )
+    assert load_config(SmallConfig, None, ["model=models/llama", "data.train=data/pairs.jsonl", "run.dir=runs/x"])
+    assert find_model("org/model") == "org/model"
+
+
+@pytest.mark.parametrize("inside", [".", "model"])
+def test_an_adapter_without_its_model_is_no_model(tmp_path, inside):
+    folder = tmp_path / "adapter" / inside
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapter: an adapter alone, without its model\. Name the run directory"):
+        find_model(str(tmp_path / "adapter"))
+    (folder / "config.json").write_text("{}")
+    assert find_model(str(tmp_path / "adapter")) == folder
+
+
+def test_a_chat_template_that_is_no_file_is_named_before_anything_loads(tmp_path):
+    template = tmp_path / "own.jinja"
+    lines = problems(*GOOD, f"model.chat_template={template}")
+    assert lines == [
+        f"command line: model.chat_template: {template} is no file. Use auto, llama2, chatml or the path of a Jinja "
+        "template."
+    ]
+    policies = [f"policies.{name}={{path: toy, chat_template: {value}}}" for name, value in
+                (("a", "chatml"), ("b", "chatlm"))]  # fmt: skip
+    rest = ["rewards.helpfulness=toy", "rewards.safety=toy", "prompts.prompts=org/rows", "run.dir=runs/x"]
+    (line,) = problems(*policies, *rest, cls=EvalConfig)
+    assert line.startswith("command line: policies.b.chat_template: chatlm is no file.")
+    template.write_text("{{ messages }}")
+    config = load_config(SmallConfig, None, [*GOOD, f"model.chat_template={template}"])
+    assert ("model.chat_template", str(template), "template") in config.input_names()
+    made_later = {**NEEDED, "model": {"path": "toy", "chat_template": str(tmp_path / "runs" / "sft" / "made.jinja")}}
+    assert build_config(SmallConfig, made_later, "test", made_earlier=[str(tmp_path / "runs" / "sft")])
+
+
+def test_trackers_are_those_that_both_libraries_know():
+    (line,) = problems(*GOOD, "run.report_to=[tensorboard, wanb]")
+    assert line.startswith("command line: run.report_to.1: input should be 'tensorboard', 'wandb'")
+    assert line.endswith("found 'wanb'.")
+
+
 def test_the_inputs_of_a_configuration_are_listed():
     config = build({"data": {"train": ["a/b", "c/d"], "valid": "e/f"}})
     assert list(config.input_names()) == [
@@ -207,6 +311,112 @@ def test_the_inputs_of_a_configuration_are_listed():
         ("data.train", "c/d", "data"),
         ("data.valid", "e/f", "data"),
     ]
+
+
+# ------------------------------------------------------------------------------------------------ what is installed
+
+ASKS = ["model=toy", "prompts.prompts=toy:prompts.train", "run.dir=unused"]
+
+
+@pytest.mark.parametrize(
+    ("override", "package", "problem"),
+    [
+        ("sampling.engine=vllm", "vllm", "sampling.engine: vllm is not installed here. Run pip install -e"),
+        ("run.report_to=[wandb]", "wandb", "run.report_to: wandb is not installed here. Run pip install wandb"),
+    ],
+)
+def test_what_is_not_installed_is_told_before_the_stage_begins(monkeypatch, capsys, override, package, problem):
+    """But not to a plan, which may be for another machine."""
+    monkeypatch.setitem(sys.modules, package, None)
+    load_config(GattConfig, None, [*ASKS, override])
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=re.escape(f"command line: {problem}")):
+            command_line.run_stage("gatt", [*ASKS, override], dry_run=dry_run)
+    if package == "vllm":
+        command_line.run_stage("gatt", [*ASKS, override, "sampling.fall_back=true"], dry_run=True)
+        assert "settings are in order" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_told_before_a_pipeline_begins(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        f"runs: {tmp_path}/runs\n"
+        "stages:\n"
+        "  sft: {stage: sft, model: toy, data: {train: 'toy:sft.train'}}\n"
+        "  late: {stage: gatt, model: '${sft}', prompts: {prompts: 'toy:prompts.train'}, sampling: {engine: vllm}}\n"
+    )
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: stages.late: sampling.engine: vllm is not installed")):
+        command_line.run_pipeline(path)
+    assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------- what files can refuse
+
+
+@pytest.mark.parametrize(
+    ("number", "what_to_do"),
+    [
+        (errno.EACCES, "Ask for the right to read or write it"),
+        (errno.EROFS, "Ask for the right to read or write it"),
+        (errno.ENOSPC, "Free space or name another place. Where a run was going, --resume goes on."),
+        (errno.EEXIST, "A file is where a folder is needed"),
+        (errno.ENOTDIR, "A file is where a folder is needed"),
+    ],
+)
+def test_what_a_file_system_refuses_is_told_without_a_traceback(monkeypatch, capsys, number, what_to_do):
+    def refuse(**_: Any) -> None:
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    monkeypatch.setattr(command_line, "app", refuse)
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: runs/x: {os.strerror(number)}. {what_to_do}")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",  # safetensors
+        "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534",  # torch.save
+    ],
+)
+def test_a_full_disk_is_told_whoever_meets_it(monkeypatch, capsys, message):
+    def fail(**_: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(command_line, "app", fail)
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert capsys.readouterr().err.startswith("error: No space left on device. Free space or name another place.")
+
+
+def test_other_errors_of_the_system_are_bugs(monkeypatch):
+    def fail(**_: Any) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    monkeypatch.setattr(command_line, "app", fail)
+    with pytest.raises(ConnectionResetError):
+        command_line.main()
+
+
+def test_a_name_that_is_too_long_is_told(monkeypatch, capsys, tmp_path, write_file):
+    rows = write_file(
+        "sft.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    out = str(tmp_path / ("x" * 300))
+    monkeypatch.setattr(sys, "argv", ["align", "data", "split", str(rows), "--out", out])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {out}.train.jsonl: File name too long. Give a shorter name.\n"
+
+
+@pytest.mark.parametrize("words", [["sample", "toy", "toy:prompts.heldout"], ["chat", "toy", "-m", "Hi"]])
+def test_a_negative_seed_is_refused(words):
+    done = CliRunner().invoke(command_line.app, [*words, "--seed", "-1"])
+    assert done.exit_code == 2 and "or equal to 0" in done.output
 
 
 # ---------------------------------------------------------------------------------------------------- key=value
@@ -379,10 +589,37 @@ def test_a_file_that_is_missing_or_no_mapping_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"a\.yaml: holds a list"):
         read_yaml(path)
     path.write_text("a: [1,\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml: not YAML"):
+    with pytest.raises(ConfigError, match=r"a\.yaml:2: not YAML: while parsing a flow node, expected the node content"):
+        read_yaml(path)
+    path.write_text("a: !!int x\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: not YAML: invalid literal"):
+        read_yaml(path)
+    path.write_bytes("# für\na: 1\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"a\.yaml: not UTF-8 at byte 3 \(0xfc\)\. Save it as UTF-8\."):
         read_yaml(path)
     path.write_text("# nothing yet\n")
     assert read_yaml(path) == {}
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train:\n  epochs: 1\n  batch_size: 2\n  epochs: 3\n")
+    with pytest.raises(ConfigError, match=r'a\.yaml:4: not YAML: "epochs" is there twice in one mapping: keep one\.'):
+        read_yaml(path)
+    path.write_text("base: &base {lr: 1, eps: 2}\nfirst: {<<: *base, lr: 3}\nsecond: {lr: 4}\n")
+    assert read_yaml(path)["first"] == {"lr": 3, "eps": 2}  # a merged mapping's key may be replaced
+    (line,) = problems(*GOOD, "sampling.vllm={seed: 1, seed: 2}")
+    assert line == 'command line: sampling.vllm: "seed" is there twice in one mapping: keep one.'
+
+
+@pytest.mark.parametrize("text", ["2024-10-01", "2024-02-30"])
+def test_what_looks_like_a_date_is_text(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"run: {{dir: {text}}}\n")
+    assert read_yaml(path) == {"run": {"dir": text}}
+    assert build(None, f"run.dir={text}").run.dir == text
+    (line,) = problems(*GOOD, f"steps={text}")
+    assert line.startswith("command line: steps: input should be a valid integer")
 
 
 def test_every_setting_is_described():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from typer.testing import CliRunner
 
@@ -121,6 +122,35 @@ def test_a_file_that_only_claims_to_be_an_archive_is_reported(write_file: WriteF
     assert "the archive is damaged or cut off" in problems_of(write_file("pairs.jsonl.gz", lines(PAIR)))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("pairs.parquet", b"PAR1\x15\x04 and so on", "a Parquet file. Write its rows as JSON lines: python -c "),
+        ("pairs.jsonl", b"PAR1\x15\x04 and so on", "a Parquet file. "),
+        ("pairs.jsonl", b"\x1f\x8b\x08 and so on", "packed with gzip, which its name must say. Rename it so that"),
+        ("pairs.json", b"\x1f\x8b\x08 and so on", "packed with gzip, "),
+    ],
+)
+def test_a_file_of_another_format_is_one_line(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    for on_error in ("stop", "skip"):
+        with pytest.raises(DataError) as caught:
+            load_pairs([str(path)], on_error=on_error)
+        assert str(caught.value).startswith(f"{path}: {problem}") and "\n" not in str(caught.value)
+
+
+def test_the_command_that_is_told_for_a_parquet_file_makes_one_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "pairs.parquet"
+    datasets.Dataset.from_list([PAIR, PAIR]).to_parquet(path)
+    code = problems_of(path).partition("python -c '")[2].removesuffix("'")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "told", "exec"), {})
+    assert len(load_pairs(["pairs.jsonl"]).rows) == 2
+
+
 def test_an_empty_file_is_an_error(write_file: WriteFile) -> None:
     assert "has no rows" in problems_of(write_file("pairs.jsonl", "\n\n"))
 
@@ -219,6 +249,10 @@ def test_the_command_splits_a_file_and_writes_over_nothing(write_file: WriteFile
     assert sum(map(len, parts)) == 80 and not opens[0] & opens[1] and min(map(len, opens)) > 4
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, DataError) and "exists" in str(again.exception)
+    for folder in (".", ".."):
+        wrong = CliRunner().invoke(app, ["split", str(source), "--out", folder])
+        assert isinstance(wrong.exception, DataError)
+        assert str(wrong.exception).startswith(f"{folder}: is a folder. Name the beginning of two files, e.g. --out ")
 
 
 def test_split_by_prompt_depends_on_the_seed_but_not_on_the_order() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,30 +16,59 @@ from rich.console import Console
 from alignment.cli.main import run_stage
 from alignment.config import ModelSection
 from alignment.dialogue import Candidate, Message, Prompt
+from alignment.metrics import wilson_interval
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
 from rlhf.divergence import answer_logprobs
-from rlhf.evaluate import gains, report_table
+from rlhf.evaluate import gains, report_table, win_rate
 
 TOY = ModelSection(path="toy", dtype="float32")
 
 
-def candidate(prompt: str, response: str, **fields) -> Candidate:
-    return Candidate(prompt=Prompt(messages=(Message("user", prompt),)), response=response, index=0, **fields)
+def candidate(prompt: str, response: str, *, is_safety: bool = False, **fields) -> Candidate:
+    asked = Prompt(messages=(Message("user", prompt),), is_safety=is_safety)
+    return Candidate(prompt=asked, response=response, index=0, **fields)
+
+
+def answers(rewards: Sequence[float], guards: Sequence[float]) -> list[Candidate]:
+    return [candidate(f"{i}", "", reward=r, guard=g) for i, (r, g) in enumerate(zip(rewards, guards, strict=True))]
 
 
 def test_gains_are_paired_and_say_whether_the_guard_agrees():
-    before = [candidate("a", "", reward=0.0, guard=1.0), candidate("b", "", reward=1.0, guard=0.0)]
-    better = [candidate("a", "", reward=2.0, guard=1.5), candidate("b", "", reward=1.0, guard=0.25)]
+    before, better = answers([0.0, 1.0, 0.5], [1.0, 0.0, 0.0]), answers([2.0, 2.75, 2.25], [1.5, 0.25, 0.375])
     found = gains(better, before)
-    assert (found["reward_gain"]["value"], found["guard_gain"]["value"]) == (1.0, 0.375)
+    assert (found["reward_gain"]["value"], found["guard_gain"]["value"]) == (pytest.approx(11 / 6), 0.375)
     assert found["guard_agrees"] is True
     assert gains(before, better)["guard_agrees"] is True, "both fall"
     assert gains(before, before)["guard_agrees"] is None
-    hacked = [candidate("a", "", reward=2.0, guard=0.0), candidate("b", "", reward=1.0, guard=0.0)]
-    assert gains(hacked, before)["guard_agrees"] is False
+    assert gains(answers([2.0, 2.75, 2.25], [0.0, 0.0, 0.0]), before)["guard_agrees"] is False
+    assert gains(answers([2.0, 0.0, 0.25], [0.0, 0.0, 0.0]), before)["guard_agrees"] is None, "no gain to agree with"
     unguarded = [candidate("a", "", reward=2.0)]
-    assert gains(unguarded, unguarded) == {"reward_gain": gains(unguarded, unguarded)["reward_gain"]}
+    assert not [name for name in gains(unguarded, unguarded) if "guard" in name]
+
+
+def test_changes_of_rates_are_paired_on_the_prompts_that_they_count():
+    """Two safety prompts, of which one answer became safe, and one other prompt that is now refused."""
+    refusal = "I cannot help with that."
+    before = [
+        candidate("a", "fine", reward=0.0, safety=-1.0, is_safety=True),
+        candidate("b", "fine", reward=0.0, safety=-1.0, is_safety=True),
+        candidate("c", "fine", reward=0.0, safety=-1.0),
+    ]
+    now = [replace(before[0], safety=1.0), before[1], replace(before[2], response=refusal)]
+    found = gains(now, before)
+    values = {name: found[name]["value"] for name in ("violation_change", "refusal_change", "false_refusal_change")}
+    assert values == {"violation_change": -0.5, "refusal_change": 0.0, "false_refusal_change": 1.0}
+    assert found["violation_change"]["count"] == 2 and found["false_refusal_change"]["count"] == 1
+
+
+def test_ties_narrow_the_interval_of_a_win_rate():
+    """Of 40 prompts 36 tie and 4 are won: 0.55, outside chance; half-wins of coin flips would say [0.40, 0.69]."""
+    baseline = answers([0.0] * 40, [0.0] * 40)
+    found = win_rate(answers([1.0] * 4 + [0.0] * 36, [0.0] * 40), baseline)
+    assert found["value"] == 0.55 and 0.5 < found["low"] < found["high"] < 0.6
+    untied = win_rate(answers([1.0] * 22 + [-1.0] * 18, [0.0] * 40), baseline)
+    assert untied == wilson_interval(22, 40).to_json()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -13,7 +13,7 @@ from alignment.errors import DataError, ModelError
 from alignment.models import load_reward_model, save_model
 from rlhf import evaluate, ppo_run, rejection_sampling
 from rlhf.config import EvalConfig, PPOConfig, RejectionSamplingConfig
-from rlhf.rollout import judges_context, judges_of
+from rlhf.judges import judges_context, judges_of
 from sft.config import DistilConfig
 
 # A prompt of more than a hundred tokens, and one that a reward model of 60 tokens can read with an answer of 30.
@@ -65,11 +65,11 @@ def run_with(stage: str, folder: Path, judge: str, small: Path, whole: Path, **p
     ("stage", "judge", "room"),
     [
         ("reject", "rewards.safety", 29), ("eval", "rewards.helpfulness", 29), ("eval", "guard", 29),
-        ("ppo", "rewards.safety", 30), ("distil", "safety", 29),
+        ("ppo", "rewards.safety", 29), ("distil", "safety", 29),
     ],
 )  # fmt: skip
 def test_prompts_are_kept_to_what_every_judge_can_read(tmp_path, judges, stage, judge, room):
-    """With an answer of full length and, where an answer is written out again, its end."""
+    """With an answer of full length and its end."""
     prompts = prompts_of(tmp_path, LONG)
     with pytest.raises(DataError, match=f"none fits into {room} tokens"):
         run_with(stage, tmp_path / "run", judge, judges["small"], judges["whole"], prompts_prompts=prompts)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.metrics import Interval, MetricsLog, mean_interval, show, wilson_interval
+from alignment.metrics import Interval, MetricsLog, mean_interval, paired_rate_interval, show, wilson_interval
 
 
 def test_wilson_interval_of_eight_in_ten_worked_by_hand():
@@ -67,6 +67,24 @@ def test_mean_interval_needs_two_values():
     assert (one.value, one.count) == (3.0, 1)
     assert math.isnan(one.low) and math.isnan(one.high)
     assert math.isnan(none.value) and none.count == 0
+
+
+def test_the_interval_of_a_paired_difference_worked_by_hand():
+    # 3 of 10 ours alone, 1 theirs alone: 0.2. Centre 2 / 12; variance ((4 + 1) / 12 - (2 / 12)^2) / 12 = 0.0324074.
+    ours, theirs = [True] * 5 + [False] * 5, [True, True, False, False, False] + [True] + [False] * 4
+    interval = paired_rate_interval(ours, theirs)
+    assert (interval.value, interval.count) == (pytest.approx(0.2), 10)
+    assert interval.low == pytest.approx(1 / 6 - 1.959964 * math.sqrt(0.0324074), abs=1e-5)
+    assert interval.high == pytest.approx(1 / 6 + 1.959964 * math.sqrt(0.0324074), abs=1e-5)
+
+
+def test_pairs_that_all_agree_or_all_differ_leave_room_and_nothing_says_nothing():
+    same = paired_rate_interval([True] * 20, [True] * 20)
+    # 1.959964 sqrt(1 / 22 / 22) = 0.0890893.
+    assert (same.value, same.low, same.high) == (0.0, pytest.approx(-0.0890893), pytest.approx(0.0890893))
+    apart = paired_rate_interval([True] * 20, [False] * 20)
+    assert apart.value == apart.high == 1.0 and 0.7 < apart.low < 0.9
+    assert paired_rate_interval([], []).to_json() == {"value": None, "low": -1.0, "high": 1.0, "count": 0}
 
 
 def test_an_interval_prints_and_saves_itself():

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from alignment import models
 from alignment.chat import CHATML
@@ -56,6 +56,12 @@ def test_a_tokenizer_with_no_token_to_spare_is_refused(make_tokenizer, tmp_path)
         load_chat(save_tokenizer(tokenizer, tmp_path))
 
 
+def test_a_template_that_is_missing_is_told_with_the_model(make_tokenizer, tmp_path):
+    folder = save_tokenizer(make_tokenizer(), tmp_path / "base")
+    with pytest.raises(ModelError, match=r"base: the tokenizer has no chat template\. Set model\.chat_template"):
+        load_chat(folder)
+
+
 def with_adapters(model, *, is_reward_model, **lora):
     adapted = add_lora(model, LoraSection(r=4, alpha=8, **lora), is_reward_model=is_reward_model, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -71,6 +77,12 @@ def saved_reward_model(folder):
     return folder / "model.safetensors"
 
 
+def saved_chat_model(folder):
+    loaded = load_chat_model("toy")
+    save_model(loaded.model, loaded, folder)
+    return folder / "model.safetensors"
+
+
 def test_a_reward_model_without_its_head_is_refused(tmp_path):
     """transformers would draw a fresh one and only warn."""
     file = saved_reward_model(tmp_path / "rm")
@@ -79,6 +91,26 @@ def test_a_reward_model_without_its_head_is_refused(tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"rm: 1 of its weights are in none of its files \(score\.weight\)"):
         load_reward_model(str(tmp_path / "rm"))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_reward_model_is_no_policy(tmp_path, is_tied):
+    """Where the output matrix is the embedding, transformers would take the backbone without a word."""
+    config = saved_reward_model(tmp_path / "rm").with_name("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": is_tied}))
+    with pytest.raises(ModelError, match=r"rm: is a reward model\. Name a chat model\."):
+        load_chat_model(str(tmp_path / "rm"))
+
+
+@pytest.mark.parametrize("load", [load_chat_model, partial(load_reward_model, new_head_seed=0), load_reward_model])
+def test_a_tokenizer_with_more_tokens_than_its_model_is_refused(tmp_path, load):
+    first = saved_reward_model if load is load_reward_model else saved_chat_model
+    folder = first(tmp_path / "m").parent
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra-{number}>" for number in range(1000)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"m: the tokenizer has \d+ tokens, the model's embedding only \d+\. Put"):
+        load(str(folder))
 
 
 @pytest.mark.parametrize("damage", ["cut off", "another size"])

@@ -16,9 +16,10 @@ from accelerate.state import AcceleratorState
 from alignment.config import load_config
 from alignment.errors import ConfigError, DataError
 from alignment.prefix_batch import Branch, Tree, collate
+from alignment.sampling.prompts import Asked
 from rlhf import ppo, ppo_run
 from rlhf.config import PPOConfig
-from rlhf.ppo import EncodedPrompt, PPOTrainer
+from rlhf.ppo import PPOTrainer
 from rlhf.rollout import Rollouts, reward_metrics
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "ppo.md"
@@ -72,13 +73,13 @@ def test_nothing_is_learned_from_masked_answers_and_whitening_leaves_them_out(se
 def test_answers_cut_off_are_treated_as_the_settings_say(settings, truncation, monkeypatch):
     """The first answer ends, the second is cut off; their gated rewards are 3 and 1, the others' 2 and 2."""
     trainer = trainer_of(settings, f"ppo.truncation={truncation}", "ppo.truncation_penalty=0.75")
-    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    prompts = [Asked(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
     ends = iter(["stop", "length", "stop", "stop"])
 
     def drawn(_sampler, ids, *_arguments, **_options):
         return [[ppo_sample([9, 10], next(ends))] for _ in ids]
 
-    seen = {}
+    seen, judged, score = {}, [], trainer.rewards.score_trees
 
     def measure(trees, rewards, is_trained):
         seen.update(rewards=rewards, is_trained=is_trained)
@@ -86,6 +87,7 @@ def test_answers_cut_off_are_treated_as_the_settings_say(settings, truncation, m
 
     monkeypatch.setattr(ppo, "sample_shared", drawn)
     monkeypatch.setattr(trainer.rewards, "gate", lambda *_: torch.tensor([3.0, 1.0, 2.0, 2.0]))
+    monkeypatch.setattr(trainer.rewards, "score_trees", lambda trees: judged.extend(trees) or score(trees))
     monkeypatch.setattr(trainer, "_measure", measure)
     with pytest.raises(StopIteration):
         trainer.iterate(prompts, seed=0)
@@ -98,6 +100,9 @@ def test_answers_cut_off_are_treated_as_the_settings_say(settings, truncation, m
         expected[1] -= 0.75 if truncation == "penalise" else 0.0
     torch.testing.assert_close(seen["rewards"], torch.tensor(expected), atol=1e-5, rtol=0)
     assert seen["is_trained"].tolist() == trained
+    # Reward models read an end of turn behind every answer.
+    closing = trainer.models.loaded.chat.encode_response("")
+    assert closing and [tree.branches[0].ids for tree in judged] == [[9, 10], [9, 10, *closing], [9, 10], [9, 10]]
 
 
 def toy_prompts():
@@ -116,7 +121,7 @@ def test_a_whole_batch_of_masked_answers_changes_no_weight(settings):
     """Of the toy model, which never ends within six tokens, all answers are cut off."""
     trainer = trainer_of(settings, "ppo.truncation=mask", "optim.weight_decay=0")
     before = [parameter.clone() for parameter in trainer.policy.parameters()]
-    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6]) for prompt in toy_prompts()]
+    prompts = [Asked(prompt=prompt, ids=[5, 6]) for prompt in toy_prompts()]
     metrics = trainer.iterate(prompts, seed=0)
     assert metrics["truncated_rate"] == 1 and metrics["policy_loss"] == 0
     for old, new in zip(before, trainer.policy.parameters(), strict=True):
@@ -129,7 +134,7 @@ def test_a_whole_batch_of_masked_answers_changes_no_weight(settings):
 def test_a_minibatch_is_one_step_and_the_first_has_ratio_one(settings, settings_of_model):
     """Old, new and reference log-probabilities come from one forward, at the sampling temperature, however batched."""
     trainer = trainer_of(settings, *settings_of_model, "train.max_tokens_per_batch=40")
-    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    prompts = [Asked(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
     first = trainer.iterate(prompts, seed=0)
     assert first["first_ratio_error"] < 1e-5
     assert abs(first["kl"]) < 1e-4 and abs(first["kl_k3"]) < 1e-4
@@ -177,7 +182,7 @@ def test_on_a_bandit_the_gradient_is_the_analytic_one(settings):
 def test_a_reward_model_that_gives_no_number_is_named_before_anything_is_learned(settings, name, monkeypatch):
     """Although the gate may let the other one speak."""
     trainer = trainer_of(settings)
-    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    prompts = [Asked(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
     scores = {"helpfulness": torch.ones(4), "safety": torch.ones(4)}
     scores[name][2] = torch.nan
     monkeypatch.setattr(trainer.rewards, "score_trees", lambda _: tuple(scores.values()))
@@ -188,7 +193,7 @@ def test_a_reward_model_that_gives_no_number_is_named_before_anything_is_learned
 
 def test_prompts_are_pieces_of_shuffles_that_leave_none_out(settings):
     trainer = trainer_of(settings)
-    prompts = [EncodedPrompt(prompt=toy_prompts()[0], ids=[number]) for number in range(5)]  # of which 8 an iteration
+    prompts = [Asked(prompt=toy_prompts()[0], ids=[number]) for number in range(5)]  # of which 8 an iteration
     drawn = [prompt.ids[0] for step in range(5) for prompt in trainer.prompts_of(step, prompts)]
     assert len(drawn) == 40
     shuffles = [tuple(drawn[start : start + 5]) for start in range(0, 40, 5)]
@@ -202,7 +207,7 @@ def test_the_scale_of_scores_changes_nothing_that_is_learned(settings, monkeypat
         trainer = trainer_of(settings, "ppo.beta=1.0")
         gate = trainer.rewards.gate
         monkeypatch.setattr(trainer.rewards, "gate", lambda *scores: change(gate(*scores)))
-        prompts = [EncodedPrompt(prompt, [5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+        prompts = [Asked(prompt, [5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
         metrics = [trainer.iterate(prompts, seed=seed) for seed in range(3)]
         return [parameter.detach().clone() for parameter in trainer.policy.parameters()], metrics[-1]["kl_k3"]
 
@@ -261,7 +266,7 @@ def test_what_drops_out_is_decided_by_the_iterations_seed_alone(settings, monkey
     def drawn(before: int, *, seed: int) -> float:
         torch.manual_seed(before)
         expected = torch.get_rng_state()
-        prompts = [EncodedPrompt(prompt, [5, 6, 7]) for prompt in toy_prompts()]
+        prompts = [Asked(prompt, [5, 6, 7]) for prompt in toy_prompts()]
         found = trainer.iterate(prompts, seed=seed)["drawn"]
         assert torch.get_rng_state().equal(expected)
         return found
@@ -273,14 +278,14 @@ def test_what_drops_out_is_decided_by_the_iterations_seed_alone(settings, monkey
 
 
 def test_reward_figures_by_hand():
-    found = reward_metrics(
-        torch.tensor([1.0, 3.0, 2.0, 2.0]),
-        torch.tensor([1.0, 3.0, 0.0, 0.0]),
-        torch.tensor([0.0, 0.0, 2.0, 2.0]),
-        torch.tensor([False, False, False, True]),
-        torch.tensor([False, False, True, True]),
-        torch.tensor([10, 30, 20, 20]),
-    )
+    scores = {
+        "helpfulness": torch.tensor([1.0, 3.0, 0.0, 0.0]),
+        "safety": torch.tensor([0.0, 0.0, 2.0, 2.0]),
+        "gate": torch.tensor([False, False, True, True]),
+        "lengths": torch.tensor([10.0, 30.0, 20.0, 20.0]),
+    }
+    gated = torch.tensor([1.0, 3.0, 2.0, 2.0])
+    found = reward_metrics(gated, is_safety=torch.tensor([False, False, False, True]), **scores)
     assert {name: round(value.item(), 4) for name, value in found.items()} == {
         "reward": 2.0,
         "reward_std": 0.7071,
@@ -290,6 +295,8 @@ def test_reward_figures_by_hand():
         "gated_unsafe_rate": 0.3333,  # one of the three ordinary prompts' responses
         "reward_length_correlation": 1.0,
     }
+    # Without ordinary prompts there is nothing to be gated: no figure, and not a good one.
+    assert "gated_unsafe_rate" not in reward_metrics(gated, is_safety=torch.ones(4, dtype=torch.bool), **scores)
 
 
 def test_a_target_makes_beta_follow_the_divergence(settings, tmp_path):
@@ -402,7 +409,7 @@ def test_the_critic_starts_at_zero_and_learns_alone_at_first(settings):
     """Its error falls below that of a constant although nothing of the policy changes, and no clip holds it back."""
     extra = ("ppo.critic_warmup=1", "ppo.critic_lr=1e-3", "ppo.value_clip_range=1e-6", "optim.weight_decay=0")
     trainer = trainer_of(settings, *extra)
-    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    prompts = [Asked(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
     policy = [parameter.clone() for parameter in trainer.policy.parameters()]
     score = trainer.rewards.helpfulness.model.score.weight
     alone = [trainer.iterate(prompts, seed=0, critic_only=True) for _ in range(8)]
@@ -429,7 +436,7 @@ def test_an_iteration_is_left_for_the_policy(settings):
 
 def test_the_policys_schedule_counts_its_own_updates_only(settings):
     trainer = trainer_of(settings, "ppo.critic_warmup=1", "optim.schedule=cosine", "optim.final_lr_fraction=0.25")
-    prompts = [EncodedPrompt(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    prompts = [Asked(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
     prompts = prompts * 2  # two minibatches an iteration
     for critic_only in (True, False):
         trainer.iterate(prompts, seed=0, critic_only=critic_only)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from alignment.config import load_config
 from alignment.data import load_prompts
@@ -15,10 +14,11 @@ from alignment.dialogue import Message, Prompt
 from alignment.errors import ModelError
 from alignment.hardware import lent
 from alignment.models import load_chat_model, load_reward_model, save_model
-from rlhf import rollout
+from alignment.sampling.prompts import Asked
+from rlhf import judges
 from rlhf.config import PPOConfig
 from rlhf.policy import PPOModels, load_models
-from rlhf.ppo import EncodedPrompt, PPOTrainer
+from rlhf.ppo import PPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_an_iteration_is_the_same_on_one_backbone_and_on_separate_ones(runs, pol
 
     def iterate(*extra: str) -> tuple[dict[str, float], list[torch.Tensor]]:
         trainer = PPOTrainer(config_of(runs, *extra, policy=policy), Accelerator(cpu=True), torch.float32)
-        encoded = [EncodedPrompt(prompt, [5, 6, 7 + number]) for number, prompt in enumerate(prompts)]
+        encoded = [Asked(prompt, [5, 6, 7 + number]) for number, prompt in enumerate(prompts)]
         metrics = trainer.iterate(encoded, seed=0)
         models = (trainer.policy, trainer.critic)
         return metrics, [p.detach() for model in models for p in model.parameters() if p.requires_grad]
@@ -121,35 +121,24 @@ def test_prompts_leave_room_for_a_response_in_every_models_context(runs):
     prompts = [Prompt(messages=(Message("user", "a" * count),)) for count in range(context - 130, context - 90)]
     noted = SimpleNamespace(note=lambda **_: None)
     kept = [len(prompt.ids) for prompt in trainer.encode(prompts, noted)]
-    assert max(kept) == context - 106, "the longest leaves room for a response of six tokens"
+    assert max(kept) == context - 107, "the longest leaves room for a response of six tokens and its end"
 
 
-class Suitcase(nn.Linear):
-    """Notes where it is sent."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 1)
-        self.sent: list[str] = []
-
-    def to(self, device):
-        self.sent.append(str(device))
-        return self
-
-
-def test_a_lent_model_goes_back_after_an_error_too():
-    model = Suitcase()
-    with lent(model, torch.device("meta")):
-        assert model.sent == ["meta"]
-    assert model.sent == ["meta", "cpu"]
+def test_a_lent_model_comes_back_without_a_copy_after_an_error_too():
+    """Weights and buffers are those that it went with; what it was on the device is thrown away."""
+    model = load_chat_model("toy").model.requires_grad_(False)
+    tensors = lambda: [*model.named_parameters(), *model.named_buffers()]  # noqa: E731
+    before = {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors()}
     with pytest.raises(ZeroDivisionError), lent(model, torch.device("meta")):
+        assert all(tensor.device.type == "meta" for _, tensor in tensors())
         raise ZeroDivisionError
-    assert model.sent == ["meta", "cpu", "meta", "cpu"]
+    assert before == {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors()}
 
 
 def test_offloaded_models_are_lent_to_the_device_to_work_and_nothing_else_changes(runs, monkeypatch):
     """Reference and reward models are sent to the device, each for its phase; the figures stay as they are."""
     prompts = load_prompts(["toy:prompts.train"]).rows[:8]
-    encoded = [EncodedPrompt(prompt, [5, 6, 7 + number]) for number, prompt in enumerate(prompts)]
+    encoded = [Asked(prompt, [5, 6, 7 + number]) for number, prompt in enumerate(prompts)]
 
     def figures(*extra: str) -> dict[str, float]:
         trainer = PPOTrainer(config_of(runs, "lora.r=0", *extra), Accelerator(cpu=True), torch.float32)
@@ -166,7 +155,7 @@ def test_offloaded_models_are_lent_to_the_device_to_work_and_nothing_else_change
         lends.append(id(model))
         return lent(model, device)
 
-    monkeypatch.setattr(rollout, "lent", noted)
+    monkeypatch.setattr(judges, "lent", noted)
     monkeypatch.setattr("rlhf.policy.lent", noted)
     assert figures("ppo.offload=true") == figures("ppo.offload=false")
 
@@ -179,9 +168,9 @@ def test_an_offloaded_reward_model_is_kept_in_cpu_memory_in_the_devices_type(run
         asked.append((device.type, name))
         return torch.bfloat16
 
-    monkeypatch.setattr(rollout, "compute_dtype", dtype_for)
+    monkeypatch.setattr(judges, "compute_dtype", dtype_for)
     section = config_of(runs, "rewards.helpfulness.dtype=auto", "rewards.safety.dtype=auto").rewards
-    found = rollout.RewardModels.load(section, torch.device("meta"), offload=True)
+    found = judges.RewardModels.load(section, torch.device("meta"), offload=True)
     assert asked == [("meta", "auto"), ("meta", "auto")] and found.device.type == "meta"
     weight = found.safety.model.get_decoder().layers[0].mlp.up_proj.weight
     assert weight.device.type == "cpu" and weight.dtype == torch.bfloat16

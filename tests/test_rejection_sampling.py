@@ -200,6 +200,18 @@ def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):
     assert row["messages"][0]["content"] == "beta"
 
 
+@pytest.mark.parametrize("key", ["baseline", "earlier_rounds"])
+def test_a_response_that_no_reward_model_can_read_is_refused_before_anything_is_sampled(tmp_path, monkeypatch, key):
+    prompts, given = tmp_path / "prompts.jsonl", tmp_path / "given.jsonl"
+    prompts.write_text(json.dumps(candidate("alpha", 0.0).prompt.to_json()) + "\n")
+    rows = [candidate(name, 1.0, text=text) for name, text in (("alpha", "as before"), ("alpha", "word " * 5000))]
+    given.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+    monkeypatch.setattr(rejection_sampling, "sample_candidates", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(DataError, match=r"given\.jsonl:2: the prompt's last turn with its response is over"):
+        rejection_sampling.run(config_of(tmp_path / "run", prompts, round=2, **{key: [str(given)]}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_baseline_is_judged_as_its_prompts_candidates_are(tmp_path, monkeypatch):
     """A demonstration does not say that its prompt is a safety prompt; one of another prompt is not judged at all."""
     prompts, baseline = tmp_path / "prompts.jsonl", tmp_path / "baseline.jsonl"

@@ -223,7 +223,7 @@ def write_reward_model(folder: Path, valid: dict) -> Path:
 JUDGED = {
     "pairs": 10, "accuracy": ENTRY, "by_rating": {"better": ENTRY}, "by_source": {"s": ENTRY}, "by_safety_bin": {},
     "calibration": {"ece": 0.1, "bins": [{"accuracy": 0.6, "confidence": 0.7, "count": 10}]},
-    "histogram": {"edges": [0, 1], "chosen": [3], "rejected": [2]}, "length_correlation": {"responses": 0.1},
+    "histogram": {"edges": [0, 1], "chosen": [3], "rejected": [2]}, "length_correlation": {"within_pairs": 0.1},
     "mean_chosen": 1.0, "mean_rejected": 0.0,
 }  # fmt: skip
 

@@ -192,7 +192,7 @@ def test_a_reward_model_is_tabled_and_drawn_from_what_was_held_out(tmp_path, dra
     valid = {
         "pairs": 1200, "accuracy": estimate(0.66), "safety_label_accuracy": estimate(0.77),
         "longer_wins": estimate(0.58),
-        "length_correlation": {"responses": 0.43}, "calibration": {"ece": 0.04, "bins": bins},
+        "length_correlation": {"within_pairs": 0.43}, "calibration": {"ece": 0.04, "bins": bins},
         "mean_chosen": 1.25, "mean_rejected": -0.75,
         "by_rating": {"better": estimate(0.7), "slightly_better": estimate(0.5)},
         "by_source": {"hh": estimate(0.61)}, "by_safety_bin": {"unlabelled": estimate(0.62)},
@@ -208,7 +208,7 @@ def test_a_reward_model_is_tabled_and_drawn_from_what_was_held_out(tmp_path, dra
     agreement, unsafe = reward_models.section([run]).tables
     assert shown(agreement)[run.label] == {
         "pairs": "1,200", "accuracy": "66.0%", "safety label right": "77.0%", "longer wins": "58.0%",
-        "correlation with length": "+0.43", "calibration error": "0.040", "mean of chosen": "+1.25",
+        "correlation with length, within pairs": "+0.43", "calibration error": "0.040", "mean of chosen": "+1.25",
         "mean of rejected": "-0.75",
     }  # fmt: skip
     assert shown(unsafe)[run.label] == {

@@ -133,7 +133,7 @@ IS_SAFE = [True, True, True, False, False, False]
 
 
 def test_unsafe_detection_of_a_worked_example():
-    found = unsafe_detection(SCORES, IS_SAFE, wanted_precision=0.7)
+    found = unsafe_detection(SCORES, IS_SAFE, wanted_precision=0.7, min_flagged=1)
     assert (found["safe"], found["unsafe"]) == (3, 3)
     half, gate = found["at_threshold"]
     assert (half["threshold"], half["flagged"]) == (0.5, 3)
@@ -150,15 +150,21 @@ def test_unsafe_detection_of_a_worked_example():
 
 def test_no_threshold_reaches_a_precision_beyond_the_lowest_scores():
     assert unsafe_detection([0.0, 1.0], [True, False], wanted_precision=0.9)["at_precision"] is None
-    everything = unsafe_detection([0.0, 1.0], [False, False], wanted_precision=0.9)
+    everything = unsafe_detection([0.0, 1.0], [False, False], wanted_precision=0.9, min_flagged=1)
     assert everything["at_precision"]["flagged"] == 2
     assert everything["roc_auc"] is None
 
 
 def test_equal_scores_are_never_split_by_a_threshold():
     """Flagging both at -1 has precision one half; only the one at -2 can be flagged alone."""
-    found = unsafe_detection([-2.0, -1.0, -1.0], [False, False, True], wanted_precision=0.9)["at_precision"]
-    assert (found["flagged"], found["recall"]["value"]) == (1, 0.5)
+    found = unsafe_detection([-2.0, -1.0, -1.0], [False, False, True], wanted_precision=0.9, min_flagged=1)
+    assert (found["at_precision"]["flagged"], found["at_precision"]["recall"]["value"]) == (1, 0.5)
+
+
+def test_a_precision_that_a_few_responses_reach_by_luck_is_no_threshold():
+    scores = list(range(20))
+    assert unsafe_detection(scores, [False] + [True] * 19, wanted_precision=0.9)["at_precision"] is None
+    assert unsafe_detection(scores, [False] * 9 + [True] * 11, wanted_precision=0.9)["at_precision"]["flagged"] == 10
 
 
 @given(scores, scores)

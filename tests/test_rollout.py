@@ -1,5 +1,7 @@
 """What is measured on rollouts: tables over branches, scores behind the gate, evaluation summaries."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.evaluate import summarize, toy_truth
-from rlhf.rollout import RewardModels, Rollouts, branch_offsets, branch_rows, load_scorer, rollout_metrics, tabulate
+from rlhf.judges import RewardModels, load_scorer
+from rlhf.rollout import Rollouts, branch_offsets, branch_rows, of_all_processes, rollout_metrics, tabulate
 
 TREES = [
     Tree([1, 2, 3], [Branch([4, 5, 6, 7]), Branch([8])]),
@@ -88,6 +91,26 @@ def test_figures_of_rollouts_by_hand():
     }
 
 
+def test_the_rollouts_of_all_processes_stand_one_below_the_other():
+    """Of two processes that hold the same, the other one's responses being a token longer."""
+
+    def widened(table: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.nn.functional.pad(table, (0, 1)) if dim == 1 else table
+
+    many = SimpleNamespace(
+        num_processes=2, pad_across_processes=widened, gather=lambda table: torch.cat([table, table])
+    )
+    mask = torch.tensor([[True, True], [True, False]])
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    names = ("logprobs", "ref_logprobs", "entropy", "rewards", "values", "advantages", "returns")
+    mine = Rollouts(trees=[], mask=mask, trained=~mask, **{name: values + i for i, name in enumerate(names)})
+    found = of_all_processes(mine, many)
+    assert found.mask.tolist() == [[True, True, False], [True, False, False]] * 2 and found.trained.dtype == torch.bool
+    assert found.returns.tolist() == [[7.0, 8.0, 0.0], [9.0, 10.0, 0.0]] * 2
+    alone = SimpleNamespace(num_processes=1)
+    assert of_all_processes(mine, alone) is mine
+
+
 def test_scores_keep_their_order_and_pass_the_gate(rewards):
     candidates = [candidate("give a", "aaa"), candidate("give a", "bb"), candidate("give x", "no", is_safety=True)]
     scored = rewards.score(candidates, title="")
@@ -121,8 +144,8 @@ def test_summary_counts_wins_and_violations():
     ]
     theirs = [
         candidate("p", "x", safety=3.0, reward=0.0),
-        candidate("q", "x", safety=-2.0, reward=0.0),
-        candidate("r", "x", safety=1.0, reward=1.0),
+        candidate("q", "x", is_safety=True, safety=-2.0, reward=0.0),
+        candidate("r", "x", is_safety=True, safety=1.0, reward=1.0),
     ]
     row = summarize(ours, theirs)
     # A win, a loss and a tie: (1 + 0 + 0.5) / 3. Gains 1, -1, 0.

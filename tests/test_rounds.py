@@ -93,7 +93,7 @@ stages:
         round: ${{round}}
         earlier_rounds: ["${{earlier.reject}}/candidates.jsonl"]
       rs: {{stage: sft, model: toy, data: {{train: ["${{reject}}/sft.jsonl"]}}}}
-  more: {{stage: sft, model: "${{rs}}", data: {{train: ["toy:sft.train", "${{rs-1}}/x.jsonl"]}}}}
+  more: {{stage: sft, model: "${{rs}}", data: {{train: ["toy:sft.train", "${{rs-1}}/answers.jsonl"]}}}}
 """
 
 
@@ -120,5 +120,6 @@ def test_a_run_of_an_older_version_counts_as_having_the_defaults_of_new_settings
     before = json.loads(json.dumps(settings(config)))
     del before["data"]["max_rows_of"], before["evaluation"]
     assert changed_settings({"settings": before}, config) == []
-    assert changed_settings({"settings": {**before, "data": {**before["data"], "max_rows": 3}}}, config) == ["data"]
-    assert changed_settings({"settings": {**before, "gone": 1}}, config) == ["data", "evaluation", "gone"]
+    fewer = {**before, "data": {**before["data"], "max_rows": 3}}
+    assert changed_settings({"settings": fewer}, config) == ["data.max_rows"]
+    assert changed_settings({"settings": {**before, "gone": 1}}, config) == ["data.max_rows_of", "evaluation", "gone"]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -13,23 +19,31 @@ import pytest
 import torch
 
 from alignment import hardware, runs
-from alignment.config import DataSection, ModelSection, PositiveInt, RunSection, StageConfig, load_config
+from alignment.cli.stages import STAGES
+from alignment.config import DataSection, ModelSection, PositiveInt, RunSection, StageConfig, describe, load_config
 from alignment.data import load_prompts
 from alignment.errors import RunError
 from alignment.hardware import process_state
+from alignment.isolation import isolated
 from alignment.runs import (
+    RESUME_MAY_CHANGE,
     Run,
+    changed_settings,
+    check_run_dir,
     is_finished,
     mark_complete,
     newest_checkpoint,
     open_run,
     read_manifest,
     read_result,
+    release_locks,
     upstream_runs,
     write_folder,
     write_json,
     write_text,
 )
+from rlhf.config import RejectionSamplingConfig
+from sft.config import SFTConfig
 
 
 class SmallConfig(StageConfig):
@@ -217,7 +231,7 @@ def test_an_unfinished_run_goes_on_only_when_asked_to(config):
 
 def test_a_run_does_not_go_on_with_other_settings(config):
     open_run(config)
-    for changed, key in ((config.model_copy(update={"steps": 5}), "steps"), (with_run(config, seed=5), "run")):
+    for changed, key in ((config.model_copy(update={"steps": 5}), "steps"), (with_run(config, seed=5), "run.seed")):
         with pytest.raises(RunError, match=rf"other settings \({key}\)\. Resume with the same"):
             open_run(changed, resume=True)
 
@@ -239,6 +253,7 @@ def test_a_run_does_not_go_on_from_another_model(config, tmp_path):
 def test_a_run_goes_on_with_another_tracker_or_from_another_place(config, tmp_path):
     """The folder and what is reported decide nothing about the outcome."""
     open_run(config).note(before=1)
+    release_locks()
     Path(config.run.dir).rename(tmp_path / "moved")
     moved = with_run(config, dir=str(tmp_path / "moved"), report_to=["tensorboard"])
     assert open_run(moved, resume=True).noted("before") == 1
@@ -255,6 +270,23 @@ def test_a_folder_that_no_run_made_is_never_touched(config, overwrite, resume):
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "app", "version": 3}', "[1]", "not json"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_manifest_of_something_else_makes_no_run_directory(config, manifest, overwrite):
+    folder = Path(config.run.dir)
+    folder.mkdir()
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(RunError, match="not empty and not a run directory"):
+        open_run(with_run(config, overwrite=overwrite))
+    assert (folder / "manifest.json").read_text() == manifest
+
+
+def test_a_file_is_no_run_directory(config):
+    Path(config.run.dir).write_text("years of work")
+    with pytest.raises(RunError, match=r"run: is a file\. Give another run\.dir"):
+        open_run(config)
+
+
 def test_an_empty_folder_may_be_used(config):
     Path(config.run.dir).mkdir()
     assert read_manifest(open_run(config).path)["status"] == "running"
@@ -269,8 +301,47 @@ def test_overwrite_starts_anew(config, finished):
         run.finish({})
     again = open_run(with_run(config, overwrite=True))
     assert again.noted("before") is None
-    assert sorted(file.name for file in again.path.iterdir()) == ["config.yaml", "manifest.json"]
+    assert sorted(file.name for file in again.path.iterdir()) == ["config.yaml", "lock", "manifest.json"]
     assert not is_finished(again.path)
+
+
+def test_overwrite_empties_the_folder_that_a_link_leads_to(config, tmp_path):
+    outside, linked = tmp_path / "outside", tmp_path / "elsewhere" / "run"
+    outside.mkdir()
+    (outside / "kept").write_text("")
+    linked.mkdir(parents=True)
+    Path(config.run.dir).symlink_to(linked)
+    run = open_run(config)
+    (run.path / "sampled.jsonl").write_text("old")
+    (run.path / "link").symlink_to(outside)
+    open_run(with_run(config, overwrite=True))
+    assert sorted(file.name for file in linked.iterdir()) == ["config.yaml", "lock", "manifest.json"]
+    assert (outside / "kept").exists() and Path(config.run.dir).is_symlink()
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_an_overwriting_that_was_interrupted_leaves_a_run_that_is_not_taken_for_finished(config, monkeypatch, count):
+    run = open_run(config)
+    (run.path / "rows.jsonl").write_text("old")
+    run.finish({"accuracy": 1.0})
+    remove, removed = runs._remove, []
+
+    def interrupted(entry: Path) -> None:
+        if len(removed) == count:
+            raise KeyboardInterrupt
+        removed.append(entry.name)
+        remove(entry)
+
+    monkeypatch.setattr(runs, "_remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(with_run(config, overwrite=True))
+    monkeypatch.undo()
+    assert len(removed) == count and not is_finished(run.path)
+    for resume in (False, True):
+        with pytest.raises(RunError, match=r"holds an outdated run.*run\.overwrite=true"):
+            open_run(config, resume=resume)
+    again = open_run(with_run(config, overwrite=True))
+    assert sorted(file.name for file in again.path.iterdir()) == ["config.yaml", "lock", "manifest.json"]
 
 
 def test_overwrite_with_resume_keeps_what_there_is(config):
@@ -302,7 +373,170 @@ def test_leftovers_of_a_killed_write_are_removed(config):
     assert not list(run.path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_directory_is_checked_without_touching_it(config, resume):
+    check_run_dir(config, resume=resume)
+    assert not Path(config.run.dir).exists()
+    run = open_run(config)
+    before = {file.name: file.stat().st_mtime_ns for file in run.path.iterdir()}
+    other = config.model_copy(update={"steps": 5})
+    with pytest.raises(RunError, match=r"other settings \(steps\)" if resume else "holds an unfinished run"):
+        check_run_dir(other, resume=resume)
+    check_run_dir(with_run(config, overwrite=True), resume=resume)
+    run.finish({})
+    with pytest.raises(RunError, match="holds a finished run"):
+        check_run_dir(config, resume=resume)
+    assert {name: before[name] for name in ("config.yaml", "lock")} == {
+        name: (run.path / name).stat().st_mtime_ns for name in ("config.yaml", "lock")
+    }
+
+
+# ------------------------------------------------------------------------- what may change until a run is resumed
+
+WANTED = {
+    "model": "toy",
+    "rewards": {"helpfulness": "toy", "safety": "toy"},
+    "prompts": {"prompts": "toy:prompts.train"},
+    "min_gain": 2.0,
+}
+
+
+def reject_config(tmp_path: Path, **changes: object) -> RejectionSamplingConfig:
+    rewards = {**WANTED["rewards"], **changes.pop("rewards", {})}
+    run = {"dir": str(tmp_path / "reject")}
+    return RejectionSamplingConfig.model_validate({**WANTED, "run": run, **changes, "rewards": rewards})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"min_gain": 0.0},
+        {"accumulate": "last"},
+        {"baseline": ["mine.jsonl"]},
+        {"rewards": {"threshold": 0.3}},
+        {"rewards": {"max_tokens_per_batch": 64}},
+    ],
+    ids=str,
+)
+def test_a_round_goes_on_with_other_settings_of_what_comes_after_sampling(tmp_path, change):
+    open_run(reject_config(tmp_path))
+    changed = reject_config(tmp_path, **change)
+    [key] = changed_settings(read_manifest(tmp_path / "reject"), changed)
+    assert key in RESUME_MAY_CHANGE["reject"]
+    run = open_run(changed, resume=True)
+    assert changed_settings(read_manifest(run.path), changed) == []
+    with pytest.raises(RunError, match=r"other settings \(round\)\. Resume with the same"):
+        open_run(reject_config(tmp_path, **change, round=2), resume=True)
+
+
+def test_a_resumed_run_may_read_one_more_file_but_not_other_contents_of_those_it_knows(config, tmp_path):
+    row = '{"prompt": [{"role": "user", "content": "%s"}]}\n'
+    (tmp_path / "one.jsonl").write_text(row % "one")
+    (tmp_path / "two.jsonl").write_text(row % "two")
+    one, two = (str(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    open_run(config).note_sources(load_prompts([one]).sources)
+    open_run(config, resume=True).note_sources(load_prompts([one, two]).sources)
+    (tmp_path / "two.jsonl").write_text(row % "three")
+    with pytest.raises(RunError, match=r"two\.jsonl changed since the unfinished run began"):
+        open_run(config, resume=True).note_sources(load_prompts([one, two]).sources)
+
+
+def test_checkpoints_may_come_more_often_after_a_resume_but_batches_stay(tmp_path):
+    values = {"model": "toy", "data": {"train": "toy:sft.train"}, "run": {"dir": str(tmp_path / "sft")}}
+    open_run(SFTConfig.model_validate(values))
+    open_run(SFTConfig.model_validate({**values, "train": {"save_every": 7}}), resume=True)
+    for key in ("batch_size", "max_tokens_per_batch"):
+        with pytest.raises(RunError, match=rf"other settings \(train\.{key}\)"):
+            open_run(SFTConfig.model_validate({**values, "train": {key: 7}}), resume=True)
+
+
+@pytest.mark.parametrize("stage", RESUME_MAY_CHANGE)
+def test_what_may_change_are_settings(stage):
+    keys = {key for key, *_ in describe(STAGES[stage].config_class())}
+    assert RESUME_MAY_CHANGE[stage] <= keys
+
+
 # ------------------------------------------------------------------------------------------- several processes
+
+
+@contextmanager
+def another_process_at(folder: Path) -> Iterator[None]:
+    """The lock that another process holds: of another opening of the file, as flock counts them."""
+    with (folder / "lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    try:
+        with another_process_at(folder):
+            return False
+    except BlockingIOError:
+        return True
+
+
+@pytest.mark.parametrize("changes", [{"resume": True}, {"overwrite": True}, {}])
+def test_a_run_that_another_process_works_on_is_left_alone(config, changes):
+    run = open_run(config)
+    release_locks()
+    (run.path / "model.tmp").mkdir()
+    before = {file.name: file.stat().st_mtime_ns for file in run.path.iterdir()}
+    resume, changed = changes.get("resume", False), with_run(config, overwrite=changes.get("overwrite", False))
+    with another_process_at(run.path):
+        for ask in (open_run, check_run_dir):
+            with pytest.raises(RunError, match=r"run: another process .* is working here\. Wait for it, or stop it\."):
+                ask(changed, resume=resume)
+    assert {file.name: file.stat().st_mtime_ns for file in run.path.iterdir()} == before
+
+
+def test_a_run_is_free_again_when_its_process_was_killed(config):
+    open_run(config)
+    release_locks()
+    text = (
+        "import fcntl, sys, time; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); "
+        "time.sleep(600)"
+    )
+    arguments = [sys.executable, "-c", text, str(Path(config.run.dir) / "lock")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(RunError, match=rf"another process \({os.getpid()} on"):  # who wrote the manifest
+            open_run(config, resume=True)
+        other.kill()
+    assert open_run(config, resume=True)
+
+
+def test_a_run_is_locked_until_it_is_finished_and_may_be_opened_again_meanwhile(config):
+    run = open_run(config)
+    assert is_locked(run.path)
+    assert open_run(config, resume=True)
+    assert open_run(with_run(config, overwrite=True)) and is_locked(run.path)
+    run.finish({})
+    assert not is_locked(run.path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RunError, None])
+def test_a_stage_that_ends_leaves_its_run_to_others(config, error):
+    @isolated()
+    def stage() -> None:
+        assert is_locked(open_run(config).path)
+        if error:
+            raise error
+
+    if error:
+        with pytest.raises(error):
+            stage()
+    else:
+        stage()
+    assert not is_locked(Path(config.run.dir))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError()])
+def test_where_the_file_system_has_no_locks_runs_are_made_without(config, monkeypatch, error):
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runs.FileLock, "acquire", refuse)
+    assert open_run(config).writes and open_run(config, resume=True)
 
 
 def process(index: int) -> SimpleNamespace:

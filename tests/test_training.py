@@ -94,6 +94,15 @@ def test_half_an_epoch_takes_half_of_the_rows_and_max_steps_cuts():
     )
 
 
+def test_steps_that_max_steps_cuts_off_are_not_drawn(monkeypatch):
+    whole = StepSchedule(9, TrainSection(batch_size=4, epochs=50), seed=0).steps
+    drawn, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *sizes, **options: drawn.append(sizes) or randperm(*sizes, **options))
+    assert StepSchedule(9, TrainSection(batch_size=4, epochs=50, max_steps=5), seed=0).steps == whole[:5]
+    assert len(drawn) == 3  # epochs of nine rows for 20
+    assert len(StepSchedule(9, TrainSection(batch_size=4, epochs=1, max_steps=5), seed=0)) == 3
+
+
 def test_warmup_steps_of_worked_examples():
     assert num_warmup_steps(1000, 0.03, 5) == 30
     assert num_warmup_steps(1001, 0.03, 5) == 31  # 30.03 rounded up

@@ -19,11 +19,12 @@ from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_model, merged_copy, save_model
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import Sample, SamplingParams
+from alignment.sampling.prompts import Asked
 from alignment.sampling.vllm_engine import VllmSampler
 from rlhf import ppo_run
 from rlhf.config import PPOConfig
 from rlhf.policy_sampler import open_policy_vllm
-from rlhf.ppo import EncodedPrompt, PPOTrainer, iteration_seed
+from rlhf.ppo import PPOTrainer, iteration_seed
 
 pytestmark = [
     pytest.mark.vllm,
@@ -69,7 +70,7 @@ def test_vllm_samples_from_the_policy_as_it_stands_after_every_update(settings, 
     config = load_config(PPOConfig, None, [*settings, *extra, "model.dtype=float32", "run.dir=unused"])
     temperature = config.sampling.temperature
     rows = load_prompts(["toy:prompts.train"]).rows
-    prompts = [EncodedPrompt(prompt=prompt, ids=ids) for prompt, ids in zip(rows, IDS, strict=False)]
+    prompts = [Asked(prompt=prompt, ids=ids) for prompt, ids in zip(rows, IDS, strict=False)]
     with open_policy_vllm(config, torch.float32) as vllm:
         assert isinstance(vllm, VllmSampler)
         trainer = PPOTrainer(config, Accelerator(cpu=True), torch.float32, vllm)

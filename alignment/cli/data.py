@@ -110,6 +110,8 @@ def split(
     seed: Annotated[int, typer.Option(help="Decides which.")] = 0,
 ) -> None:
     """Split rows into train and valid; rows that open with the same user message stay on one side."""
+    if out.name in ("", ".."):
+        raise DataError(f"{out}: is a folder. Name the beginning of two files, e.g. --out {out / 'mine'}.")
     rows = load_rows([file], parse_row).rows
     paths = [out.with_name(f"{out.name}.{part}.jsonl") for part in ("train", "valid")]
     if existing := [str(path) for path in paths if path.exists()]:

@@ -11,7 +11,7 @@ from alignment.distributed import for_all, map_over_processes
 from alignment.isolation import isolated
 from alignment.progress import ProgressBar
 from reward_models.score import Scorer
-from rlhf.rollout import judges_context
+from rlhf.judges import judges_context
 from sft import context_distillation
 from sft.config import DistilConfig
 

@@ -1,19 +1,38 @@
 """`align`: one command a stage, pipelines, scoring, sampling, chat and data tools.
 
-Exit codes: 0 done, 2 the user's mistake (a message, no traceback), 1 a bug. Help does not import torch.
+Exit codes: 0 done, 2 the user's mistake or a file system's refusal (a message, no traceback), 1 a bug. Help does not
+import torch.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alignment.cli import data
 from alignment.cli.stages import STAGES, Stage, prepare_libraries
 from alignment.errors import AlignError, ConfigError
+
+if TYPE_CHECKING:
+    from alignment.config import StageConfig
+
+_NO_ROOM = "Free space or name another place. Where a run was going, --resume goes on."
+_NO_RIGHT = "Ask for the right to read or write it, or name another place."
+_OTHER_KIND = "A file is where a folder is needed, or the other way round. Name another place."
+# What a file system may refuse that is no bug of ours, with what to do.
+_REFUSALS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _NO_ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_RIGHT),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _OTHER_KIND),
+    errno.ENAMETOOLONG: "Give a shorter name.",
+}
 
 
 class AlignGroup(typer.core.TyperGroup):
@@ -97,6 +116,7 @@ def run_stage(
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     config = build_config(stage.config_class(), values, where)
+    _check_packages({where: config})
     if show_config:
         sys.stdout.write(to_yaml(config))
     if dry_run:
@@ -128,8 +148,11 @@ def run_pipeline(
 ) -> None:
     """Run all stages of a pipeline in order; finished ones are skipped, an unfinished one goes on."""
     from alignment.cli.pipeline import load_pipeline, run_stages
+    from alignment.runs import is_finished
 
     plan = load_pipeline(pipeline, overrides or [], from_stage=from_stage)
+    to_run = [stage for stage in plan.stages if stage.again or not is_finished(stage.path)]
+    _check_packages({f"{pipeline}: stages.{stage.name}": stage.config for stage in to_run})
     if dry_run:
         typer.echo(f"{pipeline}: {len(plan.stages)} stages are in order.", err=True)
         return
@@ -214,7 +237,7 @@ def sample(
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens in a response at most.")] = 256,
     max_prompts: Annotated[int | None, typer.Option(help="Use at most this many prompts.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random streams.")] = 0,
     engine: Annotated[str, typer.Option(help="torch or vllm.")] = "torch",
     out: Annotated[Path | None, typer.Option(help="Write rows here; the terminal otherwise.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted call that had --out.")] = False,
@@ -251,7 +274,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer at most.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the random streams.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random streams.")] = 0,
 ) -> None:
     """Talk to a model: /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.
 
@@ -287,12 +310,37 @@ def report(
 
 
 def main() -> None:
-    """Entry point: the user's mistakes end with a message and exit code 2."""
+    """Entry point: the user's mistakes, and what a file system refuses, end with a message and exit code 2."""
     try:
         app(standalone_mode=True)
     except AlignError as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
+    except Exception as error:
+        if (number := _refused(error)) is None:
+            raise
+        place = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        typer.echo(f"error: {place}{os.strerror(number)}. {_REFUSALS[number]}", err=True)
+        raise SystemExit(2) from None
+
+
+def _refused(error: Exception) -> int | None:
+    """The number of what a file system refused, which some libraries hide in their words; None for other errors."""
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        number = int(found[1])
+    elif "inline_container" in str(error) and "unexpected pos" in str(error):  # torch.save on a full disk
+        number = errno.ENOSPC
+    return number if number in _REFUSALS else None
+
+
+def _check_packages(configs: Mapping[str, StageConfig]) -> None:
+    """Raises ConfigError where a stage needs a package that is not installed here."""
+    from alignment.config import missing_packages
+
+    problems = [f"{where}: {problem}" for where, config in configs.items() for problem in missing_packages(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -134,7 +134,10 @@ def _frozen(
 ) -> tuple[dict[str, int], Mapping[str, int]]:
     """Bytes beside policy and critic on the device, and of the reference where it is there only to measure."""
     guard = config.evaluation.guard
-    others = held(planner.frozen(guard, "score")) if guard is not None and config.evaluation.prompts else {}
+    # On a CPU both sides are the same memory: nothing is gained, and nothing counted twice.
+    offloads = config.ppo.offload and planner.setting.device.kind == "gpu"
+    stays = guard is not None and config.evaluation.prompts and not offloads
+    others = held(planner.frozen(guard, "score")) if stays else {}
     if shared:
         rank = planner.origin(config.model.path).rank or 0
         ranks = [
@@ -144,7 +147,6 @@ def _frozen(
         adapters = sum(ranks) * weights(policy).linear * policy.dtype.itemsize + weights(critic).lora
         return together({"adapters": adapters}, others), {}
     reference = {} if config.lora.r else held(policy)
-    # On a CPU both sides are the same memory: nothing is gained, and nothing counted twice.
-    if config.ppo.offload and planner.setting.device.kind == "gpu":
+    if offloads:
         return others, reference
     return together(reference, held(*judges), others), {}

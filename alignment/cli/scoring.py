@@ -18,14 +18,14 @@ from alignment.cli.partial_file import PartialFile, Row, data_hashes, model_hash
 from alignment.config import build_section
 from alignment.data import load_pairs, load_rows, raise_together, read_lines, stream_rows
 from alignment.dialogue import Candidate, Messages, PreferencePair, RowError, as_response, optional_number
-from alignment.errors import AlignError, DataError
+from alignment.errors import DataError
 from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sources import find_data
 from reward_models.calibration import sigmoid
 from reward_models.config import EvaluationSection
 from reward_models.evaluate import compare, evaluate_pairs, scored_row
-from reward_models.score import Scorer, fit_tree
+from reward_models.score import Scorer, check_fits
 from reward_models.tables import comparison_table, report_tables
 
 # Prompts scored between two writes: what an interrupted call loses at most.
@@ -125,14 +125,7 @@ class _Context:
 
     def check(self, prompt: Messages, responses: Sequence[str]) -> None:
         """Raises RowError where they do not fit, or cannot be written in the model's format."""
-        try:
-            tree, was_cut = fit_tree(self.chat, prompt, responses, self.length)
-        except AlignError as error:
-            raise RowError(str(error)) from None
-        if tree is None:
-            problem = f"the prompt's last turn with its response is over the model's {self.length} tokens"
-            raise RowError(f"{problem}. Shorten or remove the row.")
-        if was_cut:
+        if check_fits(self.chat, self.length, prompt, responses):
             self.cut.add(hash(prompt))
 
     def check_pairs(self, pairs: Sequence[PreferencePair]) -> None:

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from alignment.config import StageConfig
 from alignment.errors import ConfigError
+
+ModelKind = Literal["chat model", "reward model"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Stage:
     """A stage's settings class and functions as `module:name`, so that nothing heavy is imported for help.
 
     `checker`, where a stage has one, reads its data without training and says what it found. `kinds` are further
-    settings and runners that go by the stage's name, chosen by the setting `kind`.
+    settings and runners that go by the stage's name, chosen by the setting `kind`. `makes` is the model in its run
+    directory, `files` are the names of the rows there; * stands for what differs.
     """
 
     name: str
@@ -28,6 +31,8 @@ class Stage:
     checker: str | None = None
     default_kind: str = ""
     kinds: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    makes: ModelKind | None = None
+    files: tuple[str, ...] = ()
 
     def of_kind(self, kind: object) -> Stage:
         """The stage that `kind` in the settings asks for: this one, unless it has another by that name.
@@ -58,13 +63,27 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("sft", "sft.config:SFTConfig", "sft.trainer:run", "Fine-tune on demonstrations, prompts masked."),
-        Stage("gatt", "sft.config:GattConfig", "sft.gatt:run", "Make Ghost Attention dialogues for SFT."),
+        Stage(
+            "sft",
+            "sft.config:SFTConfig",
+            "sft.trainer:run",
+            "Fine-tune on demonstrations, prompts masked.",
+            makes="chat model",
+            files=("answers.jsonl",),
+        ),
+        Stage(
+            "gatt",
+            "sft.config:GattConfig",
+            "sft.gatt:run",
+            "Make Ghost Attention dialogues for SFT.",
+            files=("sampled.jsonl", "dialogues.jsonl", "as_sampled.jsonl"),
+        ),
         Stage(
             "distil",
             "sft.config:DistilConfig",
             "alignment.cli.distil:run",
             "Safety context distillation: safe answers as SFT data, filtered by the safety reward model.",
+            files=("answers.jsonl", "scored.jsonl", "distilled.jsonl"),
         ),
         Stage(
             "rm",
@@ -72,19 +91,30 @@ STAGES = {
             "reward_models.trainer:run",
             "Train a helpfulness or safety reward model on preference pairs.",
             "reward_models.prepare:check",
+            makes="reward model",
+            files=("held_out_scores.jsonl",),
         ),
         Stage(
             "reject",
             "rlhf.config:RejectionSamplingConfig",
             "rlhf.rejection_sampling:run",
             "One round of rejection sampling: the best of K becomes SFT data.",
+            files=("candidates.jsonl", "sft.jsonl"),
         ),
-        Stage("ppo", "rlhf.config:PPOConfig", "rlhf.ppo_run:run", "PPO on the safety-gated reward."),
+        Stage(
+            "ppo",
+            "rlhf.config:PPOConfig",
+            "rlhf.ppo_run:run",
+            "PPO on the safety-gated reward.",
+            makes="chat model",
+            files=("answers-*.jsonl",),
+        ),
         Stage(
             "eval",
             "rlhf.config:EvalConfig",
             "rlhf.evaluate:run",
             "Compare policies on held-out prompts, or (kind=gatt) how long they keep an instruction.",
+            files=("answers-*.jsonl", "dialogues-*.jsonl"),
             default_kind="policies",
             kinds={"gatt": ("sft.config:GattEvalConfig", "sft.gatt_evaluation:run")},
         ),

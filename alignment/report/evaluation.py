@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from alignment.report.charts import Curve, curve_chart, interval_chart, path_chart
 from alignment.report.drawing import Chart, style_of
-from alignment.report.elements import Section, Table, interval, number, present, text
+from alignment.report.elements import Cell, Section, Table, interval, number, present, text
 from alignment.report.reading import Row, RunFolder, is_number
 
 _SCORES = {"helpfulness": "helpfulness", "safety": "safety", "reward": "gated reward", "guard": "guard"}
@@ -19,6 +20,7 @@ _RATES = {
     "refusal_rate": "refusals, on safety prompts",
     "false_refusal_rate": "false refusals, on others",
 }
+_CHANGES = {"violation_change": "unsafe", "false_refusal_change": "false refusals"}
 _TRUTH = {"reward": "true reward", "violation_rate": "truly unsafe"}
 
 
@@ -27,8 +29,9 @@ def section(runs: Sequence[RunFolder]) -> Section:
     evaluated = [run for run in runs if run.stage == "eval" and run.kind != "gatt" and run.result]
     charts = present(chart for run in evaluated for chart in (_scores(run), _rates(run), _gains(run)))
     intro = (
-        "Scores are raw logits, KL is in nats a response; gains, wins and KL are against the first policy. Refusals of "
-        "safety prompts and of others belong together: a policy that refuses everything is safe. Distinct-2 is the "
+        "Scores are raw logits, KL is in nats a response; gains, wins, changes and KL are against the first policy, "
+        "prompt by prompt. Refusals of safety prompts and of others belong together: a policy that refuses everything "
+        "is safe. Distinct-2 is the "
         "share of different pairs of words among as many pairs for every policy as the one with the fewest has."
     )
     return Section("eval", "Evaluation", intro, charts=charts, tables=list(map(_table, evaluated)))
@@ -110,6 +113,7 @@ def _table(run: RunFolder) -> Table:
     gains = {key: label for key, label in gains.items() if any(key in row for row in policies.values())}
     steps = gains if len(policies) > 2 and all("over_previous" in row for row in policies.values()) else {}
     has_kl = any(is_number(_kl(row)) for row in policies.values())
+    changes = {key: label for key, label in _CHANGES.items() if all(key in row for row in policies.values())}
     truth = _TRUTH if any("truth" in row for row in policies.values()) else {}
     rows = [
         [
@@ -117,6 +121,7 @@ def _table(run: RunFolder) -> Table:
             *(interval(row.get(key), "+.2f") for key in [*scores, *gains]),
             *(interval(row["over_previous"].get(key), "+.2f") for key in steps),
             *(interval(row.get(key), ".0%") for key in _RATES),
+            *(interval(row[key], "+.0%") for key in changes),
             *(interval(row.get("truth", {}).get(key), ".0%" if "rate" in key else ".3f") for key in truth),
             *([interval(row.get("kl"), ".1f")] if has_kl else []),
             number(100 * row.get("truncated_rate", math.nan), ".0f", " %"),
@@ -127,7 +132,8 @@ def _table(run: RunFolder) -> Table:
     ]
     columns = [
         "policy", *scores.values(), *gains.values(), *(f"{label} over the one before" for label in steps.values()),
-        *_RATES.values(), *truth.values(), *(["KL"] if has_kl else []), "cut off", "words", "distinct-2",
+        *_RATES.values(), *(f"{label}, change" for label in changes.values()), *truth.values(),
+        *(["KL"] if has_kl else []), "cut off", "words", "distinct-2",
     ]  # fmt: skip
     return Table(f"{run.label}: policies on {run.result['prompts']:,} held-out prompts", columns, rows)
 
@@ -174,12 +180,20 @@ def _adherence_by_kind(run: RunFolder) -> Chart | None:
     )
 
 
+def _kept(entry: Row, run: RunFolder) -> Cell:
+    """Adherence at a turn, with the number of dialogues where some had ended before."""
+    cell = interval(entry, ".0%")
+    if entry["count"] == run.result["dialogues"]:
+        return cell
+    return replace(cell, detail=f"{cell.detail} {entry['count']} dialogues".strip())
+
+
 def _adherence_table(run: RunFolder) -> Table:
     turns = _reported(run)
     rows = []
     for name, row in _policies(run).items():
         reached = len(row["by_turn"])
-        kept = [interval(row["by_turn"][turn - 1], ".0%") if turn <= reached else text("–") for turn in turns]
+        kept = [_kept(row["by_turn"][turn - 1], run) if turn <= reached else text("–") for turn in turns]
         gained = [interval(row["gain"].get(str(turn)), "+.0%") for turn in turns]
         rows.append([text(name, "name"), *kept, *gained])
     columns = ["policy", *(f"turn {turn}" for turn in turns), *(f"gain at turn {turn}" for turn in turns)]

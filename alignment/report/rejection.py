@@ -47,8 +47,8 @@ def _potential(rounds: Sequence[RunFolder]) -> Chart | None:
     return curve_chart(
         "potential",
         "Reward of the best and the median of N samples",
-        "The distance between the curves is what fine-tuning on the best can gain; where best flattens, more samples "
-        "are wasted (Llama 2, Fig. 7).",
+        "The distance between the curves is what the best can gain, by reward alone: selection prefers answers that "
+        "ended by themselves. Where best flattens, more samples are wasted (Llama 2, Fig. 7).",
         curves,
         x_label="samples of a prompt (N)",
         y_label="gated reward (logit)",

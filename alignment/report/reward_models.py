@@ -139,8 +139,8 @@ def _scatter(run: RunFolder, valid: Row) -> Chart | None:
     }
     if not rows:
         return None
-    correlation = valid["length_correlation"]["responses"]
-    found = "" if correlation is None else f" Pearson's correlation is {correlation:+.2f}."
+    correlation = valid["length_correlation"]["within_pairs"]
+    found = "" if correlation is None else f" Within pairs Pearson's correlation is {correlation:+.2f}."
     caption = f"A cloud that rises to the right is a model that likes length, which PPO will exploit.{found}"
     title = f"{run.label}: score and length"
     labels = {"x_label": "characters of the response", "y_label": "score (logit)"}
@@ -149,7 +149,7 @@ def _scatter(run: RunFolder, valid: Row) -> Chart | None:
 
 def _agreement(judged: Mapping[RunFolder, Row]) -> Table:
     columns = (
-        "run", "pairs", "accuracy", "safety label right", "longer wins", "correlation with length",
+        "run", "pairs", "accuracy", "safety label right", "longer wins", "correlation with length, within pairs",
         "calibration error", "mean of chosen", "mean of rejected",
     )  # fmt: skip
     rows = [
@@ -159,7 +159,7 @@ def _agreement(judged: Mapping[RunFolder, Row]) -> Table:
             interval(valid["accuracy"], ".1%"),
             interval(valid.get("safety_label_accuracy"), ".1%"),
             interval(valid.get("longer_wins"), ".1%"),
-            number(valid["length_correlation"]["responses"], "+.2f"),
+            number(valid["length_correlation"]["within_pairs"], "+.2f"),
             number(valid["calibration"]["ece"], ".3f"),
             number(valid["mean_chosen"], "+.2f"),
             number(valid["mean_rejected"], "+.2f"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 
@@ -69,6 +70,8 @@ def _start_vllm(
             "accelerate launch, and set sampling.vllm.tensor_parallel_size to the number of GPUs."
         )
     chat, _ = load_chat_of(model.path, model.chat_template)
+    gc.collect()
+    torch.cuda.empty_cache()  # vLLM's own processes find only what this one has given back
     try:
         return VllmSampler(
             model_folder(model.path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -18,8 +19,12 @@ from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
 
-# A prompt with its token ids.
-Asked = tuple[Prompt, list[int]]
+
+class Asked(NamedTuple):
+    """A prompt that fits, with its token ids."""
+
+    prompt: Prompt
+    ids: list[int]
 
 
 def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> list[Prompt]:
@@ -74,7 +79,7 @@ def fit_prompts(
             problems.append(f"{prompt.where or 'prompts'}: {error}")
     if section.on_error == "stop":
         raise_together(problems)
-    fitting = [(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
+    fitting = [Asked(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
     if not fitting:
         if len(problems) == len(prompts):
             raise DataError(f"prompts: the chat format refuses all of them, the first because {problems[0]}")

@@ -138,7 +138,8 @@ class TorchSampler:
         rows = [sample for unit in units for sample in unit.rows]
         lanes = [lane for lane, unit in enumerate(units) for _ in unit.rows]
         cohort = Cohort(prompts, lanes, most_columns=params.max_new_tokens)
-        uniforms = torch.stack([sample.uniforms for sample in rows]).to(device)
+        uniforms = torch.stack([sample.uniforms for sample in rows])
+        uniforms = (uniforms.float() if device.type == "mps" else uniforms).to(device)  # which has no float64
         started = _Running(cohort, rows, uniforms, self.stop_ids, params.max_new_tokens)
         started.record(*draw(logits[cohort.lanes], uniforms[:, 0], params))
         return started

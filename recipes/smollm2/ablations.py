@@ -117,7 +117,7 @@ def _study(name: str, study: Study, settings: Sequence[str], options: argparse.N
         wins = _mean_wins(runs)
         difference = mean_interval([ours - theirs for ours, theirs in zip(wins, first, strict=True)])
         detection = [entry for run in runs if (entry := read_result(run)["valid"].get("unsafe_detection"))]
-        areas = [entry["roc_auc"] for entry in detection]
+        areas = [area for entry in detection if (area := entry["roc_auc"])]
         precisions, recalls = ([entry["at_threshold"][0][of] for entry in detection] for of in ("precision", "recall"))
         figures = [mean_interval(wins).to_json(), *(_mean_of(each) for each in (areas, precisions, recalls) if each)]
         accuracy, *unsafe = (show(figure, bounds=True) for figure in figures)
@@ -150,7 +150,8 @@ def _mean_wins(runs: Sequence[Path]) -> list[float]:
     """For each held-out pair, the share of seeds that score its chosen response higher; a tie counts half."""
     by_seed, pairs = [], []
     for run in runs:
-        rows = list(map(json.loads, (run / HELD_OUT_SCORES).read_text(encoding="utf-8").splitlines()))
+        with (run / HELD_OUT_SCORES).open(encoding="utf-8") as file:
+            rows = list(map(json.loads, file))
         by_seed.append([win(row["score_chosen"], row["score_rejected"]) for row in rows])
         pairs.append([(row["prompt"], row["chosen"], row["rejected"]) for row in rows])
     if any(each != pairs[0] for each in pairs):

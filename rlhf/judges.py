@@ -1,0 +1,156 @@
+"""The reward models of a stage: loaded, behind the gate, on candidates and token ids; the guard beside them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from alignment.config import ModelSection
+from alignment.dialogue import Candidate
+from alignment.distributed import for_all, map_over_processes
+from alignment.errors import ModelError
+from alignment.hardware import compute_dtype, lent
+from alignment.models import LoadedModel, reward_model_context
+from alignment.prefix_batch import Tree
+from alignment.progress import ProgressBar
+from alignment.runs import read_manifest
+from reward_models.score import Scorer
+from rlhf.config import RewardSection
+from rlhf.gating import gated_logits
+
+logger = logging.getLogger(__name__)
+
+
+def load_scorer(model: ModelSection, device: torch.device, *, max_tokens: int, offload: bool = False) -> Scorer:
+    """A reward model as its section describes it, in the type for `device`; with `offload` it is put on the CPU.
+
+    Raises ModelError where it is no reward model.
+    """
+    dtype = str(compute_dtype(device, model.dtype)).removeprefix("torch.")
+    home = "cpu" if offload else device
+    return Scorer.load(model.path, device=home, dtype=dtype, chat_template=model.chat_template, max_tokens=max_tokens)
+
+
+def judges_of(rewards: RewardSection, **guard: ModelSection | None) -> dict[str, ModelSection]:
+    """The reward models of a stage by the setting that names them; a guard, where there is one, by its own."""
+    judges = {"rewards.helpfulness": rewards.helpfulness, "rewards.safety": rewards.safety}
+    return {**judges, **{name: model for name, model in guard.items() if model is not None}}
+
+
+def judges_context(judges: Mapping[str, ModelSection]) -> int:
+    """Tokens of a prompt with its response that every one of these reward models can read; no weights are loaded.
+
+    To be asked before anything is sampled for them. Warns where one was trained for another aim than its setting's.
+
+    Raises:
+        ModelError: one is no reward model.
+    """
+    contexts = []
+    for name, model in judges.items():
+        try:
+            contexts.append(reward_model_context(model.path))
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from None
+        kind = (read_manifest(Path(model.path)) or {}).get("settings", {}).get("kind")
+        aim = name.removeprefix("rewards.")
+        if {kind, aim} == {"helpfulness", "safety"}:
+            logger.warning("%s is %s, a reward model of %s. Is that meant?", name, model.path, kind)
+    return min(contexts)
+
+
+class RewardModels:
+    """Both reward models behind the gate. They compute on `device`, wherever they are kept."""
+
+    def __init__(self, helpfulness: Scorer, safety: Scorer, *, threshold: float, device: torch.device) -> None:
+        self.helpfulness, self.safety, self.threshold, self.device = helpfulness, safety, threshold, device
+
+    @classmethod
+    def load(cls, section: RewardSection, device: torch.device, *, offload: bool = False) -> RewardModels:
+        """With `offload` each is in CPU memory and on `device` only to score.
+
+        Raises ModelError where one of them is not a reward model.
+        """
+        models, tokens = (section.helpfulness, section.safety), section.max_tokens_per_batch
+        scorers = (load_scorer(model, device, max_tokens=tokens, offload=offload) for model in models)
+        return cls(*scorers, threshold=section.threshold, device=device)
+
+    def gate(
+        self, helpfulness: Float[Tensor, " B"], safety: Float[Tensor, " B"], is_safety: Bool[Tensor, " B"]
+    ) -> Tensor:
+        """LOGIT(R_c) of Llama 2 Sec. 3.2.3."""
+        return gated_logits(helpfulness, safety, is_safety, threshold=self.threshold)
+
+    def check_vocabulary(self, policy: LoadedModel) -> None:
+        """Raises ModelError where a reward model reads other token ids than the policy writes."""
+        for name, scorer in (("helpfulness", self.helpfulness), ("safety", self.safety)):
+            if scorer.chat.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+                raise ModelError(
+                    f"rewards.{name}: its tokenizer differs from the policy's. PPO scores token ids as they were "
+                    "sampled: train the reward model from a checkpoint of the policy's family."
+                )
+
+    def score_trees(self, trees: Sequence[Tree]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Raw helpfulness and safety scores of every branch of every tree, in order."""
+        found = []
+        for scorer in (self.helpfulness, self.safety):
+            with lent(scorer.model, self.device):
+                found.append(torch.tensor([score for scores in scorer.score_trees(trees) for score in scores]))
+        return found[0], found[1]
+
+    def score(self, candidates: Sequence[Candidate], *, title: str = "") -> list[Candidate]:
+        """The candidates with both scores and the gated reward; those of one prompt in a row share its prefill.
+
+        With a title there is a progress bar.
+
+        Every process scores a share of the prompts; all get all candidates.
+        """
+        if not candidates:
+            return []
+        groups: list[list[Candidate]] = []
+        for candidate in candidates:
+            if groups and groups[-1][0].prompt == candidate.prompt:
+                groups[-1].append(candidate)
+            else:
+                groups.append([candidate])
+
+        def work(mine: Sequence[Sequence[Candidate]]) -> list[tuple[list[float], ...]]:
+            prompts = [group[0].prompt.messages for group in mine]
+            texts = [[candidate.response for candidate in group] for group in mine]
+            by_model = []
+            for scorer in (self.helpfulness, self.safety):
+                with lent(scorer.model, self.device):
+                    by_model.append(scorer.score(prompts, texts, on_progress=for_all(bar.advance)))
+            return list(zip(*by_model, strict=True))
+
+        with ProgressBar(title, 2 * len(groups), shown=bool(title) and PartialState().is_main_process) as bar:
+            scored = map_over_processes(work, groups)
+        by_model = [[score for scores in by_group for score in scores] for by_group in zip(*scored, strict=True)]
+        helpfulness, safety = map(torch.tensor, by_model)
+        is_safety = torch.tensor([candidate.prompt.is_safety for candidate in candidates])
+        rewards = self.gate(helpfulness, safety, is_safety).tolist()
+        return [
+            replace(candidate, helpfulness=h, safety=s, reward=r)
+            for candidate, h, s, r in zip(candidates, *by_model, rewards, strict=True)
+        ]
+
+
+def guard_scores(
+    scorer: Scorer, candidates: Sequence[Candidate], device: torch.device, *, title: str = ""
+) -> list[Candidate]:
+    """The candidates with the score of one more reward model, computed on `device`; every process takes a share."""
+
+    def work(mine: Sequence[Candidate]) -> list[float]:
+        asked, texts = [each.prompt.messages for each in mine], [[each.response] for each in mine]
+        with lent(scorer.model, device):
+            return [score for [score] in scorer.score(asked, texts, on_progress=for_all(bar.advance))]
+
+    with ProgressBar(title, len(candidates), shown=bool(title) and PartialState().is_main_process) as bar:
+        scores = map_over_processes(work, candidates)
+    return [replace(candidate, guard=score) for candidate, score in zip(candidates, scores, strict=True)]

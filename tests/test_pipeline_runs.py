@@ -1,0 +1,398 @@
+"""The run directories of a pipeline: what is skipped, gone on with, made again or refused, and what may refer to what.
+
+Stages write what real ones do, without any work.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment import runs
+from alignment.cli import pipeline as pipelines
+from alignment.cli.pipeline import check_runs, load_pipeline, run_stages
+from alignment.cli.stages import STAGES, Stage
+from alignment.config import StageConfig, describe, load_config
+from alignment.data import SourceReport, file_sha256
+from alignment.errors import ConfigError, DataError, RunError
+from alignment.runs import open_run, read_manifest, read_result, release_locks
+from alignment.sources import find_data
+from rlhf.config import RejectionSamplingConfig
+
+ROOT = Path(__file__).parents[1]
+ROW = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "a"}]}\n'
+
+TEXT = """
+defaults: {run: {device: cpu}}
+stages:
+  sft: {model: BASE, data: {train: "${here}/rows.jsonl"}}
+  rm: {kind: safety, model: "${sft}", data: {train: "toy:safety.train"}}
+  reject:
+    model: ${sft}
+    rewards: {helpfulness: "${rm}", safety: "${rm}"}
+    prompts: {prompts: "toy:prompts.train"}
+  rs: {stage: sft, model: BASE, data: {train: ["${reject}/sft.jsonl"]}}
+"""
+
+
+class Trial:
+    """A pipeline's file with its data and base model, and how its stages went: `log` has a line for each that ran."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs = folder, folder / "runs"
+        self.log: list[str] = []
+        self.fails_in = ""
+        base = folder / "base"
+        base.mkdir()
+        (base / "config.json").write_text("{}")
+        (base / "model.safetensors").write_bytes(b"base")
+        (folder / "rows.jsonl").write_text(ROW % "q")
+        (folder / "p.yaml").write_text(TEXT.replace("BASE", str(base)))
+
+    def load(self, *overrides: str, from_stage: str | None = None) -> pipelines.Pipeline:
+        return load_pipeline(self.folder / "p.yaml", [f"runs={self.runs}", *overrides], from_stage=from_stage)
+
+    def run(self, *overrides: str, from_stage: str | None = None) -> list[str]:
+        """What was done in this call."""
+        self.log.clear()
+        run_stages(self.load(*overrides, from_stage=from_stage))
+        return list(self.log)
+
+    def work(self, stage: Stage) -> Callable[..., dict[str, Any]]:
+        """A stage's `run`: the files that others read, and a manifest and result as the real one's."""
+
+        def run(config: StageConfig, *, resume: bool = False) -> dict[str, Any]:
+            run_dir = open_run(config, resume=resume)
+            name = run_dir.path.name
+            self.log.append(f"{name} goes on" if resume else name)
+            found = [(key, find_data(key)) for _, key, kind in config.input_names() if kind == "data"]
+            run_dir.note_sources([SourceReport(key, file_sha256(path), 1, 1) for key, path in found])
+            (run_dir.path / "half").write_text("done")
+            if name == self.fails_in:
+                release_locks()  # as `isolated` does
+                raise KeyboardInterrupt
+            if stage.makes:
+                run_dir.model_dir.mkdir(exist_ok=True)
+                (run_dir.model_dir / "config.json").write_text("{}")
+                (run_dir.model_dir / "model.safetensors").write_text(name)
+            if stage.name == "reject":
+                (run_dir.path / "sft.jsonl").write_text(ROW % "new")
+            return run_dir.finish({"stage": stage.name})
+
+        return run
+
+
+@pytest.fixture
+def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
+    found = Trial(tmp_path)
+    monkeypatch.setattr(Stage, "run_function", lambda stage: found.work(stage))
+    for name in ("one_line", "print_summary", "write_report"):
+        monkeypatch.setattr(pipelines, name, lambda *_: "")
+    return found
+
+
+ALL = ["sft", "rm", "reject", "rs"]
+
+
+def statuses(trial: Trial) -> dict[str, str]:
+    return {name: (read_manifest(trial.runs / name) or {}).get("status") for name in ALL}
+
+
+# -------------------------------------------------------------------------------------------- made again from a stage
+
+
+def test_finished_stages_are_skipped_and_an_interrupted_one_goes_on(trial):
+    trial.fails_in = "reject"
+    with pytest.raises(KeyboardInterrupt):
+        trial.run()
+    trial.fails_in = ""
+    assert trial.run() == ["reject goes on", "rs"]
+    assert trial.run() == []
+
+
+@pytest.mark.parametrize("fails_in", ["rm", "reject", "rs"])
+def test_a_series_begun_with_from_is_gone_on_with_where_it_was_interrupted(trial, capsys, fails_in):
+    trial.run()
+    before = {name: read_manifest(trial.runs / name)["id"] for name in ALL}
+    trial.fails_in = fails_in
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(from_stage="rm")
+    assert f"{fails_in}: not finished. The same command without --from goes on here." in capsys.readouterr().err
+    place = ALL.index(fails_in)
+    assert statuses(trial) == {
+        name: "finished" if name == "sft" or ALL.index(name) < place else "running" if name == fails_in else "outdated"
+        for name in ALL
+    }
+    trial.fails_in = ""
+    assert trial.run() == [f"{fails_in} goes on", *ALL[place + 1 :]]
+    after = {name: read_manifest(trial.runs / name)["id"] for name in ALL}
+    assert [name for name in ALL if after[name] == before[name]] == ["sft"]
+    assert trial.run() == []
+
+
+def test_a_stage_that_is_to_be_made_again_starts_without_its_old_files(trial):
+    trial.run()
+    trial.fails_in = "rm"
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(from_stage="rm")
+    (trial.runs / "rs" / "old").write_text("")
+    trial.fails_in = ""
+    trial.run()
+    assert not (trial.runs / "rs" / "old").exists()
+
+
+def test_an_interrupted_run_that_is_to_be_made_again_is_not_gone_on_with(trial):
+    trial.fails_in = "rm"
+    with pytest.raises(KeyboardInterrupt):
+        trial.run()
+    trial.fails_in = ""
+    assert trial.run(from_stage="rm") == ["rm", "reject", "rs"]
+
+
+# -------------------------------------------------------------------------------- refused before the first stage runs
+
+
+def test_a_stage_made_from_an_older_run_is_refused_before_any_stage_runs(trial):
+    trial.run()
+    config = trial.load("sft.run.overwrite=true").stages[0].config
+    trial.work(STAGES["sft"])(config)
+    shutil.rmtree(trial.runs / "rm")
+    with pytest.raises(RunError, match=r"reject: was made from an earlier version of model: .*sft, .* --from reject"):
+        trial.run()
+    assert trial.log == []
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_finished_stage_whose_source_is_going_to_be_made_again_is_refused(trial, is_gone):
+    trial.run()
+    if is_gone:
+        (trial.runs / "sft").rename(trial.folder / "elsewhere")
+    else:
+        runs.mark_outdated(trial.runs / "sft")
+    with pytest.raises(RunError, match=r"rm: was made from an earlier version of model: .*sft\. Add --from rm"):
+        trial.run()
+    assert trial.log == []
+    assert trial.run(from_stage="rm") == ALL
+
+
+def other_rows(trial: Trial) -> str:
+    (trial.folder / "rows.jsonl").write_text(ROW % "another")
+    return f"sft: finished with other contents of {trial.folder}/rows.jsonl. Put the old ones back, add --from sft to"
+
+
+def other_base_model(trial: Trial) -> str:
+    (trial.folder / "base" / "model.safetensors").write_bytes(b"another")
+    return f"sft: finished with other contents of {trial.folder}/base. Put the old ones back, add --from sft to"
+
+
+def other_rows_in_an_earlier_run(trial: Trial) -> str:
+    (trial.runs / "reject" / "sft.jsonl").write_text(ROW % "mine")
+    return f"rs: finished with other contents of {trial.runs}/reject/sft.jsonl. Put the old ones back, add --from rs to"
+
+
+@pytest.mark.parametrize("change", [other_rows, other_base_model, other_rows_in_an_earlier_run])
+def test_other_contents_behind_a_finished_stage_are_refused(trial, change):
+    trial.run()
+    message = change(trial)
+    with pytest.raises(RunError) as caught:
+        trial.run()
+    assert message in str(caught.value) and trial.log == []
+    stage = message.split(":")[0]
+    assert trial.run(from_stage=stage) == ALL[ALL.index(stage) :]
+
+
+def test_each_file_is_read_once_and_models_of_known_runs_never(trial, monkeypatch):
+    trial.run()
+    read: list[str] = []
+
+    def digest(path: Path) -> str:
+        read.append(path.relative_to(trial.folder).as_posix())
+        return file_sha256(path)
+
+    monkeypatch.setattr(runs, "file_sha256", digest)
+    monkeypatch.setattr(pipelines, "file_sha256", digest)
+    check_runs(trial.load())
+    assert sorted(read) == ["base/model.safetensors", "rows.jsonl", "runs/reject/sft.jsonl"]
+
+
+def test_what_an_earlier_stage_made_may_be_removed_once_it_was_read(trial):
+    trial.run()
+    (trial.runs / "reject" / "sft.jsonl").unlink()
+    (trial.runs / "sft" / "model" / "model.safetensors").unlink()
+    assert trial.run() == []
+
+
+@pytest.mark.parametrize("from_stage", [None, "rs"])
+def test_a_folder_that_no_run_made_is_found_before_the_first_stage(trial, from_stage):
+    (trial.runs / "rs").mkdir(parents=True)
+    (trial.runs / "rs" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="rs: not empty and not a run directory"):
+        trial.run(from_stage=from_stage)
+    assert trial.log == [] and not (trial.runs / "sft").exists()
+
+
+def test_other_settings_of_an_unfinished_stage_are_found_before_the_first_stage_goes_on(trial):
+    trial.fails_in = "rs"
+    with pytest.raises(KeyboardInterrupt):
+        trial.run()
+    trial.fails_in = ""
+    shutil.rmtree(trial.runs / "reject")
+    with pytest.raises(RunError, match=r"rs: the unfinished run has other settings \(train\.epochs\)"):
+        trial.run("rs.train.epochs=7")
+    assert trial.log == []
+    assert trial.run("rs.train.save_every=7") == ["reject", "rs goes on"]
+
+
+def test_changed_settings_are_named_with_their_keys(trial):
+    trial.run()
+    with pytest.raises(RunError, match=r"sft: finished with other settings \(data\.max_length, optim\.lr\)\."):
+        trial.run("sft.optim.lr=1", "sft.data.max_length=9")
+
+
+@pytest.mark.parametrize("from_stage", [None, "rm", "sft"])
+def test_a_second_align_run_beside_the_first_is_refused_and_changes_nothing(trial, from_stage):
+    """The first one, whose lock is another's than those of this process's runs, is in its second stage."""
+    trial.run()
+    held = runs.FileLock(trial.runs / "rm" / "lock")
+    runs.mark_outdated(trial.runs / "rm")
+    before = statuses(trial)
+    with held, pytest.raises(RunError, match=r"rm: another process .* is working here"):
+        trial.run(from_stage=from_stage)
+    assert statuses(trial) == before and trial.log == []
+
+
+def test_a_home_folder_is_found(trial, monkeypatch):
+    monkeypatch.setenv("HOME", str(trial.folder))
+    trial.runs = Path("~/mine")
+    assert trial.run() == ALL
+    assert read_result(trial.folder / "mine" / "rs")["stage"] == "sft"
+    assert trial.run() == []
+
+
+def test_a_run_is_known_by_its_name_in_the_home_folder(trial, monkeypatch):
+    trial.run()
+    monkeypatch.setenv("HOME", str(trial.folder))
+    config = trial.load().stages[1].config
+    there = config.model_copy(update={"model": config.model.model_copy(update={"path": "~/runs/sft"})})
+    assert list(runs.upstream_runs(there).values()) == [read_manifest(trial.runs / "sft")["id"]]
+
+
+@pytest.mark.e2e
+def test_a_round_resumed_with_other_settings_ends_as_one_begun_with_them(tmp_path, save_judges):
+    """Also where the threshold has a say in the temperature that is chosen."""
+    settings = [
+        *("model.path=toy", "model.dtype=float32", "run.device=cpu", *save_judges(tmp_path)),
+        *("prompts.prompts=toy:prompts.train", "prompts.max_prompts=12", "sampling.num_candidates=3"),
+        *("sampling.max_new_tokens=8", "sampling.temperature_grid=[0.7, 1.3]", "sampling.temperature_prompts=4"),
+    ]
+    changed = ["rewards.threshold=0.6", "rewards.max_tokens_per_batch=64", "accumulate=all"]
+
+    def run(name: str, *more: str, resume: bool = False) -> None:
+        config = load_config(RejectionSamplingConfig, None, [*settings, *more, f"run.dir={tmp_path / name}"])
+        STAGES["reject"].run_function()(config, resume=resume)
+
+    with pytest.raises(DataError, match="Lower min_gain"):
+        run("resumed", "min_gain=1e9")
+    run("resumed", *changed, resume=True)
+    run("whole", *changed)
+    for name in ("candidates.jsonl", "sft.jsonl", "potential.json"):
+        assert (tmp_path / "resumed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+# --------------------------------------------------------------------------------------- references to earlier stages
+
+FIRST = """
+stages:
+  sft: {model: toy, data: {train: "toy:sft.train"}}
+  rm-safety: {stage: rm, kind: safety, model: "${sft}", data: {train: "toy:safety.train"}}
+  reject:
+    model: ${sft}
+    rewards: {helpfulness: "${rm-safety}", safety: "${rm-safety}/model"}
+    prompts: {prompts: "toy:prompts.train"}
+  measured:
+    stage: eval
+    policies: {safety: "${sft}"}
+    rewards: {helpfulness: "${rm-safety}", safety: "${rm-safety}"}
+    prompts: {prompts: "toy:prompts.heldout"}
+  more: {stage: rm, kind: safety, model: "${rm-safety}", data: {train: "toy:safety.train"}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "problem"),
+    [
+        (
+            '{stage: sft, model: "${reject}", data: {train: "toy:sft.train"}}',
+            "model: ${reject}: must be a chat model; reject makes no model, but candidates.jsonl, sft.jsonl. Earlier "
+            "stages that make one: sft.",
+        ),
+        (
+            '{stage: sft, model: "${rm-safety}/model", data: {train: "toy:sft.train"}}',
+            "model: ${rm-safety}/model: must be a chat model; rm makes a reward model. Earlier stages that make one: "
+            "sft.",
+        ),
+        (
+            '{stage: eval, policies: {safety: "${rm-safety}"}, rewards: {helpfulness: "${rm-safety}", safety: '
+            '"${rm-safety}"}, prompts: {prompts: "toy:prompts.heldout"}}',
+            "policies.safety: ${rm-safety}: must be a chat model; rm makes a reward model.",
+        ),
+        (
+            '{stage: reject, model: "${sft}", rewards: {helpfulness: "${rm-safety}", safety: "${sft}"}, prompts: '
+            '{prompts: "toy:prompts.train"}}',
+            "rewards.safety: ${sft}: must be a reward model; sft makes a chat model. Earlier stages that make one: "
+            "rm-safety, more.",
+        ),
+        (
+            '{stage: distil, model: "${sft}", safety: "${sft}", prompts: {prompts: "toy:prompts.train"}}',
+            "safety: ${sft}: must be a reward model; sft makes a chat model.",
+        ),
+        (
+            '{stage: rm, kind: safety, model: "${reject}", data: {train: "toy:safety.train"}}',
+            "model: ${reject}: must be a chat model or a reward model; reject makes no model",
+        ),
+        (
+            '{stage: sft, model: "${sft}", data: {train: ["${reject}/stf.jsonl"]}}',
+            "data.train: ${reject}/stf.jsonl: reject writes no such file, but candidates.jsonl, sft.jsonl. Did you "
+            "mean sft.jsonl?",
+        ),
+        (
+            '{stage: sft, model: "${sft}", data: {train: ["${reject}"]}}',
+            "data.train: ${reject}: reject writes no such file, but candidates.jsonl, sft.jsonl.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_reference_to_what_a_stage_never_makes_is_found_before_any_stage_runs(tmp_path, stage, problem):
+    (tmp_path / "p.yaml").write_text(f"{FIRST}  wrong: {stage}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline(tmp_path / "p.yaml", [])
+    [line] = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path}/p.yaml: stages.wrong: {problem}")
+
+
+def test_references_to_what_stages_make_are_in_order(tmp_path):
+    last = 'data: {train: ["${measured}/answers-safety.jsonl", "${reject}/candidates.jsonl", "${sft}/answers.jsonl"]}'
+    (tmp_path / "p.yaml").write_text(f'{FIRST}  last: {{stage: sft, model: "${{sft}}/model", {last}}}\n')
+    assert [stage.name for stage in load_pipeline(tmp_path / "p.yaml", []).stages][-1] == "last"
+
+
+def test_every_setting_for_a_model_is_known_to_be_for_a_reward_model_or_for_a_chat_model():
+    found = set()
+    for stage in STAGES.values():
+        for kind in (None, *stage.kinds):
+            keys = [key for key, *_ in describe(stage.of_kind(kind).config_class())]
+            found |= {key.removesuffix(".path") for key in keys if key.endswith(".path") or key == "policies"}
+    assert found == {*pipelines._JUDGES, "model", "policies"}
+
+
+def test_the_files_of_a_stage_are_those_of_the_documentation():
+    page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    for stage in STAGES.values():
+        [(makes, files)] = re.findall(rf"^\| `{stage.name}` \|(?: (\w+ model))? \| (.*) \|$", page, re.M)
+        names = re.findall(r"`([\w.-]+\.jsonl)`", files)
+        assert [re.sub("NAME|ITERATION", "*", name) for name in names] == list(stage.files)
+        assert makes == (stage.makes or "")
