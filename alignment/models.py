@@ -81,8 +81,7 @@ def load_chat_model(
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
     tokenizer = chat.tokenizer
-    if _is_classifier(_read_config(folder, path)):  # whose backbone transformers would take, with an output matrix
-        raise ModelError(f"{path}: is a reward model. Name a chat model.")
+    check_is_chat_model(path)
     model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype, empty=for_training and gets_weights_later())
     _check_vocabulary(model.get_output_embeddings(), tokenizer, path)
     _set_special_tokens(model, tokenizer, chat)
@@ -128,6 +127,12 @@ def reward_model_context(path: str) -> int:
     config = _read_config(model_folder(path), path)
     _check_one_score(config, path)
     return context_length(config)
+
+
+def check_is_chat_model(path: str) -> None:
+    """Raises ModelError for a reward model, whose backbone transformers would take and tie an output matrix to."""
+    if _is_classifier(_read_config(model_folder(path), path)):
+        raise ModelError(f"{path}: is a reward model. Name a chat model.")
 
 
 def _read_config(folder: Path | str, path: str) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from alignment.config import ModelSection, SamplingSection
 from alignment.errors import ConfigError, SamplerError
 from alignment.hardware import compute_dtype
-from alignment.models import load_chat_model, load_chat_of, model_folder
+from alignment.models import check_is_chat_model, load_chat_model, load_chat_of, model_folder
 from alignment.progress import console
 from alignment.sampling.memory import CPU_MAX_ROWS
 from alignment.sampling.protocol import Sampler
@@ -70,6 +70,7 @@ def _start_vllm(
             "accelerate launch, and set sampling.vllm.tensor_parallel_size to the number of GPUs."
         )
     chat, _ = load_chat_of(model.path, model.chat_template)
+    check_is_chat_model(model.path)
     gc.collect()
     torch.cuda.empty_cache()  # vLLM's own processes find only what this one has given back
     try:
