@@ -220,7 +220,7 @@ def toy_truth(candidates: Sequence[Candidate]) -> dict[str, Any]:
 def report_table(result: dict[str, Any]) -> Table:
     """The comparison for a terminal."""
     about = "raw scores (logits), gated reward; wins and KL (nats) against the first"
-    title = f"{result['prompts']} held-out prompts, {result['safety_prompts']} of them safety prompts; {about}"
+    title = f"{result['prompts']} held-out prompts (safety: {result['safety_prompts']}), {about}"
     columns = ["policy", Column("helpfulness", min_width=11), "safety", "reward", "wins", "unsafe"]
     # Refusals of safety prompts and of all others side by side: the first alone makes refusing everything look good.
     table = Table(*columns, "refusals: safety, others", "words", title=title)
