@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +53,9 @@ def test_nothing_is_learned_from_masked_answers_and_whitening_leaves_them_out(se
     kept = rollouts.advantages[rollouts.trained]
     assert kept.mean().abs() < 1e-5 and kept.var(correction=0) == pytest.approx(1, abs=1e-3)
     assert (rollouts.advantages[1] == 0).all()
+    tables = {name: getattr(rollouts, name) for name in ("logprobs", "values", "advantages", "returns")}
+    nowhere = {name: table.masked_fill(~rollouts.trained, math.nan) for name, table in tables.items()}
+    rollouts = replace(rollouts, **nowhere)
 
     def gradient(rows: list[int]) -> list[torch.Tensor]:
         trainer.policy.zero_grad()

@@ -196,6 +196,7 @@ def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):
     result = rejection_sampling.run(config_of(tmp_path / "run", prompts, baseline=[str(baseline)], min_gain=0.75))
     assert result["gain_over_baseline"]["value"] == 0.5 and result["gain_over_baseline"]["count"] == 1
     assert result["kept"] == 1  # beta: 2 - 1; alpha's 2 - 1.5 is too little
+    assert result["mean_reward"]["value"] == 1 and result["mean_reward"]["count"] == 2, "prompts, not candidates"
     [row] = map(json.loads, (tmp_path / "run" / "sft.jsonl").open())
     assert row["messages"][0]["content"] == "beta"
 
