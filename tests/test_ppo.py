@@ -64,7 +64,8 @@ def test_nothing_is_learned_from_masked_answers_and_whitening_leaves_them_out(se
         for batch, table_rows, columns in trainer._micro_batches(rollouts, rows):
             tokens += rollouts.trained[table_rows, columns].sum()
             for losses in (trainer._policy_losses, partial(trainer._value_losses, clip_range=0.2)):
-                loss, _ = losses(rollouts, batch, table_rows, columns)
+                loss, figures = losses(rollouts, batch, table_rows, columns)
+                assert all(torch.isfinite(figure) for figure in figures.values())
                 loss.backward()
         assert tokens == 4
         both = (*trainer.policy.parameters(), *trainer.critic.parameters())

@@ -124,13 +124,18 @@ def test_prompts_leave_room_for_a_response_in_every_models_context(runs):
     assert max(kept) == context - 107, "the longest leaves room for a response of six tokens and its end"
 
 
-def test_a_lent_model_comes_back_without_a_copy_after_an_error_too():
-    """Weights and buffers are those that it went with; what it was on the device is thrown away."""
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_lent_model_comes_back_without_a_copy_after_an_error_too(monkeypatch, in_place):
+    """Weights and buffers are those that it went with, however it was moved; what was on the device is thrown away."""
     model = load_chat_model("toy").model.requires_grad_(False)
     tensors = lambda: [*model.named_parameters(), *model.named_buffers()]  # noqa: E731
     before = {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors()}
+    if in_place:  # as to a GPU
+        move = lambda _: [setattr(parameter, "data", parameter.data.clone()) for parameter in model.parameters()]  # noqa: E731
+        monkeypatch.setattr(model, "to", move)
     with pytest.raises(ZeroDivisionError), lent(model, torch.device("meta")):
-        assert all(tensor.device.type == "meta" for _, tensor in tensors())
+        assert in_place or all(tensor.device.type == "meta" for _, tensor in tensors())
+        assert before != {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors()}
         raise ZeroDivisionError
     assert before == {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors()}
 
