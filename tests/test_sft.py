@@ -255,15 +255,15 @@ class NoteTaker:
 
 def test_answers_before_and_after_stand_beside_the_reference(make_llama, chat, tmp_path):
     first, second = (make_llama(len(chat.tokenizer), seed=seed) for seed in (0, 1))
-    asked, settings = [dialogue(4, source="a"), dialogue(2, source="b")], SFTEvaluation(max_new_tokens=6)
+    asked, settings = [dialogue(4, source="a"), dialogue(2, source="b\u2028b")], SFTEvaluation(max_new_tokens=6)
     run = NoteTaker(tmp_path)
     for model, part in ((first, "before"), (second, "before"), (second, "after")):
         sample_answers(model, chat, asked, settings, run, dtype=torch.float32, part=part)
-    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [row["source"] for row in rows] == ["a", "b"]
+    rows = list(map(json.loads, (tmp_path / "answers.jsonl").open()))
+    assert [row["source"] for row in rows] == ["a", "b\u2028b"]  # a line separator is no end of a row
     assert rows[0]["reference"] == "I am fine, thank you. 3" and len(rows[0]["prompt"]) == 3
     sample_answers(first, chat, asked, settings, run, dtype=torch.float32, part="after")
-    again = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    again = list(map(json.loads, (tmp_path / "answers.jsonl").open()))
     assert [row["before"] for row in rows] == [row["after"] for row in again], "a resumed run keeps what was before"
     assert [row["after"] for row in rows] != [row["after"] for row in again]
 
