@@ -193,7 +193,8 @@ class RunCallback(TrainerCallback):
         self.bar: ProgressBar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drops what was logged beyond the checkpoint."""
+        """Drops what was logged beyond the checkpoint, from which Trainer takes how often to save as well."""
+        state.save_steps = args.save_steps
         if self.run.writes:
             self.run.metrics.truncate_after(state.global_step)
         shown = state.is_world_process_zero

@@ -15,6 +15,7 @@ import pytest
 
 from alignment import runs
 from alignment.cli import pipeline as pipelines
+from alignment.cli.main import run_pipeline, run_stage
 from alignment.cli.pipeline import check_runs, load_pipeline, run_stages
 from alignment.cli.stages import STAGES, Stage
 from alignment.config import StageConfig, describe, load_config
@@ -302,6 +303,25 @@ def test_a_round_resumed_with_other_settings_ends_as_one_begun_with_them(tmp_pat
     run("whole", *changed)
     for name in ("candidates.jsonl", "sft.jsonl", "potential.json"):
         assert (tmp_path / "resumed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_a_dry_run_says_what_is_wrong_with_the_runs(trial):
+    trial.run()
+    other_rows(trial)
+    with pytest.raises(RunError, match="sft: finished with other contents of"):
+        run_pipeline(trial.folder / "p.yaml", [f"runs={trial.runs}"], dry_run=True)
+    run_pipeline(trial.folder / "p.yaml", [f"runs={trial.runs}"], from_stage="sft", dry_run=True)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_run_directory_that_is_taken_is_found_before_data_is_read(tmp_path, dry_run, monkeypatch):
+    settings = ["model=toy", "kind=safety", "data.train=toy:safety.train", f"run.dir={tmp_path}"]
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for name in ("run_function", "check_function"):
+        monkeypatch.setattr(Stage, name, lambda _: pytest.fail("the work has begun"))
+    with pytest.raises(RunError, match="not empty and not a run directory"):
+        run_stage("rm", settings, dry_run=dry_run)
+    run_stage("rm", settings, show_config=True)
 
 
 # --------------------------------------------------------------------------------------- references to earlier stages

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, TrainerState, TrainingArguments
 
 from alignment.chat import EncodedDialogue
 from alignment.config import ModelSection, OptimSection, RunSection, StageConfig, TrainSection
@@ -28,6 +28,7 @@ from alignment.runs import Run, newest_checkpoint, open_run
 from alignment.training import (
     GlobalBatchMixin,
     MicroBatch,
+    RunCallback,
     StepSchedule,
     build_scheduler,
     num_warmup_steps,
@@ -154,6 +155,14 @@ def test_every_setting_of_the_optimizer_reaches_the_trainer(open_tiny_run):
     found = arguments(open_tiny_run("run"), 10, betas=(0.7, 0.8), eps=1e-3, weight_decay=0.3, max_grad_norm=2.0)
     assert (found.learning_rate, found.adam_beta1, found.adam_beta2, found.adam_epsilon) == (1e-3, 0.7, 0.8, 1e-3)
     assert (found.weight_decay, found.max_grad_norm) == (0.3, 2.0)
+
+
+def test_a_resumed_training_saves_as_often_as_it_is_told_now(open_tiny_run):
+    """Trainer takes the number from the checkpoint, and `--resume` may change it."""
+    callback, state = RunCallback(open_tiny_run("run"), "tiny", "tiny", None), TrainerState(save_steps=50, max_steps=9)
+    callback.on_train_begin(arguments(open_tiny_run("other"), 9), state, None)
+    callback.close()
+    assert state.save_steps == 1000
 
 
 def test_dropout_is_on_in_training(reward_llama, open_tiny_run):

@@ -107,6 +107,7 @@ def run_stage(
 ) -> None:
     """What `align sft ...` does; recipe scripts call it too."""
     from alignment.config import build_config, merge, parse_overrides, read_yaml, to_yaml
+    from alignment.runs import check_run_dir
 
     path, overrides = _split(arguments)
     values = merge(read_yaml(path) if path else {}, parse_overrides(overrides))
@@ -119,6 +120,8 @@ def run_stage(
     _check_packages({where: config})
     if show_config:
         sys.stdout.write(to_yaml(config))
+    if dry_run or not show_config:
+        check_run_dir(config, resume=resume)
     if dry_run:
         check = stage.check_function()
         found = check(config) if check else "settings are in order, and all inputs exist; rows were not read."
@@ -147,13 +150,14 @@ def run_pipeline(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all stages, run none.")] = False,
 ) -> None:
     """Run all stages of a pipeline in order; finished ones are skipped, an unfinished one goes on."""
-    from alignment.cli.pipeline import load_pipeline, run_stages
+    from alignment.cli.pipeline import check_runs, load_pipeline, run_stages
     from alignment.runs import is_finished
 
     plan = load_pipeline(pipeline, overrides or [], from_stage=from_stage)
     to_run = [stage for stage in plan.stages if stage.again or not is_finished(stage.path)]
     _check_packages({f"{pipeline}: stages.{stage.name}": stage.config for stage in to_run})
     if dry_run:
+        check_runs(plan)
         typer.echo(f"{pipeline}: {len(plan.stages)} stages are in order.", err=True)
         return
     prepare_libraries()
