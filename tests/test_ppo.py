@@ -27,14 +27,16 @@ from rlhf.rollout import Rollouts, reward_metrics
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "ppo.md"
 
 
+SMALL = [
+    "model={path: toy, dtype: float32}", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=16",
+    "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",
+    "optim.lr=1e-3", "run.device=cpu",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, save_judges) -> list[str]:
-    judges = save_judges(tmp_path_factory.mktemp("rewards"))
-    return [
-        *judges, "model={path: toy, dtype: float32}", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=16",
-        "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",
-        "optim.lr=1e-3", "run.device=cpu",
-    ]  # fmt: skip
+    return [*save_judges(tmp_path_factory.mktemp("rewards")), *SMALL]
 
 
 def trainer_of(settings: list[str], *extra: str) -> PPOTrainer:

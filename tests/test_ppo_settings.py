@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_gatt_stages import Interrupted
-from test_ppo import TREES, toy_prompts, trainer_of
+from test_ppo import SMALL, TREES, toy_prompts, trainer_of
 from test_ppo_models import config_of, models_of
 from torch import nn
 
@@ -28,12 +28,7 @@ ALL = torch.tensor([True, True, True])
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, save_judges) -> list[str]:
     """Two minibatches an iteration; with the prompts of `encoded` it is one."""
-    judges = save_judges(tmp_path_factory.mktemp("rewards"))
-    return [
-        *judges, "model={path: toy, dtype: float32}", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=16",
-        "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",
-        "optim.lr=1e-3", "run.device=cpu",
-    ]  # fmt: skip
+    return [*save_judges(tmp_path_factory.mktemp("rewards")), *SMALL]
 
 
 @pytest.fixture(scope="module")

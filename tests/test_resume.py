@@ -20,6 +20,7 @@ from alignment.errors import RunError
 from alignment.headlines import one_line
 from alignment.models import load_reward_model
 from alignment.runs import Run
+from reward_models.score import Scorer
 
 pytestmark = pytest.mark.e2e
 
@@ -368,6 +369,34 @@ def test_two_processes_take_the_same_steps_as_one(stage, tmp_path, request):
             found, expected = ([row[f"ppo/{key}"] for row in rows if f"ppo/{key}" in row] for rows in (second, first))
             count = 2 if key == "held_out_reward" else 3
             assert len(found) == count and found == pytest.approx(expected, abs=1e-5), key
+    elif stage == "sft":
+        assert_same_held_out_loss(tmp_path / "one", tmp_path / "two")
+    elif stage == "rm":
+        assert_held_out_scores_are_of_their_pairs(tmp_path / "one", tmp_path / "two")
+
+
+def assert_same_held_out_loss(one: Path, two: Path) -> None:
+    """Of which each process measures a share, every dialogue once."""
+    first, second = (json.loads((path / "result.json").read_text())["valid_by_source"] for path in (one, two))
+    for part in ("before", "after"):
+        assert first[part].keys() == second[part].keys()
+        for source, figures in first[part].items():
+            assert second[part][source]["tokens"] == figures["tokens"] > 0
+            assert second[part][source]["loss"] == pytest.approx(figures["loss"], abs=1e-5)
+
+
+def assert_held_out_scores_are_of_their_pairs(one: Path, two: Path) -> None:
+    """Each pair beside the scores that the saved model gives it, whichever process computed them."""
+    scorer = Scorer.load(str(one), device="cpu", dtype="float32")
+    first, second = (list(map(json.loads, (path / "held_out_scores.jsonl").open())) for path in (one, two))
+    responses = [[row[side][0]["content"] for side in ("chosen", "rejected")] for row in first]
+    expected = scorer.score([row["prompt"] for row in first], responses)
+    assert len({chosen for chosen, _ in expected}) > 10
+    for rows in (first, second):
+        found = [[row["score_chosen"], row["score_rejected"]] for row in rows]
+        assert [score for row in found for score in row] == pytest.approx(
+            [s for row in expected for s in row], abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("stage", SAMPLED)
