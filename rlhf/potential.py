@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from alignment.files import save_figure
 from alignment.metrics import mean_interval
-from alignment.runs import save_figure
 
 
 def best_of(rewards: Float[Tensor, "P K"], size: int) -> Float[Tensor, " P"]:

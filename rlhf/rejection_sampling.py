@@ -14,11 +14,12 @@ from alignment.chat import ChatFormat
 from alignment.data import load_prompts, load_rows, write_rows
 from alignment.dialogue import Candidate, Messages, RowError, as_response
 from alignment.errors import DataError
+from alignment.files import write_json
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.metrics import mean_interval
 from alignment.models import load_chat_of
-from alignment.runs import Run, open_run, write_json
+from alignment.runs import Run, open_run
 from alignment.sampling.prompts import Asked, choose_prompts, prompt_room
 from reward_models.score import check_fits
 from rlhf.candidates import distinct_prompts, remove_candidates, sample_candidates

@@ -11,12 +11,13 @@ from typing import Any
 from rich.table import Table
 
 from alignment.errors import DataError
+from alignment.files import save_figure
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.metrics import paired_rate_interval, show, wilson_interval
 from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
-from alignment.runs import Run, open_run, save_figure
+from alignment.runs import Run, open_run
 from sft.answer_log import Answering, NoAnswer, RowLog
 from sft.attention_mass import attention_picture
 from sft.checkers import CHECKERS

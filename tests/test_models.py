@@ -17,9 +17,9 @@ from alignment.chat import CHATML
 from alignment.config import LoraSection
 from alignment.errors import ModelError
 from alignment.logprobs import branch_scores, response_logprobs
+from alignment.manifests import weights_sha256
 from alignment.models import add_lora, load_chat, load_chat_model, load_reward_model, merged_copy, save_model
 from alignment.prefix_batch import Branch, Tree, collate
-from alignment.runs import weights_sha256
 
 BATCH = collate([[Tree([5, 6, 7], [Branch([8, 9, 10]), Branch([11])])]])
 

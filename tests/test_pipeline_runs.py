@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-from alignment import runs
+from alignment import manifests
 from alignment.cli import pipeline as pipelines
 from alignment.cli.main import run_pipeline, run_stage
 from alignment.cli.pipeline import check_runs, load_pipeline, run_stages
@@ -21,7 +22,9 @@ from alignment.cli.stages import STAGES, Stage
 from alignment.config import StageConfig, describe, load_config
 from alignment.data import SourceReport, file_sha256
 from alignment.errors import ConfigError, DataError, RunError
-from alignment.runs import open_run, read_manifest, read_result, release_locks
+from alignment.locks import release_locks
+from alignment.manifests import mark_outdated, read_manifest, read_result, upstream_runs
+from alignment.runs import open_run
 from alignment.sources import find_data
 from rlhf.config import RejectionSamplingConfig
 
@@ -174,7 +177,7 @@ def test_a_finished_stage_whose_source_is_going_to_be_made_again_is_refused(tria
     if is_gone:
         (trial.runs / "sft").rename(trial.folder / "elsewhere")
     else:
-        runs.mark_outdated(trial.runs / "sft")
+        mark_outdated(trial.runs / "sft")
     with pytest.raises(RunError, match=r"rm: was made from an earlier version of model: .*sft\. Add --from rm"):
         trial.run()
     assert trial.log == []
@@ -215,7 +218,7 @@ def test_each_file_is_read_once_and_models_of_known_runs_never(trial, monkeypatc
         read.append(path.relative_to(trial.folder).as_posix())
         return file_sha256(path)
 
-    monkeypatch.setattr(runs, "file_sha256", digest)
+    monkeypatch.setattr(manifests, "file_sha256", digest)
     monkeypatch.setattr(pipelines, "file_sha256", digest)
     check_runs(trial.load())
     assert sorted(read) == ["base/model.safetensors", "rows.jsonl", "runs/reject/sft.jsonl"]
@@ -259,8 +262,8 @@ def test_changed_settings_are_named_with_their_keys(trial):
 def test_a_second_align_run_beside_the_first_is_refused_and_changes_nothing(trial, from_stage):
     """The first one, whose lock is another's than those of this process's runs, is in its second stage."""
     trial.run()
-    held = runs.FileLock(trial.runs / "rm" / "lock")
-    runs.mark_outdated(trial.runs / "rm")
+    held = FileLock(trial.runs / "rm" / "lock")
+    mark_outdated(trial.runs / "rm")
     before = statuses(trial)
     with held, pytest.raises(RunError, match=r"rm: another process .* is working here"):
         trial.run(from_stage=from_stage)
@@ -280,7 +283,7 @@ def test_a_run_is_known_by_its_name_in_the_home_folder(trial, monkeypatch):
     monkeypatch.setenv("HOME", str(trial.folder))
     config = trial.load().stages[1].config
     there = config.model_copy(update={"model": config.model.model_copy(update={"path": "~/runs/sft"})})
-    assert list(runs.upstream_runs(there).values()) == [read_manifest(trial.runs / "sft")["id"]]
+    assert list(upstream_runs(there).values()) == [read_manifest(trial.runs / "sft")["id"]]
 
 
 @pytest.mark.e2e

@@ -8,7 +8,7 @@ import yaml
 from alignment.cli.pipeline import load_pipeline
 from alignment.cli.rounds import expand_rounds
 from alignment.errors import ConfigError
-from alignment.runs import changed_settings, settings
+from alignment.manifests import changed_settings, settings
 
 BLOCK = yaml.safe_load(
     """

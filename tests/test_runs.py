@@ -17,30 +17,31 @@ from typing import ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 
 from alignment import hardware, runs
 from alignment.cli.stages import STAGES
 from alignment.config import DataSection, ModelSection, PositiveInt, RunSection, StageConfig, describe, load_config
 from alignment.data import load_prompts
 from alignment.errors import RunError
+from alignment.files import write_folder, write_json, write_text
 from alignment.hardware import process_state
 from alignment.isolation import isolated
+from alignment.locks import release_locks
+from alignment.manifests import (
+    changed_settings,
+    is_finished,
+    read_manifest,
+    read_result,
+    upstream_runs,
+)
 from alignment.runs import (
     RESUME_MAY_CHANGE,
     Run,
-    changed_settings,
     check_run_dir,
-    is_finished,
     mark_complete,
     newest_checkpoint,
     open_run,
-    read_manifest,
-    read_result,
-    release_locks,
-    upstream_runs,
-    write_folder,
-    write_json,
-    write_text,
 )
 from rlhf.config import RejectionSamplingConfig
 from sft.config import SFTConfig
@@ -355,7 +356,7 @@ def test_resume_of_a_run_that_has_not_begun_begins_it(config):
     assert open_run(config, resume=True).noted("status") == "running"
 
 
-@pytest.mark.parametrize("victim", ["_model_hashes", "to_yaml", "_git_commit"])
+@pytest.mark.parametrize("victim", ["model_hashes", "to_yaml", "git_commit"])
 def test_a_run_killed_while_it_opens_can_be_resumed(config, monkeypatch, victim):
     monkeypatch.setattr(runs, victim, kill)
     with pytest.raises(Killed):
@@ -535,7 +536,7 @@ def test_where_the_file_system_has_no_locks_runs_are_made_without(config, monkey
     def refuse(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(runs.FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     assert open_run(config).writes and open_run(config, resume=True)
 
 

@@ -17,8 +17,8 @@ from alignment.data import load_dialogues, load_rows, pick, read_lines, split_by
 from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, guess_layout, parse_row, some
 from alignment.dialogue import Candidate, Dialogue, PreferencePair, RowError
 from alignment.errors import DataError, ModelError
+from alignment.files import check_new_file
 from alignment.layouts import CONVERTERS, RatingBins, Strength
-from alignment.runs import check_new_file
 from alignment.sources import find_data
 
 if TYPE_CHECKING:

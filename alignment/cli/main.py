@@ -151,7 +151,7 @@ def run_pipeline(
 ) -> None:
     """Run all stages of a pipeline in order; finished ones are skipped, an unfinished one goes on."""
     from alignment.cli.pipeline import check_runs, load_pipeline, run_stages
-    from alignment.runs import is_finished
+    from alignment.manifests import is_finished
 
     plan = load_pipeline(pipeline, overrides or [], from_stage=from_stage)
     to_run = [stage for stage in plan.stages if stage.again or not is_finished(stage.path)]

@@ -9,8 +9,9 @@ from typing import Any
 
 from alignment.data import file_sha256, write_rows
 from alignment.errors import RunError
+from alignment.files import check_new_file, write_json
+from alignment.manifests import weights_sha256
 from alignment.models import model_folder
-from alignment.runs import check_new_file, weights_sha256, write_json
 from alignment.sources import find_data
 
 Row = dict[str, Any]

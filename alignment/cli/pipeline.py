@@ -27,21 +27,21 @@ from alignment.cli.summary import print_summary
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
 from alignment.data import file_sha256
 from alignment.errors import AlignError, ConfigError, RunError
+from alignment.files import write_json
 from alignment.headlines import one_line
-from alignment.progress import console
-from alignment.report.page import write_report
-from alignment.runs import (
+from alignment.manifests import (
     OUTDATED,
     changed_settings,
-    check_run_dir,
     is_finished,
     mark_outdated,
     read_manifest,
     read_result,
     upstream_runs,
     weights_sha256,
-    write_json,
 )
+from alignment.progress import console
+from alignment.report.page import write_report
+from alignment.runs import check_run_dir
 from alignment.sources import find_data, find_model
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")

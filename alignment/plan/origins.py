@@ -10,8 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from alignment.adapters import fingerprint
+from alignment.demo_model import DEMO_MODEL
 from alignment.errors import ModelError
-from alignment.models import ADAPTER_FOLDER, DEMO_MODEL, model_folder
+from alignment.models import ADAPTER_FOLDER, model_folder
 from alignment.plan.shapes import meta_model, spec_of
 from alignment.sources import cache_dir, find_model
 

@@ -11,10 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from alignment.errors import RunError
+from alignment.files import write_text
 from alignment.report import answers, evaluation, fine_tuning, inputs, overview, ppo, rejection, reward_models
 from alignment.report.elements import Section
 from alignment.report.reading import RunFolder, read_runs
-from alignment.runs import write_text
 
 FILES = Path(__file__).parent / "page"
 MARK = '<meta name="generator" content="align report">'

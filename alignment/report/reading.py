@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import DataError, RunError
-from alignment.runs import read_manifest
+from alignment.manifests import read_manifest
 
 Row = Mapping[str, Any]
 

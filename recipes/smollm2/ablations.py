@@ -28,8 +28,8 @@ from alignment.cli.stages import STAGES, prepare_libraries
 from alignment.config import load_config
 from alignment.converters import convert_file
 from alignment.data import load_pairs, split_by_prompt, write_rows
+from alignment.manifests import is_finished, read_manifest, read_result
 from alignment.metrics import mean_interval, show
-from alignment.runs import is_finished, read_manifest, read_result
 from reward_models.evaluate import win
 from reward_models.trainer import HELD_OUT_SCORES
 

@@ -1,0 +1,107 @@
+"""Every problem of a configuration in one round, in a user's words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from alignment.config.schema import section_at
+from alignment.config.sections import Section, named_inputs
+from alignment.errors import AlignError
+from alignment.sources import find_data, find_model, find_template
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def validate(cls: type[SectionT], values: Mapping[str, Any]) -> tuple[SectionT | None, list[str]]:
+    """The configuration, or None, with every problem found.
+
+    Rules that look at several keys run only once each key is valid, so a wrong key is taken out and the rest
+    validated again, until nothing new turns up: one round shows a user everything.
+    """
+    problems: dict[str, None] = {}
+    removed: set[tuple[Any, ...]] = set()
+    trial: Any = values
+    for attempt in range(10):
+        try:
+            config = cls.model_validate(trial)
+        except ValidationError as error:
+            wrong: set[tuple[Any, ...]] = set()
+            fresh = False
+            for item in error.errors():
+                location = tuple(takewhile(lambda part: not _is_branch(part), item["loc"]))
+                if _is_of_another_branch(item) or any(location[: len(path)] == path for path in removed):
+                    continue
+                fresh = True
+                problems[_explain(cls, item)] = None
+                if location and item["type"] != "missing":
+                    trial = _without(trial, location)
+                    wrong.add(location)
+            if not fresh:
+                return None, list(problems)
+            removed |= wrong
+        else:
+            return (config if attempt == 0 else None), list(problems)
+    return None, list(problems)
+
+
+def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
+    location, kind = [part for part in item["loc"] if not _is_branch(part) and part != "[key]"], item["type"]
+    key = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        parent = section_at(cls, location[:-1])
+        known = list(parent.model_fields) if parent else []
+        guess = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f'Did you mean "{guess[0]}"?' if guess else f"Known here: {', '.join(known) or 'nothing'}."
+        return f"{key}: unknown key. {hint}"
+    if kind == "missing":
+        return f"{key}: missing. Add it: it has no default."
+    message = item["msg"].removeprefix("Value error, ")
+    if not location or kind == "value_error":  # our own rules name their keys
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}, found {item['input']!r}."
+
+
+def _is_branch(part: Any) -> bool:
+    """Whether a part of a location is pydantic's name for a branch of `Literal[...] | dict[...]`."""
+    return isinstance(part, str) and re.match(r"(literal|dict)\[", part) is not None
+
+
+def _is_of_another_branch(item: Mapping[str, Any]) -> bool:
+    """Whether an error is that of a name where a mapping was given, or of a mapping where a name was."""
+    is_mapping = isinstance(item["input"], Mapping)
+    wrong_kind = item["type"] == ("literal_error" if is_mapping else "dict_type")
+    return wrong_kind and _is_branch(item["loc"][-1])
+
+
+def input_problems(cls: type[BaseModel], values: Any, made_earlier: Sequence[str]) -> list[str]:
+    """What is missing among the data sets and files that a configuration names, valid or not otherwise."""
+    find = {"data": find_data, "model": find_model, "template": find_template}
+    problems = []
+    for key, name, kind in named_inputs(cls, values):
+        if any(Path(name) == Path(folder) or Path(folder) in Path(name).parents for folder in made_earlier):
+            continue
+        try:
+            find[kind](name)
+        except AlignError as error:
+            problems.append(f"{key}: {error}")
+    return problems
+
+
+def _without(values: Any, location: tuple[Any, ...]) -> Any:
+    if not location:
+        return values
+    head, *rest = location
+    if isinstance(values, Mapping) and head in values:
+        if not rest:
+            return {key: value for key, value in values.items() if key != head}
+        return {**values, head: _without(values[head], tuple(rest))}
+    if isinstance(values, list) and isinstance(head, int) and head < len(values):
+        return [value for index, value in enumerate(values) if index != head]
+    return values

@@ -1,0 +1,125 @@
+"""What a run directory says of its run: status, settings, result, and what it was made from and with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from alignment.config import StageConfig
+from alignment.data import file_sha256
+from alignment.errors import RunError
+from alignment.files import write_json
+from alignment.sources import find_model
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+OUTDATED = "outdated"  # the status of a run that is to be made again from the start
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run directory, or None where there is none."""
+    try:
+        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The headline figures of a finished run. Raises RunError where there are none."""
+    try:
+        return json.loads((path / "result.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: no result.json. The run is unfinished.") from error
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a run directory holds a finished run."""
+    manifest = read_manifest(path)
+    return manifest is not None and manifest.get("status") == "finished"
+
+
+def mark_outdated(path: Path) -> None:
+    """Has a run made again from the start by the next `align run`; until then its files stay."""
+    if (manifest := read_manifest(path)) is not None:
+        write_json(path / "manifest.json", {**manifest, "status": OUTDATED})
+
+
+def settings(config: StageConfig) -> dict[str, Any]:
+    """What decides a run's outcome: the configuration without the `run` section's place and overwrite flag."""
+    values = config.model_dump(mode="json")
+    values["run"] = {"seed": config.run.seed}
+    return values
+
+
+def changed_settings(manifest: Mapping[str, Any], config: StageConfig) -> list[str]:
+    """The keys (`train.epochs`) in which a run's settings differ from `config`; new ones had their defaults."""
+    before, now = manifest.get("settings", {}), json.loads(json.dumps(settings(config)))
+    with suppress(ValidationError):  # a key that is gone: compared as it is
+        known = type(config).model_validate({**before, "run": {**before.get("run", {}), "dir": config.run.dir}})
+        before = json.loads(json.dumps(settings(known)))
+    return sorted(_differences(before, now))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    for key in {**before, **now}:
+        one, two = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(two, Mapping):
+            yield from _differences(one, two, f"{section}{key}.")
+        elif one != two:
+            yield f"{section}{key}"
+
+
+def upstream_runs(config: StageConfig) -> dict[str, str]:
+    """The ids of the runs whose models or files a stage reads, by key: another id means they were made again.
+
+    That of an outdated run is empty: it will be.
+    """
+    found = {}
+    for key, name, _ in config.input_names():
+        place = Path(name).expanduser()
+        folder = next((f for f in (place, *place.parents) if (f / "manifest.json").is_file()), None)
+        if folder is not None:
+            manifest = read_manifest(folder) or {}
+            found[f"{key}: {name}"] = "" if manifest.get("status") == OUTDATED else manifest.get("id", "")
+    return found
+
+
+def weights_sha256(folder: Path) -> str:
+    """One digest of a model folder's weights: of its only file, or of the digests of all its shards."""
+    digests = [file_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def model_hashes(config: StageConfig) -> dict[str, str]:
+    """The digests of the weights that a stage begins from, by key; those of the Hub have none."""
+    models = {key: find_model(name) for key, name, kind in config.input_names() if kind == "model"}
+    return {key: weights_sha256(found) for key, found in models.items() if isinstance(found, Path)}
+
+
+def package_versions() -> dict[str, str]:
+    """Python's version, and those of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, or None where it is none."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
