@@ -196,12 +196,18 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatF
     if name == "llama2" or (name == "auto" and "<<SYS>>" in (tokenizer.chat_template or "")):
         return Llama2Format(tokenizer)
     if name == "chatml":
+        if "<|im_end|>" not in tokenizer.get_vocab():
+            raise ModelError(
+                "the tokenizer has no <|im_end|>, which chatml ends a turn with. Set model.chat_template to a Jinja"
+                " file that ends answers with one of its tokens: docs/troubleshooting.md, Tokenizer and template."
+            )
         tokenizer.chat_template = CHATML
     elif name != "auto":
         tokenizer.chat_template = find_template(name).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise ModelError(
-            "the tokenizer has no chat template. Set model.chat_template to chatml, llama2 or a Jinja file's path."
+            "the tokenizer has no chat template. Set model.chat_template to chatml (where it has <|im_end|>), llama2 or"
+            " a Jinja file's path."
         )
     return JinjaFormat(tokenizer)
 

@@ -13,6 +13,7 @@ from alignment.data import read_lines, write_rows
 from alignment.data_report import parse_row
 from alignment.dialogue import RowError
 from alignment.errors import DataError
+from alignment.files import check_new_file
 from alignment.layouts import CONVERTERS, Aim, Options, RatingBins, Strength
 from alignment.sources import find_data
 
@@ -46,7 +47,8 @@ def convert_file(
     """Writes our rows of a file or Hub data set in a public layout; every row has passed the typed loader.
 
     Rows that cannot be used are left out and counted. Raises DataError where none is left or the archive is damaged,
-    in which case `out` is not written, and where `out` or the options make no sense.
+    in which case `out` is not written, and where the name of `out` or the options make no sense; RunError where `out`
+    exists or its folder does not.
     """
     options, counts = Options(aim, rating_bins or {}), Counter()
     _check_request(layout, out, options.rating_bins)
@@ -90,10 +92,7 @@ def _check_request(layout: str, out: Path, rating_bins: Mapping[Strength, Rating
         raise DataError(f'"{layout}": no such layout. Known: {", ".join(CONVERTERS)}.')
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise DataError(f"{out}: the file to write must end with .jsonl or .jsonl.gz.")
-    if not out.parent.is_dir():
-        raise DataError(f"{out}: there is no folder {out.parent}. Make it first.")
-    if out.exists():
-        raise DataError(f"{out}: exists. Name another file, or remove it.")
+    check_new_file(out)
     measures = STRENGTHS.get(layout, ())
     for strength, bins in rating_bins.items():
         if strength not in measures:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from alignment.dialogue import Candidate, Dialogue, Messages, PreferencePair, Prompt, RowError
+from alignment.dialogue import Candidate, Dialogue, LayoutError, Messages, PreferencePair, Prompt, RowError
 from alignment.errors import DataError
+from alignment.files import file_sha256, replacing
+from alignment.layouts import layout_hint
 from alignment.sources import find_data
 
 MAX_LINE_BYTES = 4 * 2**20
@@ -185,18 +187,13 @@ def read_lines(source: Path | str) -> Iterator[Line]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes JSON lines (gzip where the name ends in .gz) through a temporary sibling; returns the number of rows."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Writes JSON lines (gzip where the name ends in .gz) atomically; returns the number of rows."""
     opener = gzip.open if path.suffix == ".gz" else open
     count = 0
-    try:
-        with opener(temporary, "wt", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 
@@ -227,12 +224,6 @@ def pick(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class _BadRow:
     """Where a row is and what is wrong with it."""
@@ -243,13 +234,17 @@ class _BadRow:
 
 def _typed_rows(name: str, found: Path | str, parse: Callable[[Mapping[str, Any]], Row]) -> Iterator[Row | _BadRow]:
     stem = str(name).split("/")[-1].split(".jsonl")[0]
+    is_hinted = False
     for line in read_lines(found):
         try:
             if line.row is None:
                 raise RowError(line.problem or "unreadable")
             row = parse(line.row)
         except RowError as error:
-            yield _BadRow(f"{line.where}: {error.problem}", line.rest_is_lost)
+            message = f"{line.where}: {error.problem}"
+            if isinstance(error, LayoutError) and not is_hinted:
+                message, is_hinted = f"{message} {layout_hint(line.row, name)}", True
+            yield _BadRow(message, line.rest_is_lost)
         else:
             if hasattr(row, "where"):
                 row = replace(row, source=row.source or stem, where=line.where)
@@ -276,7 +271,7 @@ def _parse_line(where: str, raw: bytes) -> Line:
 
 
 def _other_format(path: Path) -> str | None:
-    """What a file is by its first bytes where it is not JSON, with what to do; else None."""
+    """What a file is, by its first bytes or its name, where it is not JSON, with what to do; else None."""
     with path.open("rb") as file:
         head = file.read(4)
     if head == b"PAR1":
@@ -284,6 +279,8 @@ def _other_format(path: Path) -> str | None:
             "a Parquet file. Write its rows as JSON lines: python -c 'from datasets import Dataset; "
             f'Dataset.from_parquet("{path}").to_json("{path.stem}.jsonl")\''
         )
+    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return "a table. Write its rows as JSON lines: docs/data-formats.md, Your own layout."
     if head[:2] == b"\x1f\x8b" and path.suffix != ".gz":
         return "packed with gzip, which its name must say. Rename it so that it ends with .jsonl.gz, or unpack it."
     return None

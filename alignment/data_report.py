@@ -10,7 +10,18 @@ from itertools import combinations
 from typing import Any
 
 from alignment.data import first_user_message, read_lines
-from alignment.dialogue import RATINGS, Candidate, Dialogue, Messages, PreferencePair, Prompt, RowError, safety_bin
+from alignment.dialogue import (
+    RATINGS,
+    Candidate,
+    Dialogue,
+    LayoutError,
+    Messages,
+    PreferencePair,
+    Prompt,
+    RowError,
+    safety_bin,
+)
+from alignment.layouts import guess_layout
 from alignment.sources import find_data
 
 TypedRow = Dialogue | PreferencePair | Prompt | Candidate
@@ -126,33 +137,17 @@ def parse_row(row: Mapping[str, Any]) -> TypedRow:
 
 
 def row_kind(row: Mapping[str, Any]) -> str:
-    """Which of our rows this is, by its fields: a key of KINDS. Raises RowError where it is none."""
+    """Which of our rows this is, by its fields: a key of KINDS. Raises LayoutError where it is none."""
     if row.get("chosen") is not None or row.get("rejected") is not None:
         return "pairs"
     for name, kind in (("messages", "demonstrations"), ("response", "candidates"), ("prompt", "prompts")):
         if row.get(name) is not None:
             return kind
     found = ", ".join(sorted(map(str, row))) or "nothing"
-    raise RowError(
+    raise LayoutError(
         f'not one of our rows, which have "messages", or "prompt" with or without "chosen" and "rejected" or '
         f'"response"; the row has: {found}.'
     )
-
-
-def guess_layout(row: Mapping[str, Any]) -> str | None:
-    """The layout for `align data convert --from` that a row looks like, or None."""
-    prompt, chosen = row.get("prompt"), row.get("chosen")
-    signs = {
-        "sharegpt": "conversations" in row,
-        "pku-saferlhf": {"response_0", "response_1"} <= set(row),
-        "oasst": isinstance(prompt, Mapping) and "replies" in prompt,
-        "alpaca": {"instruction", "output"} <= set(row),
-        "pandalm": {"response1", "response2", "annotator1"} <= set(row),
-        "hh-rlhf": isinstance(chosen, str) and chosen.lstrip().startswith("Human:"),
-        "ultrafeedback": "rejected" in row and bool({"score_chosen", "chosen-rating"} & set(row)),
-        "trl": isinstance(prompt, str) or "completion" in row,
-    }
-    return next((layout for layout, fits in signs.items() if fits), None)
 
 
 def lengths(counts: Sequence[int]) -> Lengths:

@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from alignment.data import file_sha256
 from alignment.distributed import save_alone
 from alignment.errors import ModelError
+from alignment.files import file_sha256
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

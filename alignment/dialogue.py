@@ -24,6 +24,10 @@ class RowError(ValueError):
         self.problem = problem
 
 
+class LayoutError(RowError):
+    """A row lacks a field, or has another thing where messages must be: perhaps it is in another layout."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a dialogue."""
@@ -262,12 +266,7 @@ def parse_messages(value: Any, name: str, *, last_role: str) -> Messages:
     Raises RowError, naming `name` and the turn.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
-        hint = (
-            ' A plain string is TRL\'s non-conversational form: convert it with "align data convert --from trl".'
-            if isinstance(value, str)
-            else ""
-        )
-        raise RowError(f'"{name}" is {_show(value)}. It must be a list of {{"role", "content"}} objects.{hint}')
+        raise LayoutError(f'"{name}" is {_show(value)}. It must be a list of {{"role", "content"}} objects.')
     if not value:
         raise RowError(f'"{name}" is empty. It needs at least one turn.')
     messages = []
@@ -337,14 +336,14 @@ def _check_characters(text: str, where: str) -> None:
 def _split_shared_prompt(chosen: list[Any], rejected: list[Any]) -> dict[str, list[Any]]:
     """TRL's implicit prompt: the turns both conversations share are the prompt, the last turn is the response."""
     if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
-        raise RowError('"prompt" is missing, and "chosen" and "rejected" do not share all turns but the last.')
+        raise LayoutError('"prompt" is missing, and "chosen" and "rejected" do not share all turns but the last.')
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def _require(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
         found = ", ".join(sorted(map(str, row))) or "nothing"
-        raise RowError(f'"{name}" is missing; the row has: {found}.')
+        raise LayoutError(f'"{name}" is missing; the row has: {found}.')
     return row[name]
 
 

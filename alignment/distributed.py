@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
 from alignment.errors import ConfigError
-from alignment.tensor_ops import masked_sum, whiten
+from alignment.tensor_ops import masked_sum, standardize
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,16 +33,13 @@ def mean_over_processes(values: Mapping[str, float | Tensor], accelerator: Accel
 
 
 def whiten_over_processes(
-    values: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], accelerator: Accelerator, *, eps: float = 1e-8
+    values: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], accelerator: Accelerator
 ) -> Float[Tensor, "*s"]:
     """`tensor_ops.whiten` with mean and variance over the True entries of all processes, whose shapes may differ."""
-    if accelerator.num_processes == 1:
-        return whiten(values, mask, eps=eps)
     count = accelerator.reduce(mask.sum().to(values.dtype), reduction="sum")
     mean = accelerator.reduce(masked_sum(values, mask), reduction="sum") / count
     var = accelerator.reduce(masked_sum((values - mean) ** 2, mask), reduction="sum") / count
-    scaled = (values - mean) * torch.rsqrt(var + eps)
-    return torch.where(mask, scaled, torch.zeros_like(values))
+    return standardize(values, mask, mean, var)
 
 
 def map_over_processes(
@@ -93,6 +90,20 @@ def most_over_processes(count: int, accelerator: Accelerator) -> int:
 def is_split(accelerator: Accelerator) -> bool:
     """Whether FSDP holds a part of each trained model on each process, so that every pass is collective."""
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def passes(parts: Sequence[Item], accelerator: Accelerator) -> Iterator[tuple[Item, bool, bool]]:
+    """The parts of a step, equally many on every process, which DDP and FSDP count on.
+
+    A process that has fewer goes through its last one again, which is to weigh nothing there.
+
+    Yields:
+        The part, whether it counts, and whether gradients are exchanged in its pass: in the last one, or where FSDP
+        holds parts of the models in all, since each process would otherwise keep whole gradients, as with DDP.
+    """
+    count, collective = most_over_processes(len(parts), accelerator), is_split(accelerator)
+    for index in range(count):
+        yield parts[min(index, len(parts) - 1)], index < len(parts), collective or index == count - 1
 
 
 def holds_parts(model: nn.Module) -> bool:

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import RunError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file through a temporary sibling and a rename: readers see the old text or the new, never half."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to, which takes the place of `path` at the end; after an error it is removed.
+
+    Readers see the old file or the new, never half, also after a loss of power. A killed process leaves the sibling,
+    which ends in `.tmp`: the next one writes over it.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -29,9 +45,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure as a PNG, atomically."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -51,3 +66,9 @@ def check_new_file(path: Path) -> None:
         raise RunError(f"{path}: exists. Name another file, or remove it.")
     if not path.parent.is_dir():
         raise RunError(f"{path}: there is no folder {path.parent}. Make it first.")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

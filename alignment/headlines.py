@@ -11,7 +11,11 @@ Result = Mapping[str, Any]
 
 
 def one_line(result: Result) -> str:
-    """What a stage reached, in a few words."""
+    """What a stage reached, in a few words, and which rows it left out."""
+    return "; ".join([_figures(result), *_left_out(result.get("left_out", {}))])
+
+
+def _figures(result: Result) -> str:
     kind = result.get("stage")
     if kind == "sft":
         return _sft(result)
@@ -51,17 +55,13 @@ def clock(seconds: float) -> str:
 
 
 def _distillation(result: Result) -> str:
-    kept, gain = show(result["kept"], ".0%", bounds=True), show(result["score_gain"], "+.2f")
+    kept, gain = show(result["kept_rate"], ".0%", bounds=True), show(result["score_gain"], "+.2f")
     figures = f"{kept} of {result['prompts']} distilled answers kept, safety score {gain} by the preprompt"
     left_out = {**result.get("dropped", {}), "history_cut": result.get("history_cut", 0)}
     return "; ".join([figures, *_left_out({"": left_out})])
 
 
 def _sft(result: Result) -> str:
-    return "; ".join([_sft_figures(result), *_left_out(result.get("left_out", {}))])
-
-
-def _sft_figures(result: Result) -> str:
     before, after = result["valid_loss_before"], result["valid_loss_after"]
     if before is None:
         return f"{result['train_dialogues']} dialogues, last training loss {result['train_loss_last']:.3f}"
@@ -69,10 +69,6 @@ def _sft_figures(result: Result) -> str:
 
 
 def _reward_model(result: Result) -> str:
-    return "; ".join([_reward_model_figures(result), *_left_out(result.get("left_out", {}))])
-
-
-def _reward_model_figures(result: Result) -> str:
     if not result["valid"]:
         return f"{result['train_pairs']} pairs, last training loss {result['train_loss_last']:.3f}"
     accuracy = result["valid"]["accuracy"]

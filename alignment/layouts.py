@@ -202,6 +202,29 @@ _ROLES = {
 }
 
 
+def guess_layout(row: Raw) -> str | None:
+    """The layout for `align data convert --from` that a row looks like, or None."""
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    signs = {
+        "sharegpt": "conversations" in row,
+        "pku-saferlhf": {"response_0", "response_1"} <= set(row),
+        "oasst": isinstance(prompt, Mapping) and "replies" in prompt,
+        "alpaca": {"instruction", "output"} <= set(row),
+        "pandalm": {"response1", "response2", "annotator1"} <= set(row),
+        "hh-rlhf": isinstance(chosen, str) and chosen.lstrip().startswith("Human:"),
+        "ultrafeedback": "rejected" in row and bool({"score_chosen", "chosen-rating"} & set(row)),
+        "trl": isinstance(prompt, str) or "completion" in row,
+    }
+    return next((layout for layout, fits in signs.items() if fits), None)
+
+
+def layout_hint(row: Raw, name: str) -> str:
+    """What to do with the rows of a file or Hub data set of which one is in another layout than ours."""
+    if layout := guess_layout(row):
+        return f'It looks like {layout}: "align data convert {name} --from {layout} --out NEW.jsonl".'
+    return 'docs/data-formats.md has every field and, under "Your own layout", how to convert other rows.'
+
+
 def _turn(text: Any, speaker: Any) -> dict[str, Any]:
     role = _ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
     return {"role": role, "content": text.strip() if isinstance(text, str) else text}

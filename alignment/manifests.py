@@ -15,13 +15,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from alignment.config import StageConfig
-from alignment.data import file_sha256
 from alignment.errors import RunError
-from alignment.files import write_json
+from alignment.files import file_sha256, write_json
 from alignment.sources import find_model
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-OUTDATED = "outdated"  # the status of a run that is to be made again from the start
+# Of a run; an outdated one is to be made again from the start.
+RUNNING, FINISHED, OUTDATED = "running", "finished", "outdated"
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -44,7 +44,7 @@ def read_result(path: Path) -> dict[str, Any]:
 def is_finished(path: Path) -> bool:
     """Whether a run directory holds a finished run."""
     manifest = read_manifest(path)
-    return manifest is not None and manifest.get("status") == "finished"
+    return manifest is not None and manifest.get("status") == FINISHED
 
 
 def mark_outdated(path: Path) -> None:
@@ -54,7 +54,7 @@ def mark_outdated(path: Path) -> None:
 
 
 def settings(config: StageConfig) -> dict[str, Any]:
-    """What decides a run's outcome: the configuration without the `run` section's place and overwrite flag."""
+    """What decides a run's outcome: the configuration, of whose `run` section only the seed counts."""
     values = config.model_dump(mode="json")
     values["run"] = {"seed": config.run.seed}
     return values

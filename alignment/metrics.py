@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from alignment.data import write_rows
+from alignment.line_log import append_lines, whole_lines
 
 Z_95 = 1.959964
 
@@ -86,23 +88,18 @@ def paired_rate_interval(ours: Sequence[bool], theirs: Sequence[bool]) -> Interv
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run: one flat object a step, written at once so that a killed run keeps its curve."""
+    """`metrics.jsonl` of a run: one flat object a step, on disk at once so that a killed run keeps its curve."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends `{"step", "stage", name: number, ...}`."""
-        row = {"step": step, "stage": self.stage, **values}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_lines(self.path, [{"step": step, "stage": self.stage, **values}])
 
     def column(self, name: str) -> list[float]:
         """One figure of every row that has it, in the order of steps."""
-        if not self.path.exists():
-            return []
-        rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-        return [row[name] for row in rows if name in row]
+        return [row[name] for row, _ in whole_lines(self.path) if name in row]
 
     def last(self, name: str) -> float | None:
         """The newest value of a figure, or None."""
@@ -110,16 +107,5 @@ class MetricsLog:
 
     def truncate_after(self, step: int) -> None:
         """Drops rows beyond `step` (and a half-written last row), so that a resumed run does not repeat them."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= step:
-                kept.append(line + "\n")
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        if self.path.exists():
+            write_rows(self.path, [row for row, _ in whole_lines(self.path) if row["step"] <= step])

@@ -353,4 +353,7 @@ def _spare_token(chat: ChatFormat) -> str:
     for name in names:
         if name and name not in used and name not in (tokenizer.chat_template or ""):
             return name
-    raise ModelError("the tokenizer has no control token to pad with. Add one, e.g. <pad>, and save the tokenizer.")
+    raise ModelError(
+        "the tokenizer has no control token to pad with. Add one, and a row to the model: docs/troubleshooting.md, "
+        "Tokenizer and template."
+    )

@@ -17,7 +17,9 @@ from alignment.errors import RunError
 from alignment.files import write_json, write_text
 from alignment.locks import LOCK, check_not_locked, lock_folder, unlock_folder
 from alignment.manifests import (
+    FINISHED,
     OUTDATED,
+    RUNNING,
     changed_settings,
     git_commit,
     mark_outdated,
@@ -35,20 +37,6 @@ if TYPE_CHECKING:
 
 COMPLETE_MARK = "complete"
 
-# Settings that nothing on disk depends on while a run is unfinished, by stage: --resume may change them. `reject` and
-# `distil` score after all sampling, so that what they end with is what the new settings alone would give: candidates on
-# disk have no scores yet, and a temperature of the grid is chosen anew. `eval` scores last too; the KL of answers on
-# disk was computed in the old batches, which differs by rounding. `train.max_tokens_per_batch` is not here: rounding
-# would part a training from the one that is resumed.
-RESUME_MAY_CHANGE: dict[str, frozenset[str]] = {
-    "sft": frozenset({"train.save_every"}),
-    "rm": frozenset({"train.save_every"}),
-    "ppo": frozenset({"train.save_every"}),
-    "reject": frozenset({"min_gain", "accumulate", "baseline", "rewards.threshold", "rewards.max_tokens_per_batch"}),
-    "distil": frozenset({"max_tokens_per_batch"}),
-    "eval": frozenset({"rewards.max_tokens_per_batch"}),
-}
-
 
 class Run:
     """One run directory, opened by `open_run`.
@@ -56,11 +44,11 @@ class Run:
     Only the main process writes; the others get the same object with `writes = False`.
     """
 
-    def __init__(self, path: Path, stage: str, *, writes: bool) -> None:
+    def __init__(self, path: Path, stage: str, *, writes: bool, manifest: Mapping[str, Any] | None = None) -> None:
         self.path, self.writes = path, writes
         self.metrics = MetricsLog(path / "metrics.jsonl", stage)
         self._started = time.monotonic()
-        self._manifest: dict[str, Any] = {}
+        self._manifest = dict(manifest or {})
 
     @property
     def model_dir(self) -> Path:
@@ -106,7 +94,7 @@ class Run:
         }
         if self.writes:
             write_json(self.path / "result.json", full)
-            self.note(status="finished")
+            self.note(status=FINISHED)
             unlock_folder(self.path)
         return full
 
@@ -143,15 +131,14 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         import torch
 
         torch.set_num_threads(config.run.num_threads)
-    run = Run(path, config.stage, writes=is_main)
-    run._manifest = read_manifest(path) or {}
+    run = Run(path, config.stage, writes=is_main, manifest=read_manifest(path))
     models = model_hashes(config) if is_main else {}
     before = run.noted("models") or models
     if changed := [key for key, digest in models.items() if before.get(key) != digest]:
         raise RunError(_changed_message(path, changed))
     run.note(
         stage=config.stage,
-        status="running",
+        status=RUNNING,
         seed=config.run.seed,
         settings=settings(config),
         versions=package_versions(),
@@ -173,7 +160,7 @@ def _settle_auto(run: Run, device: torch.device) -> None:
     from alignment import hardware
     from alignment.distributed import gather_objects
 
-    if "auto_dtype" not in run._manifest:
+    if run.noted("auto_dtype") is None:
         found = gather_objects(hardware.compute_dtype(device))[0]  # CPUs are timed
         run.note(auto_dtype=str(found).removeprefix("torch."))
     hardware.settle_auto(device, getattr(torch, run.noted("auto_dtype")))
@@ -227,7 +214,7 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
         _clear(path)
     for leftover in path.glob("*.tmp"):
         _remove(leftover)
-    first = {"stage": config.stage, "status": "running", "id": uuid.uuid4().hex, "settings": settings(config)}
+    first = {"stage": config.stage, "status": RUNNING, "id": uuid.uuid4().hex, "settings": settings(config)}
     process = f"{os.getpid()} on {platform.node()}"
     # The first file, so that whatever a killed run leaves is known to be a run.
     write_json(path / "manifest.json", {**(read_manifest(path) or first), "process": process})
@@ -258,7 +245,7 @@ def _check_not_read(path: Path, config: StageConfig) -> None:
 
 
 def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, Any], resume: bool) -> None:
-    if manifest.get("status") == "finished":
+    if manifest.get("status") == FINISHED:
         raise RunError(f"{path}: holds a finished run. Give another run.dir, or run.overwrite=true to replace it.")
     if manifest.get("status") == OUTDATED:
         raise RunError(
@@ -266,8 +253,7 @@ def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, An
         )
     if not resume:
         raise RunError(f"{path}: holds an unfinished run. Add --resume to go on, or run.overwrite=true to start anew.")
-    may_change = RESUME_MAY_CHANGE.get(config.stage, frozenset())
-    if changed := [key for key in changed_settings(manifest, config) if key not in may_change]:
+    if changed := [key for key in changed_settings(manifest, config) if key not in config.resume_may_change]:
         raise RunError(
             f"{path}: the unfinished run has other settings ({', '.join(changed)}). "
             "Resume with the same, or start anew: run.overwrite=true, in a pipeline --from STAGE."

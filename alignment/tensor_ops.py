@@ -28,6 +28,17 @@ def whiten(values: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], *, eps: float 
 
     Where all entries are equal the result is 0: `eps` is added to the variance under the root.
     """
-    mean, var = masked_mean(values, mask), masked_var(values, mask)
+    return standardize(values, mask, masked_mean(values, mask), masked_var(values, mask), eps=eps)
+
+
+def standardize(
+    values: Float[Tensor, "*s"],
+    mask: Bool[Tensor, "*s"],
+    mean: Float[Tensor, ""],
+    var: Float[Tensor, ""],
+    *,
+    eps: float = 1e-8,
+) -> Float[Tensor, "*s"]:
+    """(values - mean) / sqrt(var + eps) at the True entries; 0 at the others."""
     scaled = (values - mean) * torch.rsqrt(var + eps)
     return torch.where(mask, scaled, torch.zeros_like(values))

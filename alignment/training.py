@@ -8,6 +8,7 @@ resumed run goes on where it stopped.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -23,11 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
 
 from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
-from alignment.distributed import check_split, gather_objects, is_split
+from alignment.distributed import check_split, gather_objects, passes
 from alignment.errors import TrainingError
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar, console
 from alignment.runs import Run, mark_complete
+
+FEW_STEPS = 20
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,27 @@ LossFunction = Callable[[nn.Module, MicroBatch], tuple[Tensor, dict[str, Tensor]
 Batcher = Callable[[Sequence[int]], Iterator[MicroBatch]]
 
 
+def num_steps(num_rows: int, train: TrainSection) -> int:
+    """Optimizer steps of a training on `num_rows`: `epochs` passes in global batches, at most `max_steps`."""
+    steps = math.ceil(math.ceil(num_rows * train.epochs) / train.batch_size)
+    return steps if train.max_steps is None else min(steps, train.max_steps)
+
+
+def warn_of_few_steps(num_rows: int, noun: str, num_steps: int, batch_size: int) -> None:
+    """The paper's batches of 64 dialogues or 512 pairs make a step or two of a small file, which trains nothing."""
+    if num_steps < FEW_STEPS:
+        steps = "1 optimizer step" if num_steps == 1 else f"{num_steps} optimizer steps"
+        logger.warning(
+            "%d %s in batches of %d make %s. For more, lower train.batch_size (and tune optim.lr).",
+            num_rows, noun, batch_size, steps,
+        )  # fmt: skip
+
+
 class StepSchedule(Dataset):
     """Row indices of every optimizer step: `epochs` shuffled passes over `num_rows`, the last step possibly smaller."""
 
     def __init__(self, num_rows: int, train: TrainSection, *, seed: int) -> None:
-        total = math.ceil(num_rows * train.epochs)
-        if train.max_steps is not None:
-            total = min(total, train.max_steps * train.batch_size)
+        total = min(math.ceil(num_rows * train.epochs), num_steps(num_rows, train) * train.batch_size)
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         while len(order) < total:
@@ -128,20 +146,13 @@ class GlobalBatchMixin:
         share = inputs[accelerator.process_index :: accelerator.num_processes]
         # On the device at once: a copy that waits for it would end every pass of the loop below.
         parts = [part.to(accelerator.device) for part in self._batcher(share or inputs[:1])]
-        weights = [part.weight if share else 0.0 for part in parts]
-        total, count = sum(weights), len(parts)
+        total = sum(part.weight for part in parts) if share else 0.0
         if accelerator.num_processes > 1:
-            sums = accelerator.gather(torch.tensor([[total, count]], device=accelerator.device))
-            total, count = float(sums[:, 0].sum()), int(sums[:, 1].max())
+            total = float(accelerator.gather(torch.tensor([total], device=accelerator.device)).sum())
         sums_by_name: dict[str, Tensor] = {}
         loss_sum = torch.zeros((), device=accelerator.device)
-        # FSDP without a sum over processes in every pass keeps whole gradients on each, as DDP does anyway.
-        collective = is_split(accelerator)
-        # Processes run equally many passes (FSDP gathers weights in each): the missing ones weigh nothing.
-        for index in range(count):
-            part = parts[min(index, len(parts) - 1)]
-            takes_part = bool(share) and index < len(parts)
-            exchanges = collective or index == count - 1
+        for part, counts, exchanges in passes(parts, accelerator):
+            takes_part = bool(share) and counts
             with nullcontext() if exchanges else accelerator.no_sync(model):
                 with accelerator.autocast():
                     loss, metrics = self._loss_function(model, part)

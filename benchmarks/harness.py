@@ -1,4 +1,4 @@
-"""What the training benchmarks share: child processes in turn, the clock of optimizer steps, the machine's speed."""
+"""What the benchmarks share: child processes in turn, the clock of optimizer steps, the machine's speed."""
 
 from __future__ import annotations
 

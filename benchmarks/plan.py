@@ -152,7 +152,8 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
 def plan(case: str, arguments: list[str]) -> dict[str, Any]:
     """The plan of the same settings for this machine."""
     from alignment.cli.plan import load_stages
-    from alignment.cli.plan_stages import Planner, plan_stage
+    from alignment.cli.plan_stages import plan_stage
+    from alignment.cli.planner import Planner
     from alignment.plan.devices import find_device
     from alignment.plan.training import Setting
 

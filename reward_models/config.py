@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from alignment.config import (
     DataSection,
@@ -15,6 +15,7 @@ from alignment.config import (
     NonNegativeInt,
     OptimSection,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     Section,
     StageConfig,
@@ -61,7 +62,7 @@ class RewardData(DataSection):
 class EvaluationSection(Section):
     """What the report on held-out pairs looks for."""
 
-    wanted_precision: Annotated[float, Field(gt=0, le=1)] = 0.9
+    wanted_precision: PositiveFraction = 0.9
     """The report names the threshold on P(safe) at which flagging unsafe responses reaches this precision. The gate's
     0.15 had 0.89 in the paper."""
 
@@ -90,6 +91,7 @@ class RewardModelConfig(StageConfig):
     """A reward model from binary preferences (Llama 2 Sec. 3.2)."""
 
     stage: ClassVar[str] = "rm"
+    resume_may_change: ClassVar[frozenset[str]] = frozenset({"train.save_every"})
 
     kind: Literal["helpfulness", "safety"]
     """Which of the two aims. `safety` adds the auxiliary loss on labelled responses."""

@@ -38,13 +38,17 @@ def mix_rows(
         counts = _proportional({name: len(rows) for name, rows in sources.items()}, mix)
         return {name: _draw(rows, counts[name], f"{seed}:{name}") for name, rows in sources.items()}
     num_train = sum(len(rows) for rows in train.values())
-    wanted = num_train if mix == "equal_parts" else round(num_train / 9)
     pool = [(name, index) for name, rows in mix_in.items() for index in range(len(rows))]
-    drawn = set(_draw(pool, min(wanted, len(pool)), f"{seed}:mix_in"))
+    drawn = set(_draw(pool, min(rows_to_mix_in(num_train, mix), len(pool)), f"{seed}:mix_in"))
     mixed = {name: list(rows) for name, rows in train.items()}
     for name, rows in mix_in.items():
         mixed[name] = [row for index, row in enumerate(rows) if (name, index) in drawn]
     return mixed
+
+
+def rows_to_mix_in(num_train: int, mix: Literal["equal_parts", "90/10"]) -> int:
+    """Rows of the other aim that a named mix asks for beside `num_train`."""
+    return num_train if mix == "equal_parts" else round(num_train / 9)
 
 
 def _proportional(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:

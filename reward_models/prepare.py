@@ -16,12 +16,11 @@ from alignment.data import Loaded, SourceReport, load_pairs, pick
 from alignment.dialogue import PreferencePair, safety_bin
 from alignment.errors import DataError
 from alignment.models import load_chat_of
-from alignment.training import StepSchedule
+from alignment.training import num_steps
 from reward_models.config import MARGIN_TABLES, RewardModelConfig
-from reward_models.mixing import mix_rows
+from reward_models.mixing import mix_rows, rows_to_mix_in
 from reward_models.preferences import EncodedPair, apply_veto, encode_pairs
 
-FEW_STEPS = 20
 logger = logging.getLogger(__name__)
 
 
@@ -34,7 +33,8 @@ class PreparedPairs:
         valid: the same, held out.
         max_length: tokens of prompt and response to which rows were kept.
         sources: a report for each file read.
-        notes: for the manifest: for either part rows kept by source and safety bin, and rows left out by reason.
+        notes: for the manifest: for either part rows kept by source and safety bin, and rows left out by reason; how
+            many rows `data.mix` asks of `data.mix_in` that are not there.
         left_out: rows left out (or cut) by part and reason, without zeros, for whoever reads the result.
         vetoed: training pairs whose chosen response alone is labelled unsafe, whatever was done with them.
     """
@@ -73,6 +73,10 @@ def prepare_pairs(config: RewardModelConfig, chat: ChatFormat, *, context_length
         data.mix,
         seed=config.run.seed,
     )
+    mix_shortfall = 0
+    if data.mix in ("equal_parts", "90/10"):
+        main, other = (sum(len(allowed[name]) for name in names) for names in (data.train, data.mix_in))
+        mix_shortfall = max(0, rows_to_mix_in(main, data.mix) - other)
     named = [(name, row) for name, rows in mixed.items() for row in rows]
     named = pick(named, data.max_rows, config.run.seed)
     held_out, held_out_vetoed = apply_veto(valid_data.rows, config.veto)
@@ -91,33 +95,37 @@ def prepare_pairs(config: RewardModelConfig, chat: ChatFormat, *, context_length
         "max_length": max_length,
         "train": {**_counts(train, config, vetoed), "mix": Counter(source_of[id(pair.pair)] for pair in train)},
         "valid": _counts(valid, config, held_out_vetoed),
+        "mix_shortfall": mix_shortfall,
     }
     for part, reasons in left_out.items():
         notes[part]["left_out"] = reasons
-    return PreparedPairs(train, valid, max_length, [*train_data.sources, *valid_data.sources], notes, left_out, vetoed)
+    sources = [*train_data.sources, *valid_data.sources]
+    return PreparedPairs(train, valid, max_length, sources, notes, left_out, vetoed)
 
 
 def check(config: RewardModelConfig) -> str:
     """What `align rm --dry-run` says: reads and encodes every row, loads no weights, writes nothing."""
     chat, context_length = load_chat_of(config.model.path, config.model.chat_template)
     pairs = prepare_pairs(config, chat, context_length=context_length)
-    steps = len(StepSchedule(len(pairs.train), config.train, seed=config.run.seed))
+    steps = num_steps(len(pairs.train), config.train)
     found = (
         f"settings and rows are in order: {len(pairs.train)} pairs, {steps} steps; {len(pairs.valid)} held-out pairs."
     )
     for part, reasons in pairs.left_out.items():
         if reasons:
             found += f" {part}: " + ", ".join(f"{count} {name}" for name, count in reasons.items()) + "."
+    if shortfall := pairs.notes["mix_shortfall"]:
+        found += f" data.mix_in has {shortfall} rows too few for {config.data.mix}."
     return found
 
 
-def warn_of_few_steps(num_pairs: int, num_steps: int, batch_size: int) -> None:
-    """The paper's batch of 512 pairs makes one step of a small file, which trains nothing to speak of."""
-    if num_steps < FEW_STEPS:
-        steps = "1 optimizer step" if num_steps == 1 else f"{num_steps} optimizer steps"
+def warn_of_short_mix(shortfall: int, mix: str) -> None:
+    """Equal parts that are not equal."""
+    if shortfall:
         logger.warning(
-            "%d pairs in batches of %d make %s. For more, lower train.batch_size (and tune optim.lr).",
-            num_pairs, batch_size, steps,
+            "data.mix=%s: data.mix_in has %d rows too few for it, and all are taken. Add files of the other aim, or "
+            "give weights by source.",
+            mix, shortfall,
         )  # fmt: skip
 
 

@@ -22,12 +22,20 @@ from alignment.models import add_lora, load_chat_of, load_reward_model, save_mod
 from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run
-from alignment.training import GlobalBatchMixin, LossFunction, MicroBatch, StepSchedule, training_arguments, use_run
+from alignment.training import (
+    GlobalBatchMixin,
+    LossFunction,
+    MicroBatch,
+    StepSchedule,
+    training_arguments,
+    use_run,
+    warn_of_few_steps,
+)
 from reward_models.config import RewardModelConfig
 from reward_models.evaluate import evaluate_pairs, scored_row
 from reward_models.losses import centering_loss, ranking_loss, safety_auxiliary_loss
 from reward_models.preferences import EncodedPair, pair_batches
-from reward_models.prepare import prepare_pairs, warn_of_few_steps
+from reward_models.prepare import prepare_pairs, warn_of_short_mix
 from reward_models.score import score_trees
 
 HELD_OUT_SCORES = "held_out_scores.jsonl"
@@ -50,7 +58,8 @@ def run(config: RewardModelConfig, *, resume: bool = False) -> dict[str, Any]:
     run_dir.note_sources(pairs.sources)
     run_dir.note(**pairs.notes)
     if state.is_main_process:
-        warn_of_few_steps(len(train), len(schedule), config.train.batch_size)
+        warn_of_few_steps(len(train), "pairs", len(schedule), config.train.batch_size)
+        warn_of_short_mix(pairs.notes["mix_shortfall"], config.data.mix)
 
     dtype = compute_dtype(device, config.model.dtype)
     loaded = load_reward_model(

@@ -90,10 +90,10 @@ def alarms_of(now: Figures, first: Figures, section: AlarmSection) -> dict[str, 
             f"alarms.max_length_change = {section.max_length_change:g}. Look at reward_length_correlation, and at "
             "score and length in the reward models' reports; against ever longer ones ppo.truncation=penalise helps."
         )
-    if now.get("gated_unsafe_rate", 0.0) > section.max_gated_rate:
+    if now.get("gated_unsafe_rate", 0.0) > section.max_gated_unsafe_rate:
         found["gated"] = (
-            f"gated_unsafe_rate is {now['gated_unsafe_rate']:.2f}, over alarms.max_gated_rate = "
-            f"{section.max_gated_rate:g}: the safety model finds nearly all answers to ordinary prompts unsafe, so "
-            "helpfulness is not learned. Look at its calibration and at rewards.threshold."
+            f"gated_unsafe_rate is {now['gated_unsafe_rate']:.2f}, over alarms.max_gated_unsafe_rate = "
+            f"{section.max_gated_unsafe_rate:g}: the safety model finds nearly all answers to ordinary prompts unsafe, "
+            "so helpfulness is not learned. Look at its calibration and at rewards.threshold."
         )
     return found

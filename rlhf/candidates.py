@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from alignment.chat import ChatFormat
 from alignment.config import PromptSection
 from alignment.dialogue import Candidate, Messages, Prompt
 from alignment.distributed import for_all, shares
+from alignment.line_log import append_lines, whole_lines
 from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import Run
@@ -53,6 +52,7 @@ def sample_candidates(
     }
     state.wait_for_everyone()  # all have read before anybody writes
     if any(missing.values()):
+        del found  # read again at the end, with all processes' files: in memory once
         device, length = state.device, config.prompts.max_prompt_length
         with open_sampler(config.model, config.sampling, device, max_prompt_length=length) as sampler:
             _sample(sampler, config, missing, run_dir, state)
@@ -68,11 +68,9 @@ def read_candidates(folder: Path) -> dict[tuple[Messages, float | None], list[Ca
     """Candidates by prompt and temperature, of all processes' files; a line that was being written is not there."""
     found = {}
     for path in sorted(folder.glob("sampled.*.jsonl")):
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    candidates = [Candidate.from_json(row) for row in json.loads(line)]
-                    found[candidates[0].prompt.messages, candidates[0].temperature] = candidates
+        for rows, _ in whole_lines(path):
+            candidates = [Candidate.from_json(row) for row in rows]
+            found[candidates[0].prompt.messages, candidates[0].temperature] = candidates
     return found
 
 
@@ -93,10 +91,9 @@ def _sample(
     sampling = config.sampling
     chat, _ = load_chat_of(config.model.path, config.model.chat_template)
     path = run_dir.path / f"sampled.{state.process_index}.jsonl"
-    _cut_to_whole_lines(path)
     title = f"reject: {sampling.num_candidates} candidates a prompt"
     total = sum(map(len, missing.values())) * sampling.num_candidates
-    with ProgressBar(title, total, shown=state.is_main_process) as bar, path.open("a", encoding="utf-8") as file:
+    with ProgressBar(title, total, shown=state.is_main_process) as bar:
         for temperature, prompts in missing.items():
             mine = [prompts[index] for index in shares(prompts, state.num_processes)[state.process_index]]
 
@@ -108,14 +105,7 @@ def _sample(
                     as_candidate(chat, prompt, sample, place, params, round_number=config.round).to_json()
                     for place, sample in enumerate(samples)
                 ]
-                file.write(json.dumps(rows, ensure_ascii=False) + "\n")
-                file.flush()
+                append_lines(path, [rows])
 
             ids = [ids for _, ids in mine]
             sampler.sample(ids, params, on_progress=for_all(bar.advance), on_prompt=keep)
-
-
-def _cut_to_whole_lines(path: Path) -> None:
-    if path.exists():
-        data = path.read_bytes()
-        os.truncate(path, data.rfind(b"\n") + 1)

@@ -13,7 +13,9 @@ from alignment.config import (
     ModelSection,
     NonNegativeFloat,
     NonNegativeInt,
+    NotBool,
     OptimSection,
+    Policies,
     PositiveFloat,
     PositiveInt,
     PromptSection,
@@ -21,11 +23,10 @@ from alignment.config import (
     Section,
     StageConfig,
     TrainSection,
-    policies_name_files,
 )
 from alignment.errors import ConfigError
 
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1), NotBool]
 
 
 class RewardSection(Section):
@@ -72,6 +73,11 @@ class RejectionSamplingConfig(StageConfig):
     """One round of rejection sampling: sample K, score, keep the best as new gold answers (Llama 2 Sec. 3.2.3)."""
 
     stage: ClassVar[str] = "reject"
+    # All sampling comes before scoring, so that the end is what the new settings alone would give: candidates
+    # on disk have no scores yet, and a temperature of the grid is chosen anew.
+    resume_may_change: ClassVar[frozenset[str]] = frozenset(
+        {"min_gain", "accumulate", "baseline", "rewards.threshold", "rewards.max_tokens_per_batch"}
+    )
 
     model: ModelSection
     """The newest policy: it samples."""
@@ -219,10 +225,10 @@ class AlarmSection(Section):
     min_entropy: Fraction = 0.2
     """Entropy a token, as a share of the first iteration's."""
 
-    max_length_change: Annotated[float, Field(gt=1)] = 2.0
+    max_length_change: Annotated[float, Field(gt=1), NotBool] = 2.0
     """Mean length of responses against the first iteration's, as a factor, up or down."""
 
-    max_gated_rate: Fraction = 0.95
+    max_gated_unsafe_rate: Fraction = 0.95
     """Share of ordinary prompts' responses that the safety model speaks for."""
 
 
@@ -254,6 +260,7 @@ class PPOConfig(StageConfig):
     """PPO on the safety-gated, whitened reward (Llama 2 Sec. 3.2.3, Eq. 4)."""
 
     stage: ClassVar[str] = "ppo"
+    resume_may_change: ClassVar[frozenset[str]] = frozenset({"train.save_every"})
 
     model: ModelSection
     """The policy to start from; a frozen copy is the reference. Paper: the rejection-sampling checkpoint."""
@@ -312,11 +319,13 @@ class EvalConfig(StageConfig):
     """Policies side by side on held-out prompts: scores of both reward models, gated reward, violations."""
 
     stage: ClassVar[str] = "eval"
+    # Scoring comes last. The KL of answers on disk was computed in the old batches, which differs by rounding.
+    resume_may_change: ClassVar[frozenset[str]] = frozenset({"rewards.max_tokens_per_batch"})
 
     kind: Literal["policies"] = "policies"
     """What is measured: `policies`, their answers by both reward models; `gatt`, adherence to an instruction."""
 
-    policies: Annotated[dict[str, ModelSection], Field(min_length=1)]
+    policies: Policies
     """Chat models by name; the first is the baseline of the comparisons."""
     rewards: RewardSection
 
@@ -332,5 +341,3 @@ class EvalConfig(StageConfig):
 
     truth: Literal["toy"] | None = None
     """Also judge the answers by the computable truth of the built-in `toy` task, whose prompts these must be."""
-
-    _names_of_files = field_validator("policies")(policies_name_files)

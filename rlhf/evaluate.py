@@ -12,20 +12,22 @@ from rich.table import Column, Table
 
 from alignment import toy
 from alignment.chat import ChatFormat
-from alignment.data import load_prompts, write_rows
+from alignment.data import Loaded, load_prompts, write_rows
 from alignment.dialogue import Candidate, Prompt
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.metrics import Interval, mean_interval, paired_rate_interval, show, wilson_interval
-from alignment.models import load_chat_of
+from alignment.models import check_is_chat_model, load_chat_of
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import open_run
 from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import (
     as_candidate,
     choose_prompts,
+    fit_all_formats,
     fit_prompts,
     prompt_room,
+    prompts_left_out,
     sample_prompts,
     sampling_params,
 )
@@ -41,17 +43,16 @@ from rlhf.refusals import is_refusal
 def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples one answer a prompt from every policy with the same seed, scores all, compares with the first policy."""
     state = process_state(config.run.device)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    judges = judges_context(judges_of(config.rewards, guard=config.guard))
+    data, judges = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
-    chosen = prompts = choose_prompts(data, config.prompts, config.run.seed)
+    chosen = choose_prompts(data, config.prompts, config.run.seed)
     formats = {name: load_chat_of(policy.path, policy.chat_template) for name, policy in config.policies.items()}
     chats = {name: chat for name, (chat, _) in formats.items()}
-    options = {"policy": min(context for _, context in formats.values()), "judges": judges}
+    options = {"policy_context": min(context for _, context in formats.values()), "judge_context": judges}
     room = min(prompt_room(chat, config.sampling, **options) for chat in chats.values())
-    for chat in chats.values():  # what fits every policy, so that all have the same prompts
-        prompts = [prompt for prompt, _ in fit_prompts(chat, prompts, config.prompts, room=room)]
+    # What fits every policy, so that all have the same prompts.
+    prompts, counts = fit_all_formats(chats.values(), chosen, config.prompts, room=room)
     run_dir.note(prompts={"used": len(prompts), "left_out": len(chosen) - len(prompts)})
     answers: dict[str, list[Candidate]] = {}
     for name in config.policies:
@@ -80,8 +81,30 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
             write_rows(run_dir.path / f"answers-{name}.jsonl", (row.to_json() for row in rows))
     num_safety = sum(row.prompt.is_safety for row in first)
     return run_dir.finish(
-        {"stage": "eval", "prompts": len(first), "safety_prompts": num_safety, "policies": table, "ngrams": sizes}
+        {
+            "stage": "eval",
+            "prompts": len(first),
+            "safety_prompts": num_safety,
+            "policies": table,
+            "ngrams": sizes,
+            "left_out": {"prompts": prompts_left_out(counts, data.sources)},
+        }
     )
+
+
+def check(config: EvalConfig) -> str:
+    """What `align eval --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
+    data, _ = _read(config)
+    prompts = choose_prompts(data, config.prompts, config.run.seed)
+    return f"settings and rows are in order: {len(prompts)} prompts, {len(config.policies)} policies."
+
+
+def _read(config: EvalConfig) -> tuple[Loaded[Prompt], int]:
+    """The prompts, and the tokens that every judge can read; raises what can be known before anything is sampled."""
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    for policy in config.policies.values():
+        check_is_chat_model(policy.path)
+    return data, judges_context(judges_of(config.rewards, guard=config.guard))
 
 
 def _sample_answers(

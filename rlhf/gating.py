@@ -59,5 +59,5 @@ def combined_reward(
     *,
     threshold: float = SAFETY_THRESHOLD,
 ) -> Float[Tensor, " B"]:
-    """R_c as a probability in (0, 1), for reports; `gated_logits` is what training uses."""
+    """R_c of the paper, a probability in (0, 1): to look at. Selection and training use `gated_logits`."""
     return torch.sigmoid(gated_logits(helpfulness_scores, safety_scores, is_safety, threshold=threshold))

@@ -30,12 +30,16 @@ class HeldOut:
     """
 
     def __init__(
-        self, config: PPOConfig, data: Loaded[Prompt], chat: ChatFormat, state: PartialState, *, room: int
+        self, config: PPOConfig, data: Loaded[Prompt], chat: ChatFormat, state: PartialState, *, room: int, run_dir: Run
     ) -> None:
-        """Prompts have at most `room` tokens. Raises DataError where no held-out prompt fits."""
+        """Prompts have at most `room` tokens; others are counted in the manifest.
+
+        Raises DataError where no held-out prompt fits.
+        """
         self.section, self.config, self.chat, self.state = config.evaluation, config, chat, state
         prompts = choose_prompts(data, self.section.as_prompts(config.prompts), config.run.seed)
-        self._asked = fit_prompts(chat, prompts, config.prompts, room=room) if prompts else []
+        noted = {"run_dir": run_dir, "noted_as": "evaluation_prompts"}
+        self._asked = fit_prompts(chat, prompts, config.prompts, room=room, **noted) if prompts else []
         self.history: list[dict[str, float]] = []
         self.best_iteration = 0
         self._best: dict[str, torch.Tensor] = {}
@@ -119,12 +123,18 @@ class HeldOut:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        names = ("history", "best_iteration", "_best", "_first", "_gains")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "history": self.history,
+            "best_iteration": self.best_iteration,
+            "best_weights": self._best,
+            "first_values": self._first,
+            "gains": self._gains,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts a checkpoint's state back."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.history, self.best_iteration = state["history"], state["best_iteration"]
+        self._first, self._gains = state["first_values"], state["gains"]
         # A copy: the checkpoint's file, which the tensors are mapped from, is removed before the run ends.
-        self._best = {name: p.clone() for name, p in self._best.items()} if self.state.is_main_process else {}
+        is_main = self.state.is_main_process
+        self._best = {name: weights.clone() for name, weights in state["best_weights"].items()} if is_main else {}

@@ -12,13 +12,14 @@ from accelerate import PartialState
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from alignment.chat import ChatFormat, encode_prompt
 from alignment.config import ModelSection
-from alignment.dialogue import Candidate
+from alignment.dialogue import Candidate, Message
 from alignment.distributed import for_all, map_over_processes
 from alignment.errors import ModelError
 from alignment.hardware import compute_dtype, lent
 from alignment.manifests import read_manifest
-from alignment.models import LoadedModel, reward_model_context
+from alignment.models import reward_model_context
 from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
 from reward_models.score import Scorer
@@ -65,6 +66,33 @@ def judges_context(judges: Mapping[str, ModelSection]) -> int:
     return min(contexts)
 
 
+def check_same_ids(policy: ChatFormat, judges: Mapping[str, ChatFormat]) -> None:
+    """Raises ModelError where a reward model would write a dialogue in other token ids than the policy.
+
+    PPO has them score ids as they were sampled.
+
+    Args:
+        policy: the policy's format.
+        judges: those of the reward models, by the setting that names them.
+    """
+    for name, judge in judges.items():
+        if judge.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+            raise ModelError(
+                f"{name}: its tokenizer differs from the policy's. PPO scores token ids as they were sampled: train the"
+                " reward model from a checkpoint of the policy's family."
+            )
+        if _written(judge) != _written(policy):
+            raise ModelError(
+                f"{name}: writes dialogues in another format than the policy (model.chat_template). PPO scores token"
+                " ids as they were sampled: train both with the same chat template."
+            )
+
+
+def _written(chat: ChatFormat) -> list[int]:
+    """A dialogue with both kinds of turn that every format has."""
+    return encode_prompt(chat, (Message("user", "a"), Message("assistant", "b"), Message("user", "c")))
+
+
 class RewardModels:
     """Both reward models behind the gate. They compute on `device`, wherever they are kept."""
 
@@ -81,20 +109,11 @@ class RewardModels:
         scorers = (load_scorer(model, device, max_tokens=tokens, offload=offload) for model in models)
         return cls(*scorers, threshold=section.threshold, device=device)
 
-    def gate(
+    def gated_logits(
         self, helpfulness: Float[Tensor, " B"], safety: Float[Tensor, " B"], is_safety: Bool[Tensor, " B"]
     ) -> Tensor:
         """LOGIT(R_c) of Llama 2 Sec. 3.2.3."""
         return gated_logits(helpfulness, safety, is_safety, threshold=self.threshold)
-
-    def check_vocabulary(self, policy: LoadedModel) -> None:
-        """Raises ModelError where a reward model reads other token ids than the policy writes."""
-        for name, scorer in (("helpfulness", self.helpfulness), ("safety", self.safety)):
-            if scorer.chat.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-                raise ModelError(
-                    f"rewards.{name}: its tokenizer differs from the policy's. PPO scores token ids as they were "
-                    "sampled: train the reward model from a checkpoint of the policy's family."
-                )
 
     def score_trees(self, trees: Sequence[Tree]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Raw helpfulness and safety scores of every branch of every tree, in order."""
@@ -134,7 +153,7 @@ class RewardModels:
         by_model = [[score for scores in by_group for score in scores] for by_group in zip(*scored, strict=True)]
         helpfulness, safety = map(torch.tensor, by_model)
         is_safety = torch.tensor([candidate.prompt.is_safety for candidate in candidates])
-        rewards = self.gate(helpfulness, safety, is_safety).tolist()
+        rewards = self.gated_logits(helpfulness, safety, is_safety).tolist()
         return [
             replace(candidate, helpfulness=h, safety=s, reward=r)
             for candidate, h, s, r in zip(candidates, *by_model, rewards, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -48,9 +48,9 @@ def is_clipped(
     advantages: Float[Tensor, "*s"],
     *,
     clip_range: float,
-) -> Float[Tensor, "*s"]:
-    """1.0 where the clip cuts off the gradient: the ratio is outside the range on the side the advantage favours."""
+) -> Bool[Tensor, "*s"]:
+    """Where the clip cuts off the gradient: the ratio is outside the range on the side the advantage favours."""
     ratio = torch.exp(logprobs - old_logprobs)
     too_high = (ratio > 1 + clip_range) & (advantages > 0)
     too_low = (ratio < 1 - clip_range) & (advantages < 0)
-    return (too_high | too_low).to(logprobs.dtype)
+    return too_high | too_low

@@ -12,7 +12,6 @@ from torch import nn
 
 from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, set_decoder
 from alignment.compilation import compile_layers
-from alignment.config import ModelSection
 from alignment.errors import ModelError
 from alignment.hardware import lent
 from alignment.logprobs import unwrap
@@ -27,7 +26,7 @@ from alignment.models import (
 )
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
-from rlhf.judges import RewardModels
+from rlhf.judges import RewardModels, check_same_ids, judges_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device, *, 
         value = sharing_copy(on_backbone[0].model)
     # A weight of its own: the helpfulness model may share the old one.
     value.score.weight = nn.Parameter(torch.zeros_like(value.score.weight))
-    rewards.check_vocabulary(loaded)
+    scorers = {"rewards.helpfulness": rewards.helpfulness, "rewards.safety": rewards.safety}
+    check_same_ids(loaded.chat, {name: scorer.chat for name, scorer in scorers.items()})
     reference = sharing_copy(loaded.model) if lora.r else copy.deepcopy(loaded.model).to(home)
     reference.requires_grad_(False)
     policy = add_lora(loaded.model, lora, is_reward_model=False, seed=config.run.seed)
@@ -107,7 +107,7 @@ def _on_one_backbone(
 ) -> tuple[list[LoadedModel] | None, str | None]:
     """Both reward models as frozen adapters on the policy's weights, or None and the reason why not."""
     sections = {"helpfulness": config.rewards.helpfulness, "safety": config.rewards.safety}
-    reason = _refused_by_settings(config, sections, weights)
+    reason = refused_by_settings(config, weights)
     if reason is None:
         adapters = {name: saved_adapter(model_folder(section.path)) for name, section in sections.items()}
         began = saved_adapter(policy.folder) or Adapter(fingerprint(policy.model.get_decoder().named_parameters()), {})
@@ -127,15 +127,15 @@ def _on_one_backbone(
     return found, None
 
 
-def _refused_by_settings(config: PPOConfig, sections: Mapping[str, ModelSection], weights: torch.dtype) -> str | None:
-    """Why the settings keep the reward models apart from the policy; None where they do not."""
+def refused_by_settings(config: PPOConfig, dtype: torch.dtype) -> str | None:
+    """Why the settings keep the reward models apart from a policy that computes in `dtype`; None where they do not."""
     if config.ppo.share_backbone == "never":
         return "ppo.share_backbone=never"
     if not config.lora.r:
         return "the policy is trained in full (lora.r=0)."
-    for name, section in sections.items():
-        if section.dtype not in ("auto", str(weights).removeprefix("torch.")):
-            return f"rewards.{name}: computes in {section.dtype}, the policy in another type."
+    for name, section in judges_of(config.rewards).items():
+        if section.dtype not in ("auto", str(dtype).removeprefix("torch.")):
+            return f"{name}: computes in {section.dtype}, the policy in another type."
     return None
 
 

@@ -29,7 +29,7 @@ from alignment.distributed import (
     drop_gathered,
     is_split,
     mean_over_processes,
-    most_over_processes,
+    passes,
     whiten_over_processes,
     whole,
 )
@@ -108,7 +108,8 @@ class PPOTrainer:
     @property
     def room(self) -> int:
         """Tokens of a prompt at most, so that every model's context holds it with its response."""
-        return prompt_room(self.models.loaded.chat, self.config.sampling, policy=self.context, judges=self.context)
+        chat, context = self.models.loaded.chat, self.context
+        return prompt_room(chat, self.config.sampling, policy_context=context, judge_context=context)
 
     def encode(self, prompts: Sequence[Prompt], run_dir: Run) -> list[Asked]:
         """Prompts that fit, with their ids; the others are counted. Raises DataError where none fits."""
@@ -151,7 +152,7 @@ class PPOTrainer:
             if not torch.isfinite(scores).all():
                 raise DataError(f"rewards.{name}: gave a score that is not a number. Look at its training run.")
         is_safety = torch.tensor([p.prompt.is_safety for p in mine]).repeat_interleave(sampling.num_candidates)
-        gated = self.rewards.gate(helpfulness, safety, is_safety)
+        gated = self.rewards.gated_logits(helpfulness, safety, is_safety)
         clock.lap("score")
 
         # 3. Whiten over the global batch, before the KL term.
@@ -268,11 +269,7 @@ class PPOTrainer:
             # DDP averages gradients over processes; the loss is a mean over the trained tokens of all of them.
             scale = accelerator.num_processes / accelerator.reduce(tokens.float(), reduction="sum").clamp_min(1)
             totals: dict[str, Tensor] = {}
-            # Processes run equally many passes, which DDP and FSDP count on; the missing ones weigh nothing.
-            count = most_over_processes(len(batches), accelerator)
-            for index in range(count):
-                takes_part, exchanges = index < len(batches), is_split(accelerator) or index == count - 1
-                micro_batch = batches[min(index, len(batches) - 1)]
+            for micro_batch, takes_part, exchanges in passes(batches, accelerator):
                 # One model after the other, so that the activations of one are held at a time.
                 for model, learner in learners.items():
                     with nullcontext() if exchanges else accelerator.no_sync(learner.model):
@@ -309,7 +306,7 @@ class PPOTrainer:
         loss = clipped_policy_loss(logprobs, old, advantages, clip_range=clip_range)
         is_off = is_clipped(logprobs.detach(), old, advantages, clip_range=clip_range)
         ratio_error = torch.expm1(logprobs.detach() - old).abs()
-        parts = {"policy_loss": loss, "clip_fraction": is_off, "ratio_error": ratio_error}
+        parts = {"policy_loss": loss, "clip_fraction": is_off.to(loss), "ratio_error": ratio_error}
         sums = {name: masked_sum(part, trained) for name, part in parts.items()}
         return sums["policy_loss"], sums
 

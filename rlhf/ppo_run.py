@@ -9,20 +9,21 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from alignment.data import load_prompts
+from alignment.data import Loaded, load_prompts
+from alignment.dialogue import Prompt
 from alignment.distributed import check_split, is_split
 from alignment.errors import ConfigError
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
-from alignment.models import save_model
+from alignment.models import check_is_chat_model, load_chat_of, save_model
 from alignment.progress import ProgressBar, console
 from alignment.runs import newest_checkpoint, open_run
-from alignment.sampling.prompts import choose_prompts, prompt_room
+from alignment.sampling.prompts import choose_prompts, prompt_room, prompts_left_out
 from rlhf.alarms import Watch
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.config import PPOConfig
 from rlhf.held_out import HeldOut
-from rlhf.judges import judges_context, judges_of
+from rlhf.judges import check_same_ids, judges_context, judges_of
 from rlhf.policy_sampler import open_policy_vllm
 from rlhf.ppo import PPOTrainer, iteration_seed
 
@@ -32,9 +33,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains the policy; returns the headline figures."""
     state = process_state(config.run.device)
     accelerator = _accelerator(config)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    held_out_data = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
-    judges = judges_context(judges_of(config.rewards, **{"evaluation.guard": config.evaluation.guard}))
+    data, held_out_data, judges = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
     dtype = compute_dtype(accelerator.device, config.model.dtype)
@@ -42,13 +41,15 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
         trainer = PPOTrainer(config, accelerator, dtype, vllm)
         separate = trainer.models.separate
         run_dir.note(backbone=f"separate: {separate}" if separate else "shared")
+        if separate and config.lora.r and config.ppo.share_backbone == "auto" and accelerator.is_main_process:
+            console.print(f"ppo: every model has weights of its own, not adapters on one copy: {separate}")
         prompts = trainer.encode(choose_prompts(data, config.prompts, config.run.seed), run_dir)
 
         policy = trainer.learners["policy"]
         done, watch = 0, Watch(config.alarms)
         chat = trainer.models.loaded.chat
-        room = prompt_room(chat, config.sampling, policy=trainer.context, judges=judges)
-        held_out = HeldOut(config, held_out_data, chat, state, room=room)
+        room = prompt_room(chat, config.sampling, policy_context=trainer.context, judge_context=judges)
+        held_out = HeldOut(config, held_out_data, chat, state, room=room, run_dir=run_dir)
         if resume and (checkpoint := newest_checkpoint(run_dir)):
             done, extra = load_checkpoint(checkpoint, trainer.learners)
             trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])
@@ -103,10 +104,33 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
             "kl": run_dir.metrics.last("ppo/kl_k3"),
             "reward_first": sum(rewards[:quarter]) / quarter,
             "reward_last": sum(rewards[len(rewards) - quarter :]) / quarter,
+            "left_out": {
+                "prompts": prompts_left_out(run_dir.noted("prompts"), data.sources),
+                "evaluation": prompts_left_out(run_dir.noted("evaluation_prompts"), held_out_data.sources),
+            },
         }
     )
     run_dir.clear_checkpoints()
     return result
+
+
+def check(config: PPOConfig) -> str:
+    """What `align ppo --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
+    data, held_out, _ = _read(config)
+    prompts = choose_prompts(data, config.prompts, config.run.seed)
+    return f"settings and rows are in order: {len(prompts)} prompts, {len(held_out.rows)} rows of held-out prompts."
+
+
+def _read(config: PPOConfig) -> tuple[Loaded[Prompt], Loaded[Prompt], int]:
+    """The prompts, those held out, and the tokens that every judge can read; raises what can be known beforehand."""
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    held_out = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
+    judges = judges_context(judges_of(config.rewards, **{"evaluation.guard": config.evaluation.guard}))
+    check_is_chat_model(config.model.path)
+    policy, _ = load_chat_of(config.model.path, config.model.chat_template)
+    sections = judges_of(config.rewards)
+    check_same_ids(policy, {name: load_chat_of(m.path, m.chat_template)[0] for name, m in sections.items()})
+    return data, held_out, judges
 
 
 @contextmanager

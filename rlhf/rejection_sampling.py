@@ -11,16 +11,16 @@ from typing import Any
 from accelerate import PartialState
 
 from alignment.chat import ChatFormat
-from alignment.data import load_prompts, load_rows, write_rows
-from alignment.dialogue import Candidate, Messages, RowError, as_response
+from alignment.data import Loaded, load_prompts, load_rows, write_rows
+from alignment.dialogue import Candidate, Messages, Prompt, RowError, as_response
 from alignment.errors import DataError
 from alignment.files import write_json
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.metrics import mean_interval
-from alignment.models import load_chat_of
+from alignment.models import check_is_chat_model, load_chat_of
 from alignment.runs import Run, open_run
-from alignment.sampling.prompts import Asked, choose_prompts, prompt_room
+from alignment.sampling.prompts import Asked, choose_prompts, prompt_room, prompts_left_out
 from reward_models.score import check_fits
 from rlhf.candidates import distinct_prompts, remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig
@@ -36,20 +36,13 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     Writes `candidates.jsonl` (all), `sft.jsonl` (the best, ready for `align sft`), `potential.json` and `.png`.
     """
     state = process_state(config.run.device)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    sections = judges_of(config.rewards)
-    readers = [load_chat_of(model.path, model.chat_template) for model in sections.values()]
-    scored_anew = _readable(Candidate.from_json, readers)
-    earlier = load_rows(config.earlier_rounds, scored_anew if config.rescore_earlier else _scored_before)
-    in_pool = {each.messages for each in (*data.rows, *(candidate.prompt for candidate in earlier.rows))}
-    baseline = load_rows(config.baseline, _readable(as_response, readers, among=in_pool))
-    judges = judges_context(sections)
+    data, earlier, baseline, judges = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *earlier.sources, *baseline.sources])
 
     chat, context = load_chat_of(config.model.path, config.model.chat_template)
     chosen = choose_prompts(data, config.prompts, config.run.seed)
-    room = prompt_room(chat, config.sampling, policy=context, judges=judges)
+    room = prompt_room(chat, config.sampling, policy_context=context, judge_context=judges)
     prompts = distinct_prompts(chat, chosen, config.prompts, room=room, run_dir=run_dir)
     tried = try_temperatures(config, prompts, run_dir, state)
     temperature, by_temperature = choose_temperature(tried) if tried else (config.sampling.temperature, {})
@@ -89,11 +82,40 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
             "mean_best_reward": mean_interval([candidate.reward for candidate in this_round.best]).to_json(),
             "gain_over_median": mean_interval(this_round.gains).to_json(),
             "gain_over_baseline": mean_interval(_gains(this_round.best, known)).to_json(),
+            "left_out": {"prompts": prompts_left_out(run_dir.noted("prompts"), data.sources)},
         }
     )
     if state.is_main_process:
         remove_candidates(run_dir.path)
     return result
+
+
+def check(config: RejectionSamplingConfig) -> str:
+    """What `align reject --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
+    data, earlier, baseline, _ = _read(config)
+    prompts = choose_prompts(data, config.prompts, config.run.seed)
+    return (
+        f"settings and rows are in order: {len(prompts)} prompts, {len(earlier.rows)} candidates of earlier rounds, "
+        f"{len(baseline.rows)} baseline responses."
+    )
+
+
+def _read(
+    config: RejectionSamplingConfig,
+) -> tuple[Loaded[Prompt], Loaded[Candidate], Loaded[Candidate], int]:
+    """Prompts, candidates of earlier rounds, baseline responses, and the tokens that both reward models can read.
+
+    Raises what can be known before anything is sampled.
+    """
+    check_is_chat_model(config.model.path)
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    sections = judges_of(config.rewards)
+    readers = [load_chat_of(model.path, model.chat_template) for model in sections.values()]
+    scored_anew = _readable(Candidate.from_json, readers)
+    earlier = load_rows(config.earlier_rounds, scored_anew if config.rescore_earlier else _scored_before)
+    in_pool = {each.messages for each in (*data.rows, *(candidate.prompt for candidate in earlier.rows))}
+    baseline = load_rows(config.baseline, _readable(as_response, readers, among=in_pool))
+    return data, earlier, baseline, judges_context(sections)
 
 
 def _readable(

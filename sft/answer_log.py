@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from alignment.dialogue import Messages
+from alignment.line_log import append_lines, whole_lines
 from alignment.progress import ProgressBar
 from alignment.sampling.memory import CPU_MAX_ROWS
 from sft.ghost_attention import Answer
@@ -59,7 +59,7 @@ class RowLog:
         self._turns: dict[tuple[int, int], Turn] = {}
         if resume and path.exists():
             self.rows = _whole_lots(path, self.total, self.size)
-        if resume and self._turns_path.exists():
+        if resume:
             self._turns = _whole_turns(self._turns_path)
         if writes and len(self.rows) == total:  # killed between the two
             self._turns_path.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class RowLog:
         self.rows += rows
         self._turns.clear()
         if self.writes:
-            _append_lines(self.path, rows)
+            append_lines(self.path, rows)
             self._turns_path.unlink(missing_ok=True)
 
     def recorded(self, speaker: Answering, lot: range) -> Answering:
@@ -91,7 +91,7 @@ class RowLog:
         if self.writes:
             answers = {key: [astuple(one) for one in found] for key, found in answered.candidates.items()}
             row = {"lot": lot, "turn": turn, "answers": answers, "missing": answered.missing}
-            _append_lines(self._turns_path, [row])
+            append_lines(self._turns_path, [row])
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,45 +112,23 @@ class _RecordedSpeaker:
         return answered
 
 
-def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _whole_lots(path: Path, total: int, size: int) -> list[dict[str, Any]]:
     """The rows of whole lots, of which the last may be smaller; the file is cut off behind them.
 
     What else is asked in a lot decides the random streams of repeated prompts, so a lot is sampled whole or not at all.
     """
-    rows, ends = _whole_lines(path)
-    count = total if len(rows) == total else len(rows) - len(rows) % size
-    os.truncate(path, ends[count])
-    return rows[:count]
+    lines = list(whole_lines(path))
+    lines = lines[: total if len(lines) == total else len(lines) - len(lines) % size]
+    os.truncate(path, lines[-1][1] if lines else 0)
+    return [row for row, _ in lines]
 
 
 def _whole_turns(path: Path) -> dict[tuple[int, int], Turn]:
-    """The turns by lot and turn; a line that was cut off is removed."""
-    rows, ends = _whole_lines(path)
-    os.truncate(path, ends[-1])
+    """The turns by lot and turn."""
     return {
         (row["lot"], row["turn"]): Turn(
             {int(key): [Answer(*values) for values in found] for key, found in row["answers"].items()},
             {int(key): reason for key, reason in row["missing"].items()},
         )
-        for row in rows
+        for row, _ in whole_lines(path)
     }
-
-
-def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of whole lines, and the places in the file before, between and after them."""
-    rows: list[dict[str, Any]] = []
-    ends = [0]
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            rows.append(json.loads(line))
-            ends.append(ends[-1] + len(line))
-    return rows, ends

@@ -1,4 +1,4 @@
-"""How much of a model's attention goes to an instruction given turns ago (Llama 2 Fig. 9 and 28, as a number)."""
+"""How much of a model's attention goes to an instruction given turns ago (Llama 2 Fig. 10, as a number)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from alignment.config import (
     DataSection,
@@ -15,6 +15,7 @@ from alignment.config import (
     NonNegativeFloat,
     NonNegativeInt,
     OptimSection,
+    Policies,
     PositiveFloat,
     PositiveInt,
     PromptSection,
@@ -22,7 +23,6 @@ from alignment.config import (
     Section,
     StageConfig,
     TrainSection,
-    policies_name_files,
 )
 from sft.instructions import Kind, Part, VerifiableKind
 
@@ -76,6 +76,7 @@ class SFTConfig(StageConfig):
     """Supervised fine-tuning on demonstrations (Llama 2 Sec. 3.1)."""
 
     stage: ClassVar[str] = "sft"
+    resume_may_change: ClassVar[frozenset[str]] = frozenset({"train.save_every"})
 
     model: ModelSection
     """The model to fine-tune."""
@@ -206,19 +207,17 @@ class GattEvalConfig(StageConfig):
     kind: Literal["gatt"] = "gatt"
     """What is measured: `gatt`, adherence to an instruction by turn."""
 
-    policies: Annotated[dict[str, ModelSection], Field(min_length=1)]
+    policies: Policies
     """Chat models by name; the first is the baseline of the comparisons."""
     prompts: GattEvalPrompts
     instructions: GattEvalInstructions = GattEvalInstructions()
     sampling: GattEvalSampling = GattEvalSampling()
 
-    _names_of_files = field_validator("policies")(policies_name_files)
-
     report_turns: Annotated[list[PositiveInt], Field(min_length=1)] = [2, 4, 6, 10, 20]
     """Turns in the table. The curve has all. Paper: 2, 4, 6, 20."""
 
     num_attention_dialogues: NonNegativeInt = 8
-    """Dialogues of the first policy over which the attention picture is averaged (Llama 2 Fig. 9); 0 draws none."""
+    """Dialogues of the first policy over which the attention picture is averaged (Llama 2 Fig. 10); 0 draws none."""
 
 
 class DistilSampling(SamplingSection):
@@ -235,6 +234,8 @@ class DistilConfig(StageConfig):
     """Safety context distillation: answers given behind a safety preprompt, learned without it (Llama 2 Sec. 4.2.4)."""
 
     stage: ClassVar[str] = "distil"
+    # Answers are scored after all sampling.
+    resume_may_change: ClassVar[frozenset[str]] = frozenset({"max_tokens_per_batch"})
 
     model: ModelSection
     """The newest chat model: it answers with and without the preprompt."""

@@ -134,7 +134,7 @@ def summarize(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         by_category.setdefault(row.get("category") or "none", []).append(not reason)
     gains = [row["score_distilled"] - row["score_plain"] for row in scored]
     return {
-        "kept": wilson_interval(reasons.count(""), len(scored)).to_json(),
+        "kept_rate": wilson_interval(reasons.count(""), len(scored)).to_json(),
         "kept_by_category": {
             name: wilson_interval(sum(found), len(found)).to_json() for name, found in sorted(by_category.items())
         },

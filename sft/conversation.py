@@ -91,7 +91,7 @@ def why_unanswered(
     if set(reasons) == {"refused"}:
         return 'the model\'s chat format refuses all of them: see "align data preview"'
     chat, context = load_chat_of(model.path, model.chat_template)
-    room = prompt_room(chat, sampling, policy=context, judges=judge_context)
+    room = prompt_room(chat, sampling, policy_context=context, judge_context=judge_context)
     return f"none fits into {limit_in_words(prompts, room)}"
 
 
@@ -122,7 +122,7 @@ class Speaker:
         `judge_context`: tokens that a reward model can read, where one is to judge the answers.
         """
         chat, context = load_chat_of(model.path, model.chat_template)
-        room = prompt_room(chat, sampling, policy=context, judges=judge_context)
+        room = prompt_room(chat, sampling, policy_context=context, judge_context=judge_context)
         length = min(max_prompt_length, room)
         with open_sampler(model, sampling, device, max_prompt_length=length) as sampler:
             yield cls(sampler, chat, sampling, max_prompt_length=length, seed=seed)

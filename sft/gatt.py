@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.data import write_rows
+from alignment.data import SourceReport, write_rows
 from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.metrics import wilson_interval
+from alignment.models import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
 from sft.answer_log import Answering, RowLog
@@ -27,12 +28,9 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     same dialogues with the instruction in every turn: training on them is training without Ghost Attention.
     """
     state = process_state(config.run.device)
-    data = load_seeds(config.prompts)
-    own = load_own(config.instructions)
-    turns = (config.prompts.min_turns, config.prompts.turns)
-    plans = make_plans(data, config.prompts, own, config.instructions, turns=turns, seed=config.run.seed)
+    plans, sources = _plan(config)
     run_dir = open_run(config, resume=resume, state=state)
-    run_dir.note_sources([*data.sources, *own.sources])
+    run_dir.note_sources(sources)
 
     log = RowLog(
         run_dir.path / "sampled.jsonl",
@@ -74,6 +72,23 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     return run_dir.finish(
         {"stage": "gatt", "dialogues": len(kept), "dropped": dropped, "kept_by_kind": _kept_by_kind(plans, log.rows)}
     )
+
+
+def check(config: GattConfig) -> str:
+    """What `align gatt --dry-run` says: reads rows and the chat format, loads no weights, writes nothing."""
+    plans, _ = _plan(config)
+    load_chat_of(config.model.path, config.model.chat_template)
+    return f"settings and rows are in order: {len(plans)} dialogues."
+
+
+def _plan(config: GattConfig) -> tuple[list[Plan], list[SourceReport]]:
+    """The dialogues to hold, and the files that they come from."""
+    check_is_chat_model(config.model.path)
+    data = load_seeds(config.prompts)
+    own = load_own(config.instructions)
+    turns = (config.prompts.min_turns, config.prompts.turns)
+    plans = make_plans(data, config.prompts, own, config.instructions, turns=turns, seed=config.run.seed)
+    return plans, [*data.sources, *own.sources]
 
 
 def sample_dialogues(speaker: Answering, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
+from alignment.data import SourceReport
 from alignment.errors import DataError
 from alignment.files import save_figure
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.metrics import paired_rate_interval, show, wilson_interval
-from alignment.models import load_chat_model
+from alignment.models import check_is_chat_model, load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run
 from sft.answer_log import Answering, NoAnswer, RowLog
@@ -32,13 +33,9 @@ Row = Mapping[str, Any]
 def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Holds the dialogues with every policy, judges them; writes dialogues, table, curve and attention picture."""
     state = process_state(config.run.device)
-    data = load_seeds(config.prompts)
-    own = load_own(config.instructions)
-    turns = (config.prompts.turns, config.prompts.turns)
-    plans = make_plans(data, config.prompts, own, config.instructions, turns=turns, seed=config.run.seed)
-    _check_verifiable(plans)
+    plans, sources = _plan(config)
     run_dir = open_run(config, resume=resume, state=state)
-    run_dir.note_sources([*data.sources, *own.sources])
+    run_dir.note_sources(sources)
 
     options = {"max_prompt_length": config.prompts.max_prompt_length, "seed": config.run.seed}
     rows: dict[str, list[Row]] = {}
@@ -80,6 +77,24 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
             "attention": attention,
         }
     )
+
+
+def check(config: GattEvalConfig) -> str:
+    """What `align eval kind=gatt --dry-run` says: reads rows, loads no weights, writes nothing."""
+    plans, _ = _plan(config)
+    return f"settings and rows are in order: {len(plans)} dialogues, {len(config.policies)} policies."
+
+
+def _plan(config: GattEvalConfig) -> tuple[list[Plan], list[SourceReport]]:
+    """The dialogues to hold, and the files that they come from."""
+    for policy in config.policies.values():
+        check_is_chat_model(policy.path)
+    data = load_seeds(config.prompts)
+    own = load_own(config.instructions)
+    turns = (config.prompts.turns, config.prompts.turns)
+    plans = make_plans(data, config.prompts, own, config.instructions, turns=turns, seed=config.run.seed)
+    _check_verifiable(plans)
+    return plans, [*data.sources, *own.sources]
 
 
 def hold_dialogues(speaker: Answering, plans: Sequence[Plan], bar: ProgressBar) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Instructions that are to hold throughout a dialogue: pools of them, how they are drawn, whether an answer keeps one.
 
-Llama 2 Sec. 3.3 and A.3.5 have hobbies, languages and public figures. Those that a program can judge are ours: they
+Llama 2 Sec. 3.3 has hobbies, languages and public figures. Those that a program can judge are ours: they
 tell a dialogue worth training on from one that is not, and measure adherence without human judges.
 """
 
@@ -207,7 +207,7 @@ def own_pool(rows: Sequence[PoolRow]) -> dict[str, list[Constraint]]:
 def draw_instruction(
     pool: Mapping[str, Sequence[Constraint]], rng: random.Random, *, combine_rate: float = 0.0
 ) -> Instruction:
-    """One constraint of a random kind, or two of kinds that go together (Llama 2 A.3.5: "act as X and answer in Y")."""
+    """One constraint of a random kind, or two of kinds that go together (Llama 2 Sec. 3.3)."""
     first = rng.choice(sorted(pool))
     partners = sorted(kind for kind in pool if kind != first and frozenset((first, kind)) not in CLASHES)
     kinds = [first, rng.choice(partners)] if partners and rng.random() < combine_rate else [first]

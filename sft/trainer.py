@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -12,16 +12,23 @@ from torch import nn
 
 from alignment.chat import EncodedDialogue
 from alignment.compilation import compile_layers
-from alignment.data import load_dialogues, pick
-from alignment.errors import DataError
+from alignment.data import pick
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
-from alignment.models import add_lora, load_chat_model, load_chat_of, save_model
+from alignment.models import add_lora, load_chat_model, save_model
 from alignment.runs import newest_checkpoint, open_run
-from alignment.training import BeforeTraining, GlobalBatchMixin, StepSchedule, training_arguments, use_run
-from sft.config import SFTConfig, SFTData
+from alignment.training import (
+    BeforeTraining,
+    GlobalBatchMixin,
+    StepSchedule,
+    training_arguments,
+    use_run,
+    warn_of_few_steps,
+)
+from sft.config import SFTConfig
 from sft.evaluate import evaluate, response_loss, sample_answers
-from sft.examples import Examples, dialogue_batches, make_examples
+from sft.examples import dialogue_batches
+from sft.prepare import counts, prepare_dialogues
 
 
 class MaskedSFTTrainer(GlobalBatchMixin, trl.SFTTrainer):
@@ -33,25 +40,14 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     """Fine-tunes, evaluates before and after, saves; returns the headline figures."""
     state = process_state(config.run.device)
     device = state.device
-    train_data = load_dialogues(config.data.train, on_error=config.data.on_error)
-    valid_data = load_dialogues(config.data.valid, on_error=config.data.on_error)
-    chat, context_length = load_chat_of(config.model.path, config.model.chat_template)
-    limits = {
-        "max_length": min(config.data.max_length, context_length),
-        "overlong": config.data.overlong,
-        "on_error": config.data.on_error,
-    }
-    seed = config.run.seed
-    by_source, at_most = train_data.by_source().items(), config.data.max_rows_of
-    rows = [row for name, found in by_source for row in pick(found, at_most.get(name), seed)]
-    train = make_examples(chat, pick(rows, config.data.max_rows, seed), **limits)
-    valid = make_examples(chat, pick(valid_data.rows, config.data.max_valid_rows, seed), **limits)
-    left_out = {"train": train.left_out(train_data.sources), "valid": valid.left_out(valid_data.sources)}
-    if not train.encoded:
-        raise DataError(_nothing_left(left_out["train"], config.data, context_length))
+    prepared = prepare_dialogues(config)
+    chat, train, valid, seed = prepared.chat, prepared.train, prepared.valid, config.run.seed
+    schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     run_dir = open_run(config, resume=resume, state=state)
-    run_dir.note_sources([*train_data.sources, *valid_data.sources])
-    run_dir.note(train=_counts(train), valid=_counts(valid))
+    run_dir.note_sources(prepared.sources)
+    run_dir.note(train=counts(train), valid=counts(valid))
+    if state.is_main_process:
+        warn_of_few_steps(len(train.encoded), "dialogues", len(schedule), config.train.batch_size)
 
     dtype = compute_dtype(device, config.model.dtype)
     loaded = load_chat_model(
@@ -61,10 +57,9 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         for_training=True,
     )
     model = add_lora(loaded.model, config.lora, is_reward_model=False, seed=seed)
-    schedule = StepSchedule(len(train.encoded), config.train, seed=seed)
     batching = {
         "max_tokens": config.train.max_tokens_per_batch,
-        "row_tokens": min(limits["max_length"], config.train.max_tokens_per_batch) if config.train.packing else None,
+        "row_tokens": min(prepared.max_length, config.train.max_tokens_per_batch) if config.train.packing else None,
     }
     checkpoint = newest_checkpoint(run_dir) if resume else None
     asked = pick(valid.dialogues, config.evaluation.num_answers, seed)
@@ -107,7 +102,7 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
             "steps": len(schedule),
             "train_dialogues": len(train.encoded),
             "trained_tokens": sum(example.num_trained for example in train.encoded),
-            "left_out": left_out,
+            "left_out": prepared.left_out,
         }
     )
     run_dir.clear_checkpoints()
@@ -120,26 +115,3 @@ def as_dataset(examples: Sequence[EncodedDialogue]) -> datasets.Dataset:
         [token if trained else -100 for token, trained in zip(e.input_ids, e.loss_mask, strict=True)] for e in examples
     ]
     return datasets.Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": labels})
-
-
-def _nothing_left(left_out: Mapping[str, int], data: SFTData, context_length: int) -> str:
-    """Why no dialogue can be trained on."""
-    limit = f"{data.max_length} tokens, data.max_length"
-    if context_length < data.max_length:
-        limit = f"{context_length} tokens, the model's context"
-    remedies = {
-        "too_long": f"{'' if data.overlong == 'drop' else 'even without their older turns '}over {limit}",
-        "refused_by_chat_format": 'the chat format refuses their text: see "align data preview"',
-        "unreadable": 'bad rows were skipped: see "align data check"',
-    }
-    reasons = [f"{left_out[name]} {name} ({why})" for name, why in remedies.items() if left_out.get(name)]
-    return f"data.train: no dialogue is left to train on: {'; '.join(reasons)}."
-
-
-def _counts(examples: Examples) -> dict[str, Any]:
-    return {
-        "rows": len(examples.encoded),
-        "history_cut": examples.cut,
-        "answers_cut": examples.answers_cut,
-        "dropped": examples.dropped,
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,6 +320,23 @@ def test_rows_that_a_template_refuses_are_named_or_left_out(make_tokenizer, case
 def test_a_tokenizer_without_template_needs_one(tokenizer):
     with pytest.raises(ModelError, match=r"no chat template\. Set model\.chat_template"):
         chat_format(tokenizer)
+
+
+def test_chatml_needs_its_token(make_tokenizer):
+    with pytest.raises(ModelError, match=r"no <\|im_end\|>, which chatml ends a turn with"):
+        chat_format(make_tokenizer(LLAMA3_TOKENS, bos="<|begin_of_text|>", eos="<|eot_id|>", pad="<|pad|>"), "chatml")
+
+
+def test_the_documented_template_for_base_models_works(make_tokenizer, write_file):
+    """Of docs/troubleshooting.md, with a tokenizer that has an end of text and a pad token only."""
+    page = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    template = page.split("```jinja\n")[1].split("```")[0]
+    tokenizer = make_tokenizer(("<|endoftext|>", "<pad>"), bos=None, eos="<|endoftext|>", pad="<pad>")
+    chat = chat_format(tokenizer, write_file("template.jinja", template))
+    encoded = encode_dialogue(chat, dialogue("Hi", "Hello", system="Be kind."))
+    assert spans(chat, encoded) == [
+        ("System: Be kind.\nUser: Hi\nAssistant: ", False), ("Hello<|endoftext|>", True), ("\n", False),
+    ]  # fmt: skip
 
 
 def test_a_template_file_is_read_and_stays_on_the_tokenizer(tokenizer, write_file):

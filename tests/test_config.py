@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+import torch
 from pydantic import model_validator
 from typer.testing import CliRunner
 
@@ -130,6 +131,11 @@ def test_a_wrong_type_names_key_and_what_was_found():
     assert line == "command line: sampling.top_p: input should be less than or equal to 1, found 1.5."
 
 
+def test_a_wrong_item_of_a_list_is_one_problem():
+    (line,) = problems(*GOOD, "optim.betas=[2, 0.9]")
+    assert line == "command line: optim.betas.0: input should be less than or equal to 1, found 2."
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf"])
 def test_nan_and_infinity_are_no_numbers(value):
     (line,) = problems(*GOOD, f"optim.lr={value}")
@@ -137,14 +143,14 @@ def test_nan_and_infinity_are_no_numbers(value):
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "key"),
     [
-        "train.max_steps=yes", "train.epochs=on", "optim.betas=[true, 0.9]", "data.max_rows_of={org/rows: true}",
-        "lora.last_layers=false",
+        ("train.max_steps=yes", "train.max_steps"), ("train.epochs=on", "train.epochs"),
+        ("optim.betas=[true, 0.9]", "optim.betas.0"), ("lora.last_layers=false", "lora.last_layers"),
+        ("data.max_rows_of={org/rows: true}", "data.max_rows_of.org/rows"), ("run.seed=no", "run.seed"),
     ],
 )  # fmt: skip
-def test_true_and_false_are_no_numbers(override):
-    key = override.split("=")[0]
+def test_true_and_false_are_no_numbers(override, key):
     (line,) = problems(*GOOD, override, cls=SFTConfig)
     assert line.startswith(f"command line: {key}: input should be a number, not true or false (YAML's yes, no), found ")
 
@@ -194,12 +200,25 @@ def test_ghost_attention_keeps_the_limits_of_rates_and_temperature(override):
 
 def test_a_missing_required_key_is_named():
     assert problems("model=toy") == [
-        "command line: run: missing. Add it: it has no default.",
-        "command line: data: missing. Add it: it has no default.",
+        "command line: run.dir: missing. Add it: it has no default.",
+        "command line: data.train: missing. Add it: it has no default.",
     ]
     assert problems("model=toy", "run.dir=runs/x", "data.valid=org/rows") == [
         "command line: data.train: missing. Add it: it has no default."
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ((), ["run.dir", "policies", "rewards.helpfulness", "rewards.safety", "prompts.prompts"]),
+        (("run.seed=1", "policies.a={dtype: auto}", "rewards.safety=toy", "prompts.max_prompts=3"),
+         ["run.dir", "policies.a.path", "rewards.helpfulness", "prompts.prompts"]),
+    ],
+)  # fmt: skip
+def test_of_a_forgotten_section_the_keys_that_it_needs_are_named(given, missing):
+    lines = problems(*given, cls=EvalConfig)
+    assert lines == [f"command line: {key}: missing. Add it: it has no default." for key in missing]
 
 
 def test_a_rule_over_two_keys_says_both():
@@ -390,6 +409,18 @@ def test_a_full_disk_is_told_whoever_meets_it(monkeypatch, capsys, message):
     with pytest.raises(SystemExit):
         command_line.main()
     assert capsys.readouterr().err.startswith("error: No space left on device. Free space or name another place.")
+
+
+def test_too_little_memory_of_a_device_is_no_bug(monkeypatch, capsys):
+    def fail(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr(command_line, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the device is out of memory. CUDA out of memory. Tried to allocate 2 GiB. Halve")
 
 
 def test_other_errors_of_the_system_are_bugs(monkeypatch):

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from alignment.cli.data import app
 from alignment.converters import convert_file
 from alignment.data import load_dialogues, load_pairs, write_rows
-from alignment.data_report import guess_layout, parse_row
+from alignment.data_report import parse_row
 from alignment.dialogue import Message, RowError
-from alignment.errors import DataError
-from alignment.layouts import CONVERTERS, Options
+from alignment.errors import DataError, RunError
+from alignment.layouts import CONVERTERS, Options, guess_layout, layout_hint
 
 Row = dict[str, Any]
 WriteFile = Callable[[str, str], Path]
@@ -428,6 +428,9 @@ def test_every_layout_is_recognised_by_its_example() -> None:
     foreign = CONVERTERS.keys() - {"graded"}  # whose rows are ours already
     assert {layout: guess_layout(EXAMPLES[layout]) for layout in foreign} == {layout: layout for layout in foreign}
     assert guess_layout(SKY) is None
+    told = layout_hint(HH, "mine.jsonl")
+    assert told == 'It looks like hh-rlhf: "align data convert mine.jsonl --from hh-rlhf --out NEW.jsonl".'
+    assert "docs/data-formats.md" in layout_hint({"question": "q"}, "mine.jsonl")
 
 
 @pytest.mark.parametrize("layout", list(CONVERTERS))
@@ -487,8 +490,6 @@ def test_a_damaged_archive_is_not_converted_in_part(tmp_path: Path) -> None:
     [
         ("hh", "out.jsonl", None, '"hh": no such layout. Known: hh-rlhf, trl'),
         ("hh-rlhf", "out.json", None, "must end with .jsonl or .jsonl.gz"),
-        ("hh-rlhf", "nowhere/out.jsonl", None, "there is no folder"),
-        ("hh-rlhf", "hh.jsonl", None, "exists. Name another file"),
         ("hh-rlhf", "out.jsonl", {"scores": (1, 2, 3)}, "hh-rlhf has no scores. These have: oasst (ranks)"),
         ("oasst", "out.jsonl", {"ranks": (1, 3, 2)}, "not three increasing positive numbers"),
         ("oasst", "out.jsonl", {"ranks": (0, 1, 2)}, "not three increasing positive numbers"),
@@ -502,6 +503,18 @@ def test_a_request_that_makes_no_sense_is_refused_before_reading(
         convert_file(str(source), layout, source.parent / out, rating_bins=bins)
     assert problem in str(caught.value)
     assert list(source.parent.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("out", "problem"),
+    [("nowhere/out.jsonl", "there is no folder"), ("hh.jsonl", r"exists\. Name another file, or remove it\.")],
+)
+def test_a_file_that_cannot_be_made_is_refused_before_reading(write_file: WriteFile, out: str, problem: str) -> None:
+    source = write_file("hh.jsonl", lines(HH))
+    before = source.read_bytes()
+    with pytest.raises(RunError, match=problem):
+        convert_file(str(source), "hh-rlhf", source.parent / out)
+    assert list(source.parent.iterdir()) == [source] and source.read_bytes() == before
 
 
 def test_the_command_converts_and_reports(write_file: WriteFile, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from alignment.cli.data import app
 from alignment.data import load_dialogues, load_pairs, load_prompts, load_rows, read_lines, split_by_prompt, write_rows
 from alignment.dialogue import Candidate, Message, PreferencePair, Prompt
-from alignment.errors import DataError
+from alignment.errors import DataError, RunError
 
 Row = dict[str, Any]
 WriteFile = Callable[[str, str], Path]
@@ -25,6 +25,7 @@ USER = {"role": "user", "content": "Why is the sky blue?"}
 GOOD = {"role": "assistant", "content": "Air scatters blue light most."}
 BAD = {"role": "assistant", "content": "It mirrors the sea."}
 PAIR: Row = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+TABLE = "a table. Write its rows as JSON lines: docs/data-formats.md, Your own layout."
 
 
 def problems_of(path: Path) -> str:
@@ -129,6 +130,11 @@ def test_a_file_that_only_claims_to_be_an_archive_is_reported(write_file: WriteF
         ("pairs.jsonl", b"PAR1\x15\x04 and so on", "a Parquet file. "),
         ("pairs.jsonl", b"\x1f\x8b\x08 and so on", "packed with gzip, which its name must say. Rename it so that"),
         ("pairs.json", b"\x1f\x8b\x08 and so on", "packed with gzip, "),
+        ("pairs.csv", b"prompt,chosen,rejected\nHi,Hello.,No.\nBye,Goodbye.,No.\n", TABLE),
+        ("Pairs.TSV", b"prompt\tchosen\trejected\n", TABLE),
+        ("pairs.csv.gz", b"\x1f\x8b\x08 and so on", TABLE),
+        ("pairs.csv", b"\x1f\x8b\x08 and so on", TABLE),
+        ("pairs.csv", b"", TABLE),
     ],
 )
 def test_a_file_of_another_format_is_one_line(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
@@ -138,6 +144,44 @@ def test_a_file_of_another_format_is_one_line(tmp_path: Path, name: str, content
         with pytest.raises(DataError) as caught:
             load_pairs([str(path)], on_error=on_error)
         assert str(caught.value).startswith(f"{path}: {problem}") and "\n" not in str(caught.value)
+
+
+HH_ROW: Row = {
+    side: f"\n\nHuman: Hi\n\nAssistant: {text}" for side, text in (("chosen", "Hello."), ("rejected", "No."))
+}
+PKU_ROW: Row = {"prompt": "Hi", "response_0": "Hello.", "response_1": "No.", "better_response_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("load", "row", "problem", "layout"),
+    [
+        (load_pairs, HH_ROW, '"prompt" is missing; the row has: chosen, rejected.', "hh-rlhf"),
+        (load_dialogues, HH_ROW, '"messages" is missing; the row has: chosen, rejected.', "hh-rlhf"),
+        (load_pairs, PKU_ROW, '"prompt" is \'Hi\'. It must be a list of {"role", "content"} objects.', "pku-saferlhf"),
+        (load_prompts, {"prompt": "Hi"}, "\"prompt\" is 'Hi'. It must be a list", "trl"),
+        (load_dialogues, {"instruction": "Hi", "output": "a"}, '"messages" is missing; the row has: ', "alpaca"),
+    ],
+)
+def test_the_first_row_of_a_file_in_another_layout_is_told_how_to_convert_it(
+    write_file: WriteFile, load: Callable[..., Any], row: Row, problem: str, layout: str
+) -> None:
+    names = [str(write_file(name, lines(row, row, row))) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(DataError) as caught:
+        load(names)
+    found = str(caught.value).splitlines()
+    for name, (first, *others) in zip(names, (found[:3], found[3:]), strict=True):
+        assert first.startswith(f"{name}:1: {problem}")
+        assert first.endswith(f' It looks like {layout}: "align data convert {name} --from {layout} --out NEW.jsonl".')
+        assert len(others) == 2 and not any("looks like" in other for other in others)
+
+
+def test_rows_of_no_known_layout_point_to_the_page_of_formats(write_file: WriteFile) -> None:
+    own = {"question": "Hi", "better": "Hello.", "worse": "No."}
+    path = write_file("mine.jsonl", lines({**PAIR, "rating": "bad"}, own, own))
+    first, second, third = problems_of(path).splitlines()
+    hint = ' docs/data-formats.md has every field and, under "Your own layout", how to convert other rows.'
+    assert second == f'{path}:2: "prompt" is missing; the row has: better, question, worse.{hint}'
+    assert "docs/" not in first + third
 
 
 def test_the_command_that_is_told_for_a_parquet_file_makes_one_that_is_read(
@@ -248,7 +292,9 @@ def test_the_command_splits_a_file_and_writes_over_nothing(write_file: WriteFile
     opens = [{pair.prompt[0].content for pair in part} for part in parts]
     assert sum(map(len, parts)) == 80 and not opens[0] & opens[1] and min(map(len, opens)) > 4
     again = CliRunner().invoke(app, arguments)
-    assert isinstance(again.exception, DataError) and "exists" in str(again.exception)
+    assert isinstance(again.exception, RunError) and "exists" in str(again.exception)
+    nowhere = CliRunner().invoke(app, ["split", str(source), "--out", str(tmp_path / "nowhere" / "mine")])
+    assert isinstance(nowhere.exception, RunError) and "there is no folder" in str(nowhere.exception)
     for folder in (".", ".."):
         wrong = CliRunner().invoke(app, ["split", str(source), "--out", folder])
         assert isinstance(wrong.exception, DataError)

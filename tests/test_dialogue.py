@@ -71,10 +71,6 @@ def test_a_missing_field_is_named_with_those_that_are_there(name: str) -> None:
     assert "note" in problem or name == "prompt"  # without a prompt, the two conversations are looked at instead
 
 
-def test_a_plain_text_prompt_points_to_the_converter() -> None:
-    assert "align data convert --from trl" in message_of(Prompt.from_json, {"prompt": "Why?"})
-
-
 def test_demonstrations_end_with_the_assistant_and_train_on_all_or_last() -> None:
     assert "The last turn must be assistant" in message_of(Dialogue.from_json, {"messages": [USER]})
     assert '"train_on" is \'first\'. Use "all" or "last"' in message_of(

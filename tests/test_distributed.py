@@ -1,14 +1,15 @@
 """Reductions over processes, with one process here; tests/test_resume.py runs two."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from alignment.cli.main import run_pipeline, run_stage
-from alignment.distributed import map_over_processes, mean_over_processes, shares, whiten_over_processes
+from alignment.distributed import map_over_processes, mean_over_processes, passes, shares, whiten_over_processes
 from alignment.errors import DataError
 from alignment.tensor_ops import whiten
 
@@ -40,6 +41,20 @@ def test_shares_hold_every_item_once_and_keep_equal_ones_together_in_order():
     assert parts == [[0, 2, 4, 6], [1, 5], [3]]
     assert shares(items, 3) == [[0, 3, 6], [1, 4], [2, 5]]
     assert shares(items[:1], 3) == [[0], [], []]
+
+
+@pytest.mark.parametrize(("kind", "exchanges"), [("MULTI_CPU", [False, False, True]), ("FSDP", [True, True, True])])
+def test_the_last_part_stands_for_those_that_another_process_has_more(kind, exchanges):
+    """This process has two parts, the other three; without FSDP gradients are exchanged once."""
+    two = SimpleNamespace(
+        num_processes=2,
+        device=torch.device("cpu"),
+        distributed_type=DistributedType[kind],
+        gather=lambda mine: torch.cat([mine, torch.tensor([3])]),
+    )
+    found = list(passes(["a", "b"], two))
+    assert [(part, counts) for part, counts, _ in found] == [("a", True), ("b", True), ("b", False)]
+    assert [exchanged for *_, exchanged in found] == exchanges
 
 
 def test_one_process_does_all_of_the_work_itself():

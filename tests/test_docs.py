@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from alignment.cli.pipeline import load_pipeline
-from alignment.converters import STRENGTHS
-from alignment.data_report import KINDS, parse_row
+from alignment.converters import STRENGTHS, convert_file
+from alignment.data import load_pairs, write_rows
+from alignment.data_report import KINDS, parse_row, row_kind
+from alignment.dialogue import Message
 from alignment.layouts import CONVERTERS, Options
 from sft.context_distillation import summarize as summarize_distillation
 from sft.gatt_evaluation import adherence_table
@@ -114,10 +116,14 @@ def test_links_from_outside_the_site_lead_somewhere(name):
         assert not anchor or anchor in anchors(ROOT / path), f"{path}#{anchor}"
 
 
+def section_of_formats(heading: str) -> str:
+    """A section of data-formats.md."""
+    return re.search(rf"^## {heading}$(.*?)(?=^## )", text_of("data-formats.md"), re.M | re.S).group(1)
+
+
 def examples_below(heading: str) -> list[dict]:
     """The JSON examples of a section of data-formats.md."""
-    section = re.search(rf"^## {heading}$(.*?)(?=^## )", text_of("data-formats.md"), re.M | re.S).group(1)
-    return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", section, re.S)]
+    return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", section_of_formats(heading), re.S)]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +135,39 @@ def test_the_example_rows_load_and_show_known_fields(heading, kind):
     assert examples
     for row in examples:
         assert type(parse_row(row)) is KINDS[kind] and set(row) <= KINDS[kind].FIELDS
-    section = re.search(rf"^## {heading}$(.*?)(?=^## )", text_of("data-formats.md"), re.M | re.S).group(1)
+    section = section_of_formats(heading)
     assert all(f"`{name}`" in section for name in KINDS[kind].FIELDS), "every field is explained"
+
+
+def test_a_table_becomes_pairs_by_the_code_of_its_section(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = '"Why, ""oh why""?\nNow.",Because.,No.,better\nHow?,So.,Hm.,\n'  # as a spreadsheet writes it
+    (tmp_path / "mine.csv").write_text("\ufeffquestion,better,worse,rating\n" + rows, encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", section_of_formats("Your own layout"), re.S)
+    exec(compile(code, "page", "exec"), {})
+    first, second = load_pairs(["pairs.jsonl"]).rows
+    assert first.prompt == (Message("user", 'Why, "oh why"?\nNow.'),)
+    assert (first.chosen, first.rejected, first.rating) == ("Because.", "No.", "better")
+    assert (second.chosen, second.rating) == ("So.", None)
+
+
+def test_the_fields_that_are_said_to_be_kept_of_plain_texts_are_kept(tmp_path):
+    section = " ".join(section_of_formats("Your own layout").split())
+    kept = re.search(r"(`rating`.*?) are kept", section).group(1)
+    values = {"rating": "better", "margin": 0.5, "chosen_safe": True, "rejected_safe": False, "is_safety": True}
+    values["source"] = "mine"
+    assert re.findall(r"`(\w+)`", kept) == list(values)
+    plain = {
+        "pairs": ({"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}, values),
+        "demonstrations": ({"prompt": "Hi", "completion": "Hello."}, {"source": "mine"}),
+        "prompts": ({"prompt": "Hi"}, {"is_safety": True, "category": "crime", "source": "mine"}),
+    }
+    for kind, (row, more) in plain.items():
+        mine, out = tmp_path / f"{kind}.jsonl", tmp_path / f"{kind}-made.jsonl"
+        write_rows(mine, [{**row, **more, "annotator": 3}])
+        convert_file(str(mine), "trl", out)
+        made = json.loads(out.read_text(encoding="utf-8"))
+        assert row_kind(made) == kind and more.items() <= made.items() and "annotator" not in made
 
 
 def test_the_example_instructions_load():

@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -311,7 +312,7 @@ def toy_runs(pipeline, tmp_path, monkeypatch) -> Path:
     """A folder in which each run that the pages name is one of the toy pipeline's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
-    stand_for = {"rm-h": "rm-helpfulness", "rm-h-lora": "rm-helpfulness", "rm-s": "rm-safety", "ppo-beta-1": "ppo",
+    stand_for = {"rm-h": "rm-helpfulness", "rm-h-full": "rm-helpfulness", "rm-s": "rm-safety", "ppo-beta-1": "ppo",
                  "ppo-beta-2": "ppo", "v1": "rs", "v2": "rs", "guard": "rm-helpfulness"}  # fmt: skip
     (tmp_path / "runs").mkdir()
     for stage in pipeline.iterdir():
@@ -405,7 +406,9 @@ PYTHON = [
 def test_python_of_the_pages_runs(code, toy_runs):
     for name in ("pairs", "demonstrations"):
         write_stand_in(toy_runs / f"{name}.jsonl", stand_in_rows(name))
+    (toy_runs / "mine.csv").write_text("question,better,worse,rating\nHi?,Hello.,No.,better\n")
     settings = {"kind": "helpfulness", "model": "toy", "data": {"train": "pairs.jsonl"}, "run": {"dir": "runs/made"}}
     settings["train"] = {"max_steps": 1, "batch_size": 4}
     (toy_runs / "rm.yaml").write_text(json.dumps(settings))
+    shutil.copytree(toy_runs / "runs" / "sft" / "model", toy_runs / "my-base")
     exec(compile(code, "page", "exec"), {})

@@ -16,6 +16,7 @@ from rich.console import Console
 from alignment.cli.main import run_stage
 from alignment.config import ModelSection
 from alignment.dialogue import Candidate, Message, Prompt
+from alignment.headlines import one_line
 from alignment.metrics import wilson_interval
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
@@ -184,7 +185,9 @@ def test_a_prompt_that_one_policys_format_makes_too_long_is_left_out_for_all(eva
         f"prompts.prompts={prompts}", "prompts.max_prompt_length=40", f"run.dir={tmp_path / 'fit'}",
     ]  # fmt: skip
     run_stage("eval", settings)
-    assert json.loads((tmp_path / "fit" / "result.json").read_text())["prompts"] == 2
+    result = json.loads((tmp_path / "fit" / "result.json").read_text())
+    assert (result["prompts"], result["left_out"]) == (2, {"prompts": {"too_long": 1}})
+    assert one_line(result) == "3 policies on 2 prompts; prompts left out 1 too long"
     manifest = json.loads((tmp_path / "fit" / "manifest.json").read_text())
     assert manifest["prompts"] == {"used": 2, "left_out": 1}
     for name in ("first", "other", "again"):

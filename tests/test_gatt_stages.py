@@ -433,7 +433,7 @@ def test_distilled_answers_are_kept_only_where_they_score_higher(tmp_path, speak
 
     result = context_distillation.run(distil_config(tmp_path / "run"), load_score)
     rows = load_dialogues([str(tmp_path / "run" / "distilled.jsonl")]).rows
-    assert 0 < len(rows) == round(result["kept"]["value"] * 6)
+    assert 0 < len(rows) == round(result["kept_rate"]["value"] * 6)
     for row in rows:
         assert row.train_on == "last" and row.messages[-1] == Message("assistant", "longer")
         assert row.messages[0].role == "user" and not row.messages[-2].content.endswith("c")
@@ -453,7 +453,7 @@ def test_distil_goes_on_without_sampling_again_what_is_on_disk(tmp_path, speak):
     result = context_distillation.run(
         distil_config(tmp_path / "run"), lambda config, device: scored_by_length, resume=True
     )
-    assert not speaker.asked and result["kept"]["value"] == 1.0
+    assert not speaker.asked and result["kept_rate"]["value"] == 1.0
 
 
 def test_a_distilled_answer_must_end_by_itself_and_beat_the_plain_one():
@@ -469,7 +469,7 @@ def test_the_kept_rate_is_reported_by_category():
     rows = [{**row, "category": "a", "score_distilled": s} for s in (1.0, -1.0)] + [{**row, "score_distilled": 3.0}]
     found = summarize(rows)
     assert {name: entry["value"] for name, entry in found["kept_by_category"].items()} == {"a": 0.5, "none": 1.0}
-    assert found["score_gain"]["value"] == 1.0 and found["kept"]["count"] == 3
+    assert found["score_gain"]["value"] == 1.0 and found["kept_rate"]["count"] == 3
 
 
 def test_templates_go_by_the_names_of_risks_in_the_category():

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from alignment.cli import distil
+from alignment.cli.main import run_stage
 from alignment.config import load_config
 from alignment.errors import DataError, ModelError
 from alignment.models import load_reward_model, save_model
+from alignment.toy_model import TOY_TEMPLATE
 from rlhf import evaluate, ppo_run, rejection_sampling
 from rlhf.config import EvalConfig, PPOConfig, RejectionSamplingConfig
 from rlhf.judges import judges_context, judges_of
@@ -112,3 +114,41 @@ def test_swapped_judges_are_remarked_upon(judges, caplog):
     judges_context(judges_of(config.rewards))
     [record] = caplog.records
     assert "rewards.safety is" in record.getMessage() and "a reward model of helpfulness" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("stage", "found"),
+    [
+        ("reject", "1 prompts, 0 candidates of earlier rounds, 0 baseline responses."),
+        ("eval", "1 prompts, 1 policies."),
+        ("ppo", "1 prompts, 0 rows of held-out prompts."),
+    ],
+)
+def test_a_dry_run_reads_rows_and_judges(tmp_path, judges, capsys, stage, found):
+    """What the run would refuse is refused, and nothing is written."""
+    _, _, settings = STAGES[stage]
+    prompts = prompts_of(tmp_path, SHORT)
+    words = [*settings, f"prompts.prompts={prompts}", f"run.dir={tmp_path / 'run'}"]
+    rewards = [f"rewards.{name}={judges['whole']}" for name in ("helpfulness", "safety")]
+    run_stage(stage, [*words, *rewards], dry_run=True)
+    assert f"{stage}: settings and rows are in order: {found}" in capsys.readouterr().err
+    with pytest.raises(ModelError, match=r"rewards\.safety: toy: not a reward model"):
+        run_stage(stage, [*words, rewards[0], "rewards.safety=toy"], dry_run=True)
+    policy = "policies.toy" if stage == "eval" else "model"
+    with pytest.raises(ModelError, match="is a reward model"):
+        run_stage(stage, [*words, *rewards, f"{policy}={judges['small']}"], dry_run=True)
+    prompts.write_text('{"prompt": 1}\n')
+    with pytest.raises(DataError, match=r"hi\.jsonl:1"):
+        run_stage(stage, [*words, *rewards], dry_run=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ppo_refuses_judges_of_another_chat_format_before_it_begins(tmp_path, judges):
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ '<|system|>be good<|im_end|>' }}" + TOY_TEMPLATE)
+    settings = [f"prompts.prompts={prompts_of(tmp_path, SHORT)}", f"run.dir={tmp_path / 'run'}"]
+    settings += [f"rewards.{name}={judges['whole']}" for name in ("helpfulness", "safety")]
+    config = load_config(PPOConfig, None, [f"model={{path: toy, chat_template: {template}}}", *settings])
+    with pytest.raises(ModelError, match=r"rewards\.helpfulness: writes dialogues in another format than the policy"):
+        ppo_run.run(config)
+    assert not (tmp_path / "run").exists()

@@ -133,6 +133,26 @@ def test_a_column_holds_one_figure_of_the_rows_that_have_it(tmp_path):
     assert log.column("rm/loss") == [3.0, 1.0]
 
 
+def test_a_half_written_last_row_is_in_no_column_and_gone_with_the_next_row(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", "rm")
+    log.write(1, {"rm/loss": 3.0})
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "rm/loss": 2')
+    assert log.column("rm/loss") == [3.0]
+    log.write(2, {"rm/loss": 1.0})
+    assert log.column("rm/loss") == [3.0, 1.0] and log.path.read_text().count("\n") == 2
+
+
+def test_a_damaged_row_is_named_and_not_dropped(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", "rm")
+    log.path.write_text('{"step": 1}\n{"step": 2, "sta\n{"step": 3}\n')
+    before = log.path.read_bytes()
+    for use in (lambda: log.truncate_after(3), lambda: log.column("rm/loss")):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:2: no JSON"):
+            use()
+    assert log.path.read_bytes() == before
+
+
 def test_truncate_after_of_a_file_that_is_not_there_makes_none(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl", "rm").truncate_after(3)
     assert not list(tmp_path.iterdir())

@@ -83,6 +83,18 @@ def saved_chat_model(folder):
     return folder / "model.safetensors"
 
 
+def test_a_new_reward_model_is_the_chat_model_with_a_drawn_head():
+    """Stiennon et al. 2020: variance 1 / (hidden + 1). The deviation of 64 drawn numbers is within a third of it."""
+    backbone = load_chat_model("toy").model.get_decoder().state_dict()
+    reward = load_reward_model("toy", new_head_seed=0).model
+    for name, weights in reward.get_decoder().state_dict().items():
+        assert torch.equal(weights, backbone[name]), name
+    head = reward.score.weight
+    assert reward.score.bias is None and head.shape == (1, reward.config.hidden_size) and head.dtype == torch.float32
+    assert head.std().item() == pytest.approx((reward.config.hidden_size + 1) ** -0.5, rel=1 / 3)
+    assert not torch.equal(head, load_reward_model("toy", new_head_seed=1).model.score.weight)
+
+
 def test_a_reward_model_without_its_head_is_refused(tmp_path):
     """transformers would draw a fresh one and only warn."""
     file = saved_reward_model(tmp_path / "rm")

@@ -20,8 +20,9 @@ from alignment.cli.main import run_pipeline, run_stage
 from alignment.cli.pipeline import check_runs, load_pipeline, run_stages
 from alignment.cli.stages import STAGES, Stage
 from alignment.config import StageConfig, describe, load_config
-from alignment.data import SourceReport, file_sha256
+from alignment.data import SourceReport
 from alignment.errors import ConfigError, DataError, RunError
+from alignment.files import file_sha256
 from alignment.locks import release_locks
 from alignment.manifests import mark_outdated, read_manifest, read_result, upstream_runs
 from alignment.runs import open_run

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from alignment.cli.main import app
 from alignment.cli.plan import load_stages
 from alignment.cli.plan_advice import advice
-from alignment.cli.plan_stages import Planner, plan_stage
+from alignment.cli.plan_stages import plan_stage
+from alignment.cli.planner import Planner
 from alignment.config import LoraSection
 from alignment.errors import ConfigError, ModelError
 from alignment.logprobs import response_logprobs
@@ -486,6 +487,14 @@ def test_every_stage_of_the_toy_pipeline_is_planned():
         ("sft llama2-7b/sft-full.yaml", ["--gpus", "8", "--fsdp"]),
         ("rm llama2-7b/rm-helpfulness-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
         ("rm llama2-7b/rm-safety-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
+        (
+            "reject llama2-7b/reject-full.yaml",
+            ["model=llama-2-7b", "rewards={helpfulness: llama-2-7b, safety: llama-2-7b}", "--gpus", "8"],
+        ),
+        (
+            "sft llama2-7b/rs-full.yaml",
+            ["data.train=[sft_general.train, sft_safety.train, sft_oasst_multiturn.train]", "--gpus", "8", "--fsdp"],
+        ),
         (
             "ppo llama2-7b/ppo-full.yaml",
             ["model=llama-2-7b", "rewards={helpfulness: llama-2-7b, safety: llama-2-7b}", "--gpus", "8", "--fsdp"],

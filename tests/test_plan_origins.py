@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignment.cli.plan import load_stages
-from alignment.cli.plan_stages import Planner, plan_stage
+from alignment.cli.plan_stages import plan_stage
+from alignment.cli.planner import Planner
 from alignment.models import load_chat_model, load_reward_model, model_folder, save_model
 from alignment.plan.devices import find_device
 from alignment.plan.origins import known_base, origin_on_disk
@@ -33,22 +34,24 @@ def runs(tmp_path_factory, save_tuned):
     return folder
 
 
-@pytest.mark.parametrize(("policy", "judge"), [
-    ("toy", "rm"), ("toy", "rm-of-other"), ("other", "rm"), ("other", "rm-of-other"),
+@pytest.mark.parametrize(("policy", "judge", "safety_dtype", "is_shared"), [
+    ("toy", "rm", "float32", True), ("toy", "rm-of-other", "float32", False),
+    ("other", "rm", "float32", False), ("other", "rm-of-other", "float32", True),
+    ("toy", "rm", "auto", True), ("toy", "rm", "bfloat16", False),
 ])  # fmt: skip
-def test_a_plain_policy_shares_its_weights_where_the_run_will(runs, policy, judge):
+def test_a_plain_policy_shares_its_weights_where_the_run_will(runs, policy, judge, safety_dtype, is_shared):
     model = policy if policy == "toy" else str(runs / policy)
     settings = [
         f"model={{path: {model}, dtype: float32}}", "lora.r=2", "prompts.prompts=toy:prompts.train",
         *(f"rewards.{name}={{path: {runs / judge}, dtype: float32}}" for name in ("helpfulness", "safety")),
-        "sampling.max_new_tokens=6", "train={batch_size: 8, minibatch_size: 4}", "run.dir=unused",
+        f"rewards.safety.dtype={safety_dtype}", "sampling.max_new_tokens=6",
+        "train={batch_size: 8, minibatch_size: 4}", "run.dir=unused",
     ]  # fmt: skip
     configs, origins = load_stages(None, "ppo", settings)
     plan = plan_stage(configs["ppo"], "ppo", Planner(Setting(find_device("cpu")), origins))
     config = configs["ppo"]
     assert isinstance(config, PPOConfig)
     held = load_models(config, torch.float32, torch.device("cpu"))
-    is_shared = (policy == "toy") == (judge == "rm")
     assert (held.separate is None) == is_shared
     assert plan.notes[0].startswith("rewards and critic share the policy's weights" if is_shared else "models of their")
 

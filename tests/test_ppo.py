@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 
 from alignment.config import load_config
 from alignment.errors import ConfigError, DataError
+from alignment.headlines import one_line
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling.prompts import Asked
 from rlhf import ppo, ppo_run
@@ -370,6 +371,29 @@ def test_held_out_prompts_are_answered_before_now_and_then_and_after(evaluated):
     explained = DOCUMENTATION.read_text(encoding="utf-8")
     for name in with_look[4].keys() - {"step", "stage"}:
         assert f"| `{name}` |" in explained, name
+
+
+def test_prompts_that_are_lost_are_counted_in_the_result_and_told(settings, tmp_path, write_file):
+    """Of the training prompts two are too long and one is cut, of the held-out ones one is too long."""
+
+    def rows(*texts: str) -> str:
+        return "".join(json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n" for text in texts)
+
+    turns = [("user", "x" * 200), ("assistant", "y"), ("user", "b")]
+    cut = json.dumps({"prompt": [{"role": role, "content": text} for role, text in turns]}) + "\n"
+    files = (
+        write_file("train.jsonl", rows("a", "x" * 200, "y" * 200) + cut),
+        write_file("held.jsonl", rows("c", "x" * 200)),
+    )
+    extra = [f"prompts.prompts={files[0]}", f"evaluation.prompts={files[1]}", "prompts.max_prompt_length=100"]
+    run = load_config(PPOConfig, None, [*settings, *extra, "train.max_steps=1", f"run.dir={tmp_path / 'run'}"])
+    result = ppo_run.run(run)
+    assert result["left_out"] == {"prompts": {"history_cut": 1, "too_long": 2}, "evaluation": {"too_long": 1}}
+    assert one_line(result).endswith(
+        "; prompts left out 2 too long, cut the history of 1; evaluation left out 1 too long"
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert (manifest["prompts"]["used"], manifest["evaluation_prompts"]["used"]) == (2, 1)
 
 
 def test_a_run_that_an_alarm_ends_looks_at_the_policy_that_it_saves(evaluated, tmp_path):

@@ -90,7 +90,7 @@ def test_the_gate_has_the_threshold_of_the_settings_however_the_models_are_held(
     """P(safe) is 0.525 at a score of 0.1: unsafe below 0.6, although safe by the paper's 0.15."""
     models = models_of(config_of(runs, "rewards.threshold=0.6", f"ppo.share_backbone={share}"))
     assert (models.separate is None) == (share == "always")
-    gated = models.rewards.gate(torch.tensor([9.0]), torch.tensor([0.1]), torch.tensor([False]))
+    gated = models.rewards.gated_logits(torch.tensor([9.0]), torch.tensor([0.1]), torch.tensor([False]))
     assert gated.tolist() == pytest.approx([0.1])
 
 

@@ -13,9 +13,10 @@ from alignment.cli.main import app
 from alignment.config import load_config
 from alignment.errors import DataError, RunError
 from alignment.models import load_chat_of
-from reward_models import prepare, trainer
+from alignment.training import FEW_STEPS, warn_of_few_steps
+from reward_models import trainer
 from reward_models.config import RewardModelConfig
-from reward_models.prepare import PreparedPairs, prepare_pairs, warn_of_few_steps
+from reward_models.prepare import PreparedPairs, prepare_pairs, warn_of_short_mix
 
 
 def pair(index: int, **fields: Any) -> dict[str, Any]:
@@ -149,11 +150,28 @@ def test_a_dry_run_reads_every_row(tmp_path):
 
 
 def test_a_handful_of_steps_is_warned_of(caplog):
-    warn_of_few_steps(16, 1, 512)
+    warn_of_few_steps(16, "pairs", 1, 512)
     assert "16 pairs in batches of 512 make 1 optimizer step." in caplog.text
     caplog.clear()
-    warn_of_few_steps(10_240, prepare.FEW_STEPS, 512)
+    warn_of_few_steps(10_240, "pairs", FEW_STEPS, 512)
     assert not caplog.text
+
+
+def test_a_mix_for_which_rows_are_too_few_is_warned_of(tmp_path, caplog):
+    """Of 10 pairs and 4 of the other aim equal parts are 6 short; ninety to ten wants one of them."""
+    train = write(tmp_path / "a.jsonl", [pair(index) for index in range(10)])
+    other = write(tmp_path / "b.jsonl", [pair(20 + index) for index in range(4)])
+    settings = ["kind=helpfulness", f"data.train={train}", f"data.mix_in={other}"]
+    assert prepared(tmp_path, *settings).notes["mix_shortfall"] == 0
+    assert prepared(tmp_path, *settings, "data.mix=90/10").notes["mix_shortfall"] == 0
+    short = prepared(tmp_path, *settings, "data.mix=equal_parts").notes["mix_shortfall"]
+    assert short == 6
+    warn_of_short_mix(0, "equal_parts")
+    assert not caplog.text
+    warn_of_short_mix(short, "equal_parts")
+    assert "data.mix=equal_parts: data.mix_in has 6 rows too few" in caplog.text
+    command = ["rm", "model=toy", *settings, "data.mix=equal_parts", f"run.dir={tmp_path / 'run'}", "--dry-run"]
+    assert "data.mix_in has 6 rows too few for equal_parts." in CliRunner().invoke(app, command).output
 
 
 def _interrupt(*_: object, **__: object) -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from alignment.chat import chat_format, encode_prompt
 from alignment.config import PromptSection, SamplingSection
-from alignment.data import Loaded
+from alignment.data import Loaded, SourceReport
 from alignment.dialogue import Message, Prompt
 from alignment.errors import DataError
 from alignment.models import load_chat_of
-from alignment.sampling.prompts import choose_prompts, fit_prompts, prompt_room
+from alignment.sampling.prompts import choose_prompts, fit_all_formats, fit_prompts, prompt_room, prompts_left_out
 
 
 def prompts_of(safety: int, other: int) -> Loaded[Prompt]:
@@ -63,12 +63,37 @@ def test_prompts_that_the_chat_format_refuses_are_named_or_left_out(make_tokeniz
     assert [prompt for prompt, _ in fit_prompts(chat, [good, bad], skipping, room=50)] == [good]
 
 
+def test_prompts_are_counted_by_why_they_are_out_of_one_format_or_several(make_tokenizer):
+    """Of four one is refused by Llama 2's format, one is too long, and one loses its first turns."""
+    llama2, chatml = (chat_format(make_tokenizer(), name) for name in ("llama2", "chatml"))
+    opening = (Message("user", "x" * 30), Message("assistant", "y" * 30))
+    texts = ((Message("user", "hi"),), (Message("user", "[INST] hi"),), (*opening, Message("user", "a")))
+    prompts = [Prompt(messages=messages) for messages in (*texts, (Message("user", "z" * 300),))]
+    section = PromptSection(prompts=["x"], on_error="skip")
+    found, counts = fit_all_formats([llama2, chatml], prompts, section, room=90)
+    assert [prompt.messages[-1].content for prompt in found] == ["hi", "a"] and len(found[1].messages) == 1
+    assert counts == {"history_cut": 1, "too_long": 1, "refused_by_chat_format": 1}
+    files = [SourceReport("a", "", 6, 4, {"unreadable": 2}), SourceReport("b", "", 1, 1)]
+    assert prompts_left_out({"used": 2, **counts}, files) == {"unreadable": 2, **counts}
+    assert prompts_left_out({"used": 4, "too_long": 0}, files[1:]) == prompts_left_out(None, []) == {}
+
+
+def test_a_prompt_that_a_second_format_makes_shorter_still_is_cut_once(make_tokenizer):
+    chats = [chat_format(make_tokenizer(), name) for name in ("llama2", "chatml")]
+    asked = Prompt(messages=(*(Message(role, "aaaaa") for role in ("user", "assistant") * 2), Message("user", "b")))
+    room, more = (len(encode_prompt(chat, asked.messages[2:])) for chat in chats)
+    assert room < more, "one exchange goes for the first, two go for the second"
+    [found], counts = fit_all_formats(chats, [asked], PromptSection(prompts=["x"]), room=room)
+    assert (found.messages, counts["history_cut"]) == (asked.messages[4:], 1)
+
+
 def test_an_answer_that_was_cut_off_fits_into_the_reward_models_context_with_its_end():
     chat, _ = load_chat_of("toy")
     sampling = SamplingSection(max_new_tokens=100)
-    assert prompt_room(chat, sampling, policy=512) == prompt_room(chat, sampling, policy=512, judges=600) == 412
-    assert prompt_room(chat, sampling, policy=512, judges=512) == 411
-    assert prompt_room(chat, sampling, policy=512, judges=300) == 199
+    assert prompt_room(chat, sampling, policy_context=512) == 412
+    assert prompt_room(chat, sampling, policy_context=512, judge_context=600) == 412
+    assert prompt_room(chat, sampling, policy_context=512, judge_context=512) == 411
+    assert prompt_room(chat, sampling, policy_context=512, judge_context=300) == 199
 
 
 def test_a_prompt_must_leave_room_for_its_response_in_the_models_context():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from alignment.chat import chat_format
+from alignment.config import PromptSection
 from alignment.dialogue import Candidate, Message, Prompt
 from alignment.errors import DataError, ModelError
 from alignment.headlines import one_line
@@ -182,6 +183,24 @@ def test_a_later_round_says_of_how_many_prompts_its_pool_is(tmp_path, monkeypatc
     assert (result["prompts"], result["pool_prompts"], result["kept"]) == (1, 2, 2)
     assert one_line(result).startswith("2 answers kept, of 2 prompts of all rounds; reward +1.00")
     assert one_line({**result, "pool_prompts": 1, "kept": 1}).startswith("1 answers kept, of 1 prompts; reward")
+    assert result["left_out"] == {"prompts": {}} and "left out" not in one_line(result)
+
+
+def test_the_line_of_a_run_says_which_prompts_it_left_out(tmp_path, monkeypatch):
+    """One row is no prompt, two prompts are too long, and one is so with its first turns only."""
+    long = [{"role": "user", "content": "x" * 60}]
+    history = [*long, {"role": "assistant", "content": "y"}, {"role": "user", "content": "beta"}]
+    rows = [{"prompt": long}, {"prompt": [{"role": "user", "content": "alpha"}]}, {}, {"prompt": history}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+
+    judged_by(monkeypatch, lambda each: float(each.index))
+    section = PromptSection(prompts=[str(prompts)], max_prompt_length=50, on_error="skip")
+    config = config_of(tmp_path / "run", prompts).model_copy(update={"prompts": section})
+    result = rejection_sampling.run(config)
+    assert result["prompts"] == 2
+    assert result["left_out"] == {"prompts": {"unreadable": 1, "too_long": 2, "history_cut": 1}}
+    assert one_line(result).endswith("; prompts left out 1 unreadable, 2 too long, cut the history of 1")
 
 
 def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):

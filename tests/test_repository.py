@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from alignment.cli.main import app
+from alignment.cli.main import app, run_stage
 from alignment.cli.pipeline import load_pipeline
 from alignment.cli.stages import STAGES
 from alignment.config import describe, load_config
-from alignment.errors import ConfigError, RunError
+from alignment.errors import ConfigError, ModelError, RunError
+from alignment.models import load_reward_model, save_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("alignment", "sft", "reward_models", "rlhf")
@@ -69,6 +70,9 @@ def test_every_recipe_validates(path, monkeypatch, tmp_path):
     for earlier_run in re.findall(r"^ *(?:model|helpfulness|safety): (?:\{path: )?(runs/[\w/-]+)", text, re.M):
         (tmp_path / earlier_run / "model").mkdir(parents=True)
         (tmp_path / earlier_run / "model" / "config.json").touch()
+    for earlier_rows in re.findall(r"(runs/[\w/-]+)/sft\.jsonl", text):
+        (tmp_path / earlier_rows).mkdir(parents=True)
+        (tmp_path / earlier_rows / "sft.jsonl").touch()
     if path.parent.name in ("smollm2", "llama2-7b", "llama2-70b"):
         # The data is not part of the repository: empty files of the same names stand for it.
         monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
@@ -211,3 +215,27 @@ def test_a_pipeline_names_sections_that_no_stage_has_and_settings_that_are_none(
         'Did you mean "lr"?',
     ):
         assert part in str(caught.value)
+    with pytest.raises(ConfigError, match=r"command line: defaults=fast: write defaults\.KEY=VALUE\."):
+        load_pipeline(path, ["defaults=fast"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "found"),
+    [
+        ("sft", ["model=toy", "data.train=toy:sft.train", "data.max_rows=8", "train.batch_size=3",
+                 "data.valid=toy:sft.valid", "data.max_length=20"],
+         "8 dialogues, 6 steps; 200 held-out dialogues."),
+        ("gatt", ["model=toy", "prompts={prompts: 'toy:prompts.train', max_prompts: 5}"], "5 dialogues."),
+        ("eval", ["kind=gatt", "policies.a=toy", "prompts={prompts: 'toy:prompts.heldout', max_prompts: 3, turns: 2}"],
+         "3 dialogues, 1 policies."),
+    ],
+)  # fmt: skip
+def test_a_dry_run_reads_the_rows_and_refuses_a_model_that_cannot_chat(tmp_path, capsys, stage, settings, found):
+    run_stage(stage, [*settings, f"run.dir={tmp_path / 'run'}"], dry_run=True)
+    assert f"{stage}: settings and rows are in order: {found}" in capsys.readouterr().err
+    judge = load_reward_model("toy", new_head_seed=0)
+    save_model(judge.model, judge, tmp_path / "judge")
+    key = "policies.a" if stage == "eval" else "model"
+    with pytest.raises(ModelError, match="judge: is a reward model"):
+        run_stage(stage, [*settings, f"{key}={tmp_path / 'judge'}", f"run.dir={tmp_path / 'run'}"], dry_run=True)
+    assert not (tmp_path / "run").exists()

@@ -202,7 +202,7 @@ def test_clipped_tokens_have_no_gradient_and_are_counted():
     clipped_policy_loss(logprobs, torch.zeros(4), advantages, clip_range=0.2).sum().backward()
     assert (logprobs.grad == 0).tolist() == [True, False, False, True]
     clipped = is_clipped(logprobs.detach(), torch.zeros(4), advantages, clip_range=0.2)
-    assert clipped.tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert clipped.tolist() == [True, False, False, True]
 
 
 def test_at_the_sampling_policy_the_gradient_is_the_policy_gradient():
@@ -238,7 +238,7 @@ def test_policy_loss_equals_the_papers_equation_in_plain_python(rows, eps):
         kept = min(max(ratio, 1 - eps), 1 + eps)
         assert value.item() == pytest.approx(-min(ratio * advantage, kept * advantage), abs=1e-9)
         assert value.item() >= -ratio * advantage - 1e-9  # never better than without the clip
-        assert clipped.item() == float(kept * advantage < ratio * advantage)
+        assert clipped.item() == (kept * advantage < ratio * advantage)
 
 
 @given(st.lists(st.tuples(small, small, small), min_size=1, max_size=8), st.floats(0.05, 0.5))

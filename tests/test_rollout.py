@@ -1,10 +1,12 @@
 """What is measured on rollouts: tables over branches, scores behind the gate, evaluation summaries."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from alignment.chat import chat_format
 from alignment.config import ModelSection
 from alignment.dialogue import Candidate, Message, Prompt
 from alignment.errors import ModelError
@@ -14,7 +16,7 @@ from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.evaluate import summarize, toy_truth
-from rlhf.judges import RewardModels, load_scorer
+from rlhf.judges import RewardModels, check_same_ids, load_scorer
 from rlhf.rollout import Rollouts, branch_offsets, branch_rows, of_all_processes, rollout_metrics, tabulate
 
 TREES = [
@@ -129,11 +131,21 @@ def test_an_empty_response_can_be_scored(rewards):
 
 
 def test_a_reward_model_with_another_vocabulary_is_refused(rewards, policy):
-    rewards.check_vocabulary(policy)
+    judges = {"rewards.helpfulness": rewards.helpfulness.chat}
+    check_same_ids(policy.chat, judges)
     other = load_chat_model("toy")
     other.tokenizer.add_tokens(["<other>"])
-    with pytest.raises(ModelError, match="tokenizer differs"):
-        rewards.check_vocabulary(other)
+    with pytest.raises(ModelError, match=r"rewards\.helpfulness: its tokenizer differs"):
+        check_same_ids(other.chat, judges)
+
+
+def test_a_reward_model_that_writes_dialogues_otherwise_is_refused(policy):
+    """A system message that one template puts before every dialogue is enough: ids of the same vocabulary."""
+    template = policy.tokenizer.chat_template
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.chat_template = "{{ '<|system|>be good<|im_end|>' }}" + template
+    with pytest.raises(ModelError, match=r"rewards\.safety: writes dialogues in another format than the policy"):
+        check_same_ids(policy.chat, {"rewards.safety": chat_format(tokenizer)})
 
 
 def test_summary_counts_wins_and_violations():

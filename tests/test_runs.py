@@ -24,7 +24,7 @@ from alignment.cli.stages import STAGES
 from alignment.config import DataSection, ModelSection, PositiveInt, RunSection, StageConfig, describe, load_config
 from alignment.data import load_prompts
 from alignment.errors import RunError
-from alignment.files import write_folder, write_json, write_text
+from alignment.files import replacing, save_figure, write_folder, write_json, write_text
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.locks import release_locks
@@ -36,7 +36,6 @@ from alignment.manifests import (
     upstream_runs,
 )
 from alignment.runs import (
-    RESUME_MAY_CHANGE,
     Run,
     check_run_dir,
     mark_complete,
@@ -91,6 +90,39 @@ def test_a_killed_write_leaves_the_old_text(tmp_path, monkeypatch):
     write_text(path, "new")
     assert path.read_text() == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_the_old_file_and_no_temporary_one(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def half(temporary: Path, **_: object) -> None:
+        temporary.write_text("ne")
+        raise error
+
+    with pytest.raises(error), replacing(path) as temporary:
+        half(temporary)
+    with pytest.raises(error):
+        save_figure(SimpleNamespace(savefig=half), path)
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_file_is_synced_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.txt", []
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_ino, path.read_text())))
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert synced == [(path.stat().st_ino, "old")] and path.read_text() == "new"
+
+
+def test_what_a_killed_write_left_is_written_over(tmp_path):
+    (tmp_path / "a.txt.tmp").write_text("half of something longer")
+    write_text(tmp_path / "a.txt", "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "new")]
 
 
 def test_json_is_written_readably_in_any_language(tmp_path):
@@ -423,7 +455,7 @@ def test_a_round_goes_on_with_other_settings_of_what_comes_after_sampling(tmp_pa
     open_run(reject_config(tmp_path))
     changed = reject_config(tmp_path, **change)
     [key] = changed_settings(read_manifest(tmp_path / "reject"), changed)
-    assert key in RESUME_MAY_CHANGE["reject"]
+    assert key in RejectionSamplingConfig.resume_may_change
     run = open_run(changed, resume=True)
     assert changed_settings(read_manifest(run.path), changed) == []
     with pytest.raises(RunError, match=r"other settings \(round\)\. Resume with the same"):
@@ -451,10 +483,10 @@ def test_checkpoints_may_come_more_often_after_a_resume_but_batches_stay(tmp_pat
             open_run(SFTConfig.model_validate({**values, "train": {key: 7}}), resume=True)
 
 
-@pytest.mark.parametrize("stage", RESUME_MAY_CHANGE)
+@pytest.mark.parametrize("stage", STAGES)
 def test_what_may_change_are_settings(stage):
-    keys = {key for key, *_ in describe(STAGES[stage].config_class())}
-    assert RESUME_MAY_CHANGE[stage] <= keys
+    cls = STAGES[stage].config_class()
+    assert cls.resume_may_change <= {key for key, *_ in describe(cls)}
 
 
 # ------------------------------------------------------------------------------------------- several processes

@@ -137,6 +137,19 @@ def test_unfinished_rows_of_other_data_are_not_gone_on_with(reward_folder, respo
     assert isinstance(result.exception, RunError) and "another model, other data or settings" in str(result.exception)
 
 
+def test_unfinished_rows_that_are_damaged_are_named_and_left_as_they_are(tmp_path):
+    data, about = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.partial.json"
+    begun = scoring.PartialFile.open(tmp_path / "out.jsonl", {"model": "any"}, resume=False)
+    begun.begin("float32")
+    begun.append([{"score": 1.0}], 1)
+    data.write_text(data.read_text() + '{"sco\n{"prompts_done": 2}\n')
+    before = data.read_bytes()
+    with pytest.raises(RunError) as caught:
+        scoring.PartialFile.open(tmp_path / "out.jsonl", {"model": "any"}, resume=True)
+    assert f"{data}:3: no JSON" in str(caught.value) and f"Remove it and {about}." in str(caught.value)
+    assert data.read_bytes() == before
+
+
 def test_a_file_that_is_there_is_not_written_over(reward_folder, responses, tmp_path):
     out = tmp_path / "thesis.jsonl"
     out.write_text("years of work")

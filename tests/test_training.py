@@ -31,6 +31,7 @@ from alignment.training import (
     RunCallback,
     StepSchedule,
     build_scheduler,
+    num_steps,
     num_warmup_steps,
     training_arguments,
     use_run,
@@ -63,14 +64,15 @@ def test_what_cannot_be_saved_whole_is_refused_before_training(kind, version, me
 
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 12), epochs=st.integers(1, 4), seed=st.integers(0, 5))
 def test_every_row_comes_once_in_every_epoch(rows, batch_size, epochs, seed):
-    schedule = StepSchedule(rows, TrainSection(batch_size=batch_size, epochs=epochs), seed=seed)
+    train = TrainSection(batch_size=batch_size, epochs=epochs)
+    schedule = StepSchedule(rows, train, seed=seed)
     order = [row for step in schedule for row in step]
     for epoch in range(epochs):
         assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
     assert len(order) == rows * epochs
     assert all(len(step) == batch_size for step in schedule.steps[:-1])
     assert 1 <= len(schedule[len(schedule) - 1]) <= batch_size
-    assert len(schedule) == math.ceil(rows * epochs / batch_size)
+    assert len(schedule) == num_steps(rows, train) == math.ceil(rows * epochs / batch_size)
 
 
 def test_the_schedule_is_a_function_of_the_seed():
@@ -102,6 +104,14 @@ def test_steps_that_max_steps_cuts_off_are_not_drawn(monkeypatch):
     assert StepSchedule(9, TrainSection(batch_size=4, epochs=50, max_steps=5), seed=0).steps == whole[:5]
     assert len(drawn) == 3  # epochs of nine rows for 20
     assert len(StepSchedule(9, TrainSection(batch_size=4, epochs=1, max_steps=5), seed=0)) == 3
+
+
+def test_numbers_of_steps_of_worked_examples():
+    assert num_steps(9, TrainSection(batch_size=4, epochs=2)) == 5  # 18 rows: four steps of 4 and one of 2
+    assert num_steps(9, TrainSection(batch_size=2, epochs=0.5)) == 3  # 4.5 rows, rounded up to 5
+    assert num_steps(9, TrainSection(batch_size=4, epochs=2, max_steps=3)) == 3
+    assert num_steps(9, TrainSection(batch_size=4, epochs=2, max_steps=6)) == 5
+    assert num_steps(0, TrainSection(batch_size=4)) == 0
 
 
 def test_warmup_steps_of_worked_examples():

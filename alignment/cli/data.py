@@ -14,11 +14,11 @@ from rich.table import Table
 
 from alignment.converters import STRENGTHS, ConversionSummary, convert_file
 from alignment.data import load_dialogues, load_rows, pick, read_lines, split_by_prompt, write_rows
-from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, guess_layout, parse_row, some
-from alignment.dialogue import Candidate, Dialogue, PreferencePair, RowError
+from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, parse_row, some
+from alignment.dialogue import Candidate, Dialogue, LayoutError, PreferencePair, RowError
 from alignment.errors import DataError, ModelError
 from alignment.files import check_new_file
-from alignment.layouts import CONVERTERS, RatingBins, Strength
+from alignment.layouts import CONVERTERS, RatingBins, Strength, layout_hint
 from alignment.sources import find_data
 
 if TYPE_CHECKING:
@@ -112,12 +112,10 @@ def split(
     """Split rows into train and valid; rows that open with the same user message stay on one side."""
     if out.name in ("", ".."):
         raise DataError(f"{out}: is a folder. Name the beginning of two files, e.g. --out {out / 'mine'}.")
-    rows = load_rows([file], parse_row).rows
     paths = [out.with_name(f"{out.name}.{part}.jsonl") for part in ("train", "valid")]
-    if existing := [str(path) for path in paths if path.exists()]:
-        raise DataError(f"{', '.join(existing)}: exists. Give another --out, or remove it.")
-    if not out.parent.is_dir():
-        raise DataError(f"{out}: there is no folder {out.parent}. Make it first.")
+    for path in paths:
+        check_new_file(path)
+    rows = load_rows([file], parse_row).rows
     for path, part in zip(paths, split_by_prompt(rows, valid_fraction=valid_fraction, seed=seed), strict=True):
         typer.echo(f"{path}: {write_rows(path, (row.to_json() for row in part)):,} rows")
 
@@ -233,8 +231,7 @@ def _typed_rows(file: str) -> Iterator[tuple[str, TypedRow]]:
                 raise RowError(line.problem or "unreadable")
             yield line.where, parse_row(line.row)
         except RowError as error:
-            layout = guess_layout(line.row) if line.row else None
-            hint = f" It looks like {layout}: see `align data convert --help`." if layout else ""
+            hint = f" {layout_hint(line.row, file)}" if isinstance(error, LayoutError) else ""
             raise DataError(f"{line.where}: {error.problem}{hint}") from error
 
 

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from alignment.data import load_prompts
 from alignment.distributed import for_all, map_over_processes
 from alignment.isolation import isolated
+from alignment.models import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
+from alignment.sampling.prompts import choose_prompts
 from reward_models.score import Scorer
 from rlhf.judges import judges_context
 from sft import context_distillation
@@ -21,6 +24,15 @@ def run(config: DistilConfig, *, resume: bool = False) -> dict[str, Any]:
     """See `sft.context_distillation.run`. Raises ModelError where `safety` is no reward model, before any sampling."""
     context = judges_context({"safety": config.safety})
     return context_distillation.run(config, _load_score, judge_context=context, resume=resume)
+
+
+def check(config: DistilConfig) -> str:
+    """What `align distil --dry-run` says: reads rows and the chat format, loads no weights, writes nothing."""
+    judges_context({"safety": config.safety})
+    check_is_chat_model(config.model.path)
+    load_chat_of(config.model.path, config.model.chat_template)
+    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    return f"settings and rows are in order: {len(choose_prompts(data, config.prompts, config.run.seed))} prompts."
 
 
 def _load_score(config: DistilConfig, device: torch.device) -> context_distillation.Score:

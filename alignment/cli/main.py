@@ -27,6 +27,10 @@ _NO_ROOM = "Free space or name another place. Where a run was going, --resume go
 _NO_RIGHT = "Ask for the right to read or write it, or name another place."
 _OTHER_KIND = "A file is where a folder is needed, or the other way round. Name another place."
 # What a file system may refuse that is no bug of ours, with what to do.
+_LESS_MEMORY = (
+    "Halve train.max_tokens_per_batch (in scoring rewards.max_tokens_per_batch, in sampling sampling.max_rows) and add "
+    "--resume; what else helps: docs/troubleshooting.md, Out of memory."
+)
 _REFUSALS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _NO_ROOM),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_RIGHT),
@@ -91,7 +95,7 @@ def _add_stage(stage: Stage) -> None:
     @app.command(stage.name, cls=StageCommand, help=stage.summary)
     def command(
         arguments: Arguments = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and inputs, train nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and rows, train nothing.")] = False,
         show_config: Annotated[bool, typer.Option("--show-config", help="Print the resolved settings.")] = False,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     ) -> None:
@@ -123,9 +127,7 @@ def run_stage(
     if dry_run or not show_config:
         check_run_dir(config, resume=resume)
     if dry_run:
-        check = stage.check_function()
-        found = check(config) if check else "settings are in order, and all inputs exist; rows were not read."
-        typer.echo(f"{name}: {found}", err=True)
+        typer.echo(f"{name}: {stage.check_function()(config)}", err=True)
     if show_config or dry_run:
         return
     run = stage.run_function()
@@ -321,6 +323,9 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
+            typer.echo(f"error: the device is out of memory. {str(error).splitlines()[0]} {_LESS_MEMORY}", err=True)
+            raise SystemExit(2) from None
         if (number := _refused(error)) is None:
             raise
         place = f"{error.filename}: " if getattr(error, "filename", None) else ""

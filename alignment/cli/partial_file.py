@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data import file_sha256, write_rows
+from alignment.data import write_rows
 from alignment.errors import RunError
-from alignment.files import check_new_file, write_json
+from alignment.files import check_new_file, file_sha256, write_json
+from alignment.line_log import append_lines, whole_lines
 from alignment.manifests import weights_sha256
 from alignment.models import model_folder
 from alignment.sources import find_data
@@ -32,7 +34,7 @@ class PartialFile:
     def open(cls, out: Path | None, made_from: Row, *, resume: bool) -> PartialFile:
         """What there is of it, with the arithmetic type it was begun in, which is kept.
 
-        Raises RunError where `out` exists, or unfinished rows are there that may not be gone on with.
+        Raises RunError where `out` exists, or unfinished rows are there that may not be gone on with or are damaged.
         """
         if out is None:
             return cls(None, made_from)
@@ -46,7 +48,11 @@ class PartialFile:
         dtype = known.pop("dtype", None)
         if dtype is None or known != made_from:
             raise RunError(f"{data}: was made with another model, other data or settings. Remove it and {about}.")
-        return cls(out, made_from, dtype, *_whole_blocks(data))
+        try:
+            rows, num_prompts = _whole_blocks(data)
+        except ValueError as error:
+            raise RunError(f"{error} Remove it and {about}.") from error
+        return cls(out, made_from, dtype, rows, num_prompts)
 
     def begin(self, dtype: str) -> None:
         """Makes the files where they are not there, once the model is: a wrong one leaves nothing behind."""
@@ -69,19 +75,16 @@ class PartialFile:
         self.num_prompts += num_prompts
         if self.out is None:
             return
-        with _partial_paths(self.out)[0].open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")  # a Hub's rows may hold dates
-            file.write(json.dumps({"prompts_done": self.num_prompts}) + "\n")
+        block = [*rows, {"prompts_done": self.num_prompts}]
+        append_lines(_partial_paths(self.out)[0], block, default=str)  # a Hub's rows may hold dates
 
     def finish(self, rows: Iterable[Row] | None = None) -> None:
         """Turns the partial file into the final one: its rows as they stand, or these, which are the same in order."""
         if self.out is None:
             return
         data, about = _partial_paths(self.out)
-        with data.open(encoding="utf-8") as lines:
-            as_they_stand = (row for row in map(json.loads, lines) if "prompts_done" not in row)
-            write_rows(self.out, as_they_stand if rows is None else rows)
+        as_they_stand = (row for row, _ in whole_lines(data) if "prompts_done" not in row)
+        write_rows(self.out, as_they_stand if rows is None else rows)
         data.unlink()
         about.unlink()
 
@@ -105,18 +108,11 @@ def _whole_blocks(path: Path) -> tuple[list[Row], int]:
     """The rows up to the last complete block, to which the file is cut, and the prompts they cover."""
     kept: list[Row] = []
     block: list[Row] = []
-    end = num_prompts = position = 0
-    with path.open("rb") as file:
-        for line in file:
-            position += len(line)
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if "prompts_done" in row:
-                kept, block, end, num_prompts = kept + block, [], position, row["prompts_done"]
-            else:
-                block.append(row)
-    with path.open("rb+") as file:
-        file.truncate(end)
+    end = num_prompts = 0
+    for row, position in whole_lines(path):
+        if "prompts_done" in row:
+            kept, block, end, num_prompts = kept + block, [], position, row["prompts_done"]
+        else:
+            block.append(row)
+    os.truncate(path, end)
     return kept, num_prompts

@@ -16,7 +16,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from alignment.cli.rounds import expand_rounds
 from alignment.cli.stages import STAGES, ModelKind
 from alignment.cli.summary import print_summary
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
-from alignment.data import file_sha256
 from alignment.errors import AlignError, ConfigError, RunError
-from alignment.files import write_json
+from alignment.files import file_sha256, write_json
 from alignment.headlines import one_line
 from alignment.manifests import (
     OUTDATED,
@@ -88,74 +87,25 @@ def load_pipeline(
 
     Without `check_inputs` data and models need not be there.
     """
-    values = read_yaml(path)
-    given = parse_overrides(overrides)
+    values, given = read_yaml(path), parse_overrides(overrides)
     for key in ("defaults", "stages"):
         if not isinstance(values.get(key) or {}, Mapping):
             raise ConfigError(f"{path}: {key}: a {type(values[key]).__name__}. It must hold `NAME: {{...}}` lines.")
-    written: dict[str, Any] = values.get("stages") or {}
-    entries, outside, problems = expand_rounds(written, given, str(path))
-    unknown = (set(values) - {"runs", "defaults", "stages"}) | (set(given) - {"runs", "defaults", *written, *entries})
-    problems += [
-        f"{path}: {key}: unknown key. Known here: runs, defaults, stages; on the command line also "
-        f"{', '.join(entries) or 'the names of stages'}."
-        for key in sorted(unknown)
-    ]
-    if from_stage is not None and from_stage not in entries:
-        problems.append(f"--from {from_stage}: no such stage. Known: {', '.join(entries)}.")
-    runs = Path(str(given.get("runs") or values.get("runs") or f"runs/{path.stem}")).expanduser()
+    if not isinstance(given.get("defaults", {}), Mapping):
+        raise ConfigError(f"command line: defaults={given['defaults']}: write defaults.KEY=VALUE.")
+    entries, outside, problems = expand_rounds(values.get("stages") or {}, given, str(path))
     defaults = merge(values.get("defaults") or {}, given.get("defaults") or {})
-    if _names_a_folder(defaults):
-        problems.append(f"{path}: defaults.run.dir: every stage has its own folder in a pipeline. Set runs.")
-    known = {name for stage in STAGES.values() for name in stage.config_class().model_fields}
-    problems += [
-        f"{path}: defaults.{key}: no stage has such a section. Known: {', '.join(sorted(known))}."
-        for key in sorted(set(defaults) - known)
-    ]
-    problems += [
-        f"command line: {name}={given[name]}: write {name}.KEY=VALUE."
-        for name in {**written, **entries}
-        if name in given and not isinstance(given[name], Mapping)
-    ]
-    given = {name: value for name, value in given.items() if isinstance(value, Mapping)}
-    places = {"here": str(path.parent)}
-    stages: list[PlannedStage] = []
+    problems += _key_problems(path, values, given, defaults, entries, from_stage)
+    runs = Path(str(given.get("runs") or values.get("runs") or f"runs/{path.stem}")).expanduser()
+    made = _Stages(path, runs, defaults, check_inputs, problems, places={"here": str(path.parent)})
     again = False
     for name, entry in entries.items():
         again = again or name == from_stage
-        kind = entry.get("stage", name) if isinstance(entry, Mapping) else None
-        if kind not in STAGES:
-            problems.append(f"{path}: stages.{name}.stage is {kind!r}. Use one of {', '.join(STAGES)}.")
-            continue
-        stage_values = {key: value for key, value in entry.items() if key != "stage"}
-        try:
-            cls = STAGES[kind].of_kind({**stage_values, **given.get(name, {})}.get("kind")).config_class()
-        except ConfigError as error:
-            problems.append(f"{path}: stages.{name}: {error}")
-            continue
-        fitting = {key: value for key, value in defaults.items() if key in cls.model_fields}
-        full = merge(merge(fitting, stage_values), given.get(name) or {})
-        if _names_a_folder(stage_values) or _names_a_folder(given.get(name, {})):
-            problems.append(f"{path}: stages.{name}.run.dir: is {runs / name} in a pipeline. Set runs for all stages.")
-        full = merge(full, {"run": {"dir": str(runs / name)}})
-        unknown_names: list[str] = []
-        full = _fill_in(full, places, f"{path}: stages.{name}", unknown_names)
-        problems += unknown_names
-        made_earlier = [folder for key, folder in places.items() if key != "here"]
-        try:
-            earlier = [*made_earlier, _UNKNOWN]
-            where = f"{path}: stages.{name}"
-            config = build_config(cls, full, where, check_inputs=check_inputs, made_earlier=earlier)
-            problems += [f"{where}: {problem}" for problem in _wrong_references(config, stages)]
-            stages.append(PlannedStage(name, config, again))
-        except AlignError as error:
-            problems.append(str(error))
-        places[name] = str(runs / name)
-        if name in outside:
-            places[outside[name]] = places[name]
-    if not written:
+        own = given.get(name)
+        made.add(name, entry, own if isinstance(own, Mapping) else {}, again=again, outside=outside.get(name))
+    if not values.get("stages"):
         problems.append(f"{path}: stages: missing or empty. List at least one.")
-    devices = {stage.config.run.device for stage in stages}
+    devices = {stage.config.run.device for stage in made.stages}
     if "cpu" in devices and len(devices) > 1:
         problems.append(
             f"{path}: run.device is {', '.join(sorted(devices))} in different stages. One process runs them all: "
@@ -163,7 +113,87 @@ def load_pipeline(
         )
     if problems:
         raise ConfigError("\n".join(problems))
-    return Pipeline(runs, stages)
+    return Pipeline(runs, made.stages)
+
+
+def _key_problems(
+    path: Path,
+    values: Mapping[str, Any],
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    entries: Mapping[str, Any],
+    from_stage: str | None,
+) -> Iterator[str]:
+    """What is wrong around the stages: with keys of the file and the command line, `--from` and the defaults.
+
+    `given` is what the command line says; `defaults` are those of both, `entries` the stages with rounds written out.
+    """
+    written = values.get("stages") or {}
+    unknown = (set(values) - {"runs", "defaults", "stages"}) | (set(given) - {"runs", "defaults", *written, *entries})
+    for key in sorted(unknown):
+        yield (
+            f"{path}: {key}: unknown key. Known here: runs, defaults, stages; on the command line also "
+            f"{', '.join(entries) or 'the names of stages'}."
+        )
+    if from_stage is not None and from_stage not in entries:
+        yield f"--from {from_stage}: no such stage. Known: {', '.join(entries)}."
+    if _names_a_folder(defaults):
+        yield f"{path}: defaults.run.dir: every stage has its own folder in a pipeline. Set runs."
+    known = {name for stage in STAGES.values() for name in stage.config_class().model_fields}
+    for key in sorted(set(defaults) - known):
+        yield f"{path}: defaults.{key}: no stage has such a section. Known: {', '.join(sorted(known))}."
+    for name in {**written, **entries}:
+        if name in given and not isinstance(given[name], Mapping):
+            yield f"command line: {name}={given[name]}: write {name}.KEY=VALUE."
+
+
+@dataclass
+class _Stages:
+    """The stages of a pipeline as they are made, each of which may name the run directories of those before it.
+
+    `places` is what `${name}` stands for; `problems` grows by what is wrong with each stage.
+    """
+
+    path: Path
+    runs: Path
+    defaults: Mapping[str, Any]
+    check_inputs: bool
+    problems: list[str]
+    places: dict[str, str]
+    stages: list[PlannedStage] = field(default_factory=list)
+
+    def add(self, name: str, entry: Any, own: Mapping[str, Any], *, again: bool, outside: str | None) -> None:
+        """Makes a stage of its entry in the file and its own settings on the command line, or notes why it cannot.
+
+        `outside` is the name that later stages have for the last round of a repeated one.
+        """
+        where, folder = f"{self.path}: stages.{name}", str(self.runs / name)
+        kind = entry.get("stage", name) if isinstance(entry, Mapping) else None
+        if kind not in STAGES:
+            self.problems.append(f"{where}.stage is {kind!r}. Use one of {', '.join(STAGES)}.")
+            return
+        written = {key: value for key, value in entry.items() if key != "stage"}
+        try:
+            cls = STAGES[kind].of_kind({**written, **own}.get("kind")).config_class()
+        except ConfigError as error:
+            self.problems.append(f"{where}: {error}")
+            return
+        if _names_a_folder(written) or _names_a_folder(own):
+            self.problems.append(f"{where}.run.dir: is {folder} in a pipeline. Set runs for all stages.")
+        fitting = {key: value for key, value in self.defaults.items() if key in cls.model_fields}
+        whole = merge(merge(merge(fitting, written), own), {"run": {"dir": folder}})
+        filled = _fill_in(whole, self.places, where, self.problems)
+        earlier = [*(made for key, made in self.places.items() if key != "here"), _UNKNOWN]
+        try:
+            config = build_config(cls, filled, where, check_inputs=self.check_inputs, made_earlier=earlier)
+        except AlignError as error:
+            self.problems.append(str(error))
+        else:
+            self.problems += [f"{where}: {problem}" for problem in _wrong_references(config, self.stages)]
+            self.stages.append(PlannedStage(name, config, again))
+        self.places[name] = folder
+        if outside is not None:
+            self.places[outside] = folder
 
 
 def _names_a_folder(values: Mapping[str, Any]) -> bool:

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from alignment.cli.pipeline import load_pipeline
 from alignment.cli.plan_advice import advice
-from alignment.cli.plan_stages import Planner, plan_stage
+from alignment.cli.plan_stages import plan_stage
+from alignment.cli.planner import Planner
 from alignment.cli.stages import STAGES
 from alignment.cli.summary import clock
 from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from alignment.cli.plan_stages import Planner, is_split_by_fsdp, plan_stage
+from alignment.cli.plan_stages import is_split_by_fsdp, plan_stage
+from alignment.cli.planner import Planner
 from alignment.config import StageConfig, build_config, merge
 from alignment.errors import AlignError
 from alignment.plan.devices import larger_devices

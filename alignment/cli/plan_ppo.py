@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignment.cli.plan_stages import Planner, draws_for, file_bytes, fill, judged, prompt_length, repeated, vllm_share
+from alignment.cli.planner import Planner, draws_for, file_bytes, fill, judged, prompt_length, repeated, vllm_share
 from alignment.errors import ConfigError
 from alignment.plan.origins import known_base
 from alignment.plan.passes import Rows
@@ -27,6 +27,7 @@ from alignment.plan.training import (
     training_pass,
 )
 from rlhf.config import check_shares
+from rlhf.policy import refused_by_settings
 
 
 def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
@@ -114,11 +115,9 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
 
 def _shares(config: Any, planner: Planner) -> tuple[bool, str]:
     """Whether all models stand on the policy's weights, and why."""
+    if reason := refused_by_settings(config, planner.dtype(config.model)):
+        return False, reason.removesuffix(".")
     origins = [planner.origin(each.path) for each in (config.model, config.rewards.helpfulness, config.rewards.safety)]
-    if not config.lora.r:
-        return False, "the policy is trained in full (lora.r=0)"
-    if config.ppo.share_backbone == "never":
-        return False, "ppo.share_backbone=never"
     bases = {origin.base for origin in origins}
     if len(bases) > 1:  # a name and the fingerprint in a run's files may stand for the same weights
         bases = {known_base(base) for base in bases}

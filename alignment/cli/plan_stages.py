@@ -5,81 +5,28 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from alignment.config import LoraSection, ModelSection, SamplingSection, StageConfig
-from alignment.errors import AlignError, ConfigError
+from alignment.cli.plan_ppo import plan_ppo
+from alignment.cli.planner import Planner, draws_for, file_bytes, fill, judged, prompt_length, repeated, vllm_share
+from alignment.config import SamplingSection, StageConfig
+from alignment.errors import AlignError
 from alignment.models import context_length
-from alignment.plan.origins import Origin
-from alignment.plan.passes import Pass, Rows, run_pass
-from alignment.plan.phases import Phase, StagePlan, Work, together
-from alignment.plan.sampling import Draws, draws_of, sampling
-from alignment.plan.shapes import ModelSpec, spec_of, weights
+from alignment.plan.passes import Rows
+from alignment.plan.phases import Phase, StagePlan, Work
+from alignment.plan.sampling import Draws, sampling
+from alignment.plan.shapes import ModelSpec, weights
 from alignment.plan.training import Setting, held, load_phases, optimizer_state, training_phases
-from alignment.sampling.memory import rows_that_fit
 from alignment.sources import find_data
+from alignment.training import num_steps
 from reward_models.mixing import mix_rows
 
 # Prompts of a stage that takes all there are, where their number is not known.
 MANY = 1000
-
-
-@dataclass(frozen=True)
-class Planner:
-    """Plans stages; `origins` says what the run directories of earlier ones hold."""
-
-    setting: Setting
-    origins: Mapping[str, Origin]
-
-    def origin(self, path: str) -> Origin:
-        """Of a model by its name."""
-        return self.origins.get(path) or Origin(path, path)
-
-    def dtype(self, section: ModelSection) -> torch.dtype:
-        """What a model computes in."""
-        return self.setting.device.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-
-    def trained(self, section: ModelSection, lora: LoraSection, head: str) -> ModelSpec:
-        """A model in training: float32, or frozen in its type with adapters."""
-        return spec_of(
-            self.origin(section.path).shape,
-            head=head,
-            dtype=self.dtype(section) if lora.r else torch.float32,
-            compute=self.dtype(section),
-            lora=lora,
-            is_trained=True,
-            checkpointing=section.gradient_checkpointing,
-        )
-
-    def frozen(self, section: ModelSection, head: str) -> ModelSpec:
-        """A model that samples or judges."""
-        return spec_of(self.origin(section.path).shape, head=head, dtype=self.dtype(section))
-
-    def forward(self, spec: ModelSpec, rows: Rows, reader: str) -> Pass:
-        """A pass without gradients."""
-        return run_pass(spec, rows, reader, device=self.setting.device.kind)
-
-    def free(self, *parts: Mapping[str, int]) -> int | None:
-        """Bytes of a GPU beside these; None on a CPU."""
-        device = self.setting.device
-        held_there = sum(together(self.setting.program, *parts).values())
-        return device.memory - held_there if device.kind == "gpu" else None
-
-    def phase(self, name: str, *parts: Mapping[str, int]) -> Phase:
-        """With what is there before any model."""
-        return Phase(name, together(self.setting.program, *parts))
-
-    def plan(
-        self, config: StageConfig, name: str, phases: Sequence[Phase], unit: str, work: Sequence[Work], **more: Any
-    ) -> StagePlan:
-        """The stage's plan from its parts."""
-        device, share = self.setting.device, self.setting.utilisation
-        seconds = sum(each.seconds(device, share) for each in work)
-        return StagePlan(name, config.stage, device, tuple(phases), unit, seconds, **more)
+# Of a GPU's memory for vLLM, its own default (of version 0.32): only PPO, which trains beside it, gives it another.
+VLLM_DEFAULT_SHARE = 0.92
 
 
 def plan_stage(config: StageConfig, name: str, planner: Planner) -> StagePlan:
@@ -110,7 +57,7 @@ def _sft(config: Any, name: str, planner: Planner) -> StagePlan:
     if config.data.valid and config.evaluation.num_answers and not setting.fsdp:
         phases.append(_answers(config, spec, planner, length))
     count = _num_rows(_sizes(config.data.train, config.data.max_rows_of), config.data.max_rows)
-    steps = None if count is None else _steps(count, train)
+    steps = None if count is None else num_steps(count, train)
     work = [Work(learns.flops * tokens / rows.num_tokens)]
     notes = (*note, *_training_notes(spec, rows, setting))
     return planner.plan(config, name, phases, "step", work, units=steps, notes=notes)
@@ -136,7 +83,7 @@ def _rm(config: Any, name: str, planner: Planner) -> StagePlan:
     rows = fill(row, train.max_tokens_per_batch, share)
     phases, learns = training_phases(spec, rows, "scores", setting, file_bytes=file_bytes(planner, config.model))
     count = _num_rows(_mixed_sizes(config.data), config.data.max_rows)
-    steps = None if count is None else _steps(count, train)
+    steps = None if count is None else num_steps(count, train)
     notes = (*note, *_training_notes(spec, rows, setting))
     work = [Work(learns.flops * share / rows.count)]
     return planner.plan(config, name, phases, "step", work, units=steps, notes=notes)
@@ -222,19 +169,13 @@ def _eval_gatt(config: Any, name: str, planner: Planner) -> StagePlan:
     return planner.plan(config, name, phases, unit, work, units=units, responses=draws.rows, notes=notes)
 
 
-def _ppo(config: Any, name: str, planner: Planner) -> StagePlan:
-    from alignment.cli.plan_ppo import plan_ppo  # which is built on this module
-
-    return plan_ppo(config, name, planner)
-
-
 _PLANS: Mapping[str, Callable[[Any, str, Planner], StagePlan]] = {
     "sft": _sft,
     "rm": _rm,
     "gatt": _gatt,
     "distil": _distil,
     "reject": _reject,
-    "ppo": _ppo,
+    "ppo": plan_ppo,
     "eval policies": _eval,
     "eval gatt": _eval_gatt,
 }
@@ -250,38 +191,9 @@ def _draw(
     found = sampling(policy, draws, device=planner.setting.device.kind)
     work = [repeated(found, count * section.num_candidates / draws.rows)]
     if section.engine == "vllm":
-        return draws, planner.phase("sample", vllm_share(planner, section, 0.92)), work
+        return draws, planner.phase("sample", vllm_share(planner, section, VLLM_DEFAULT_SHARE)), work
     beside = {"kv_cache": found.kv_cache, "activations": found.working}
     return draws, planner.phase("sample", held(policy), beside), work
-
-
-def draws_for(
-    section: SamplingSection, spec: ModelSpec, *, total_prompts: int, prompt_tokens: int, free: int | None
-) -> Draws:
-    """What a stage's sampling settings keep side by side of a model, with so many bytes free when it begins."""
-    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": section.max_new_tokens}
-    max_rows = section.max_rows
-    if max_rows is None:
-        free = None if section.engine == "vllm" else free
-        options = {"candidates": section.num_candidates, **sizes}
-        max_rows = rows_that_fit(free, spec.shape, spec.arithmetic, **options)
-    return draws_of(total_prompts=total_prompts, candidates=section.num_candidates, max_rows=max_rows, **sizes)
-
-
-def repeated(found: Any, times: float) -> Work:
-    """Drawing one set of responses after the other."""
-    return Work(found.flops * times, found.bytes_read * times)
-
-
-def vllm_share(planner: Planner, section: SamplingSection, default: float) -> dict[str, int]:
-    """What vLLM takes at its start and keeps: a share of the device's memory for weights, cache and work.
-
-    Raises ConfigError where several processes would each start one.
-    """
-    if planner.setting.processes > 1:
-        raise ConfigError("sampling.engine=vllm runs in one process: plan it with --gpus 1 and tensor_parallel_size.")
-    share = section.vllm.get("gpu_memory_utilization", default)
-    return {"vllm": int(share * planner.setting.device.memory)}
 
 
 def _score(
@@ -293,26 +205,6 @@ def _score(
     work = [Work(each.flops * responses / (rows.count * len(rows.branches))) for each in passes]
     beside = {"activations": max(each.peak for each in passes)}
     return planner.phase("score", held(*judges), beside), work
-
-
-def judged(draws: Draws, section: SamplingSection, max_tokens: int) -> Rows:
-    """A micro-batch of a reward model: prompts with all responses, or with some where all are over the budget."""
-    room = max(1, (max_tokens - draws.prompt_tokens) // draws.new_tokens)
-    branches = (draws.new_tokens,) * min(section.num_candidates, room)
-    return fill(Rows(1, draws.prompt_tokens, branches), max_tokens, 10**9)
-
-
-def fill(row: Rows, max_tokens: int, at_most: int) -> Rows:
-    """As many such rows as a micro-batch takes."""
-    return replace(row, count=max(1, min(max_tokens // row.num_tokens, at_most)))
-
-
-def prompt_length(wanted: int, new_tokens: int, *specs: ModelSpec) -> int:
-    """Tokens of a prompt at most. Raises ConfigError where a model's context has no room for one."""
-    room = min(context_length(spec.shape) for spec in specs) - new_tokens
-    if room < 2:
-        raise ConfigError(f"sampling.max_new_tokens = {new_tokens} leaves no room for a prompt in the model's context.")
-    return min(wanted, room)
 
 
 def _length(wanted: int, spec: ModelSpec) -> tuple[int, tuple[str, ...]]:
@@ -361,19 +253,6 @@ def _sizes(sources: Sequence[str], at_most: Mapping[str, int] | None = None) -> 
             count = sum(1 for line in file if line.strip())
         found[name] = min(count, (at_most or {}).get(name, count))
     return found
-
-
-def _steps(count: int, train: Any) -> int:
-    steps = math.ceil(math.ceil(count * train.epochs) / train.batch_size)
-    return min(steps, train.max_steps or steps)
-
-
-def file_bytes(planner: Planner, section: ModelSection) -> int:
-    """Weights on disk: in float32 where a stage of ours wrote them, else taken to be as their config.json says."""
-    origin = planner.origin(section.path)
-    spec = spec_of(origin.shape)
-    stored = torch.float32 if section.path in planner.origins else spec.shape.dtype or torch.float32
-    return weights(spec).parameters * stored.itemsize
 
 
 def _shown(rows: Rows) -> str:

@@ -19,18 +19,18 @@ ModelKind = Literal["chat model", "reward model"]
 class Stage:
     """A stage's settings class and functions as `module:name`, so that nothing heavy is imported for help.
 
-    `checker`, where a stage has one, reads its data without training and says what it found. `kinds` are further
-    settings and runners that go by the stage's name, chosen by the setting `kind`. `makes` is the model in its run
-    directory, `files` are the names of the rows there; * stands for what differs.
+    `checker` reads its data and chat formats and says what it found: no weights, no training. `kinds` are further
+    settings, runners and checkers that go by the stage's name, chosen by the setting `kind`. `makes` is the model in
+    its run directory, `files` are the names of the rows there; * stands for what differs.
     """
 
     name: str
     config: str
     runner: str
     summary: str
-    checker: str | None = None
+    checker: str
     default_kind: str = ""
-    kinds: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    kinds: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     makes: ModelKind | None = None
     files: tuple[str, ...] = ()
 
@@ -44,8 +44,8 @@ class Stage:
         if not isinstance(kind, str) or kind not in self.kinds:
             names = ", ".join((self.default_kind, *self.kinds))
             raise ConfigError(f"kind = {kind!r}: the {self.name} stage has no such kind. Use one of {names}.")
-        config, runner = self.kinds[kind]
-        return replace(self, config=config, runner=runner, kinds={})
+        config, runner, checker = self.kinds[kind]
+        return replace(self, config=config, runner=runner, checker=checker, kinds={})
 
     def config_class(self) -> type[StageConfig]:
         """The pydantic model of its settings."""
@@ -55,9 +55,9 @@ class Stage:
         """`run(config, resume=...) -> result`; importing it imports torch."""
         return _load(self.runner)
 
-    def check_function(self) -> Callable[[StageConfig], str] | None:
-        """`check(config) -> what was found`, raising what `run` would raise of its data."""
-        return _load(self.checker) if self.checker else None
+    def check_function(self) -> Callable[[StageConfig], str]:
+        """`check(config) -> what was found`, raising what `run` would raise of its data; importing it imports torch."""
+        return _load(self.checker)
 
 
 STAGES = {
@@ -68,6 +68,7 @@ STAGES = {
             "sft.config:SFTConfig",
             "sft.trainer:run",
             "Fine-tune on demonstrations, prompts masked.",
+            "sft.prepare:check",
             makes="chat model",
             files=("answers.jsonl",),
         ),
@@ -76,6 +77,7 @@ STAGES = {
             "sft.config:GattConfig",
             "sft.gatt:run",
             "Make Ghost Attention dialogues for SFT.",
+            "sft.gatt:check",
             files=("sampled.jsonl", "dialogues.jsonl", "as_sampled.jsonl"),
         ),
         Stage(
@@ -83,6 +85,7 @@ STAGES = {
             "sft.config:DistilConfig",
             "alignment.cli.distil:run",
             "Safety context distillation: safe answers as SFT data, filtered by the safety reward model.",
+            "alignment.cli.distil:check",
             files=("answers.jsonl", "scored.jsonl", "distilled.jsonl"),
         ),
         Stage(
@@ -99,6 +102,7 @@ STAGES = {
             "rlhf.config:RejectionSamplingConfig",
             "rlhf.rejection_sampling:run",
             "One round of rejection sampling: the best of K becomes SFT data.",
+            "rlhf.rejection_sampling:check",
             files=("candidates.jsonl", "sft.jsonl"),
         ),
         Stage(
@@ -106,6 +110,7 @@ STAGES = {
             "rlhf.config:PPOConfig",
             "rlhf.ppo_run:run",
             "PPO on the safety-gated reward.",
+            "rlhf.ppo_run:check",
             makes="chat model",
             files=("answers-*.jsonl",),
         ),
@@ -114,9 +119,10 @@ STAGES = {
             "rlhf.config:EvalConfig",
             "rlhf.evaluate:run",
             "Compare policies on held-out prompts, or (kind=gatt) how long they keep an instruction.",
+            "rlhf.evaluate:check",
             files=("answers-*.jsonl", "dialogues-*.jsonl"),
             default_kind="policies",
-            kinds={"gatt": ("sft.config:GattEvalConfig", "sft.gatt_evaluation:run")},
+            kinds={"gatt": ("sft.config:GattEvalConfig", "sft.gatt_evaluation:run", "sft.gatt_evaluation:check")},
         ),
     )
 }

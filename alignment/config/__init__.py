@@ -19,8 +19,11 @@ from alignment.config.sections import (
     ModelSection,
     NonNegativeFloat,
     NonNegativeInt,
+    NotBool,
     OptimSection,
+    Policies,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     PromptSection,
     RunSection,
@@ -28,7 +31,6 @@ from alignment.config.sections import (
     Section,
     StageConfig,
     TrainSection,
-    policies_name_files,
 )
 
 __all__ = [
@@ -39,8 +41,11 @@ __all__ = [
     "ModelSection",
     "NonNegativeFloat",
     "NonNegativeInt",
+    "NotBool",
     "OptimSection",
+    "Policies",
     "PositiveFloat",
+    "PositiveFraction",
     "PositiveInt",
     "PromptSection",
     "RunSection",
@@ -55,7 +60,6 @@ __all__ = [
     "merge",
     "missing_packages",
     "parse_overrides",
-    "policies_name_files",
     "read_yaml",
     "to_yaml",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -27,23 +27,6 @@ def _description(cls: type[BaseModel], name: str) -> str:
     """The docstring of a setting, or that of the base class whose default it changes."""
     sections = (base for base in cls.__mro__ if issubclass(base, BaseModel) and name in base.model_fields)
     return next((text for base in sections if (text := base.model_fields[name].description)), "")
-
-
-def has_bool_for_number(annotation: Any, value: Any) -> bool:
-    """Whether true or false stands where a number is meant: pydantic would take it for 1 or 0."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return has_bool_for_number(parts[0], value)
-    if origin in (typing.Union, types.UnionType):
-        return bool not in parts and any(has_bool_for_number(part, value) for part in parts)
-    if isinstance(value, bool):
-        return annotation in (int, float)
-    if origin is dict and isinstance(value, Mapping):
-        return any(has_bool_for_number(parts[1], entry) for entry in value.values())
-    if origin in (list, tuple) and isinstance(value, list | tuple):
-        each = parts * len(value) if origin is list else parts
-        return any(map(has_bool_for_number, each, value))
-    return False
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

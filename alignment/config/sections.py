@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from alignment.config.schema import has_bool_for_number, section_of
+from alignment.config.schema import section_of
 from alignment.sources import BUILT_IN_TEMPLATES
 
 
@@ -26,13 +26,22 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _refuse_bool(value: Any) -> Any:
+    """Pydantic would take true, which YAML's yes is, for 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("bool_for_number", "Input should be a number, not true or false (YAML's yes, no)")
+    return value
+
+
 DataSources = Annotated[list[str], BeforeValidator(as_list)]
 InputKind = Literal["data", "model", "template"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+NotBool = BeforeValidator(_refuse_bool)
+PositiveInt = Annotated[int, Field(gt=0), NotBool]
+NonNegativeInt = Annotated[int, Field(ge=0), NotBool]
+PositiveFloat = Annotated[float, Field(gt=0), NotBool]
+NonNegativeFloat = Annotated[float, Field(ge=0), NotBool]
+Fraction = Annotated[float, Field(ge=0, le=1), NotBool]
+PositiveFraction = Annotated[float, Field(gt=0, le=1), NotBool]
 # Those that transformers and accelerate both know.
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
 
@@ -43,13 +52,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if has_bool_for_number(cls.model_fields[info.field_name].annotation, value):
-            raise PydanticCustomError("bool_for_number", "Input should be a number, not true or false (YAML's yes, no)")
-        return value
 
 
 class ModelSection(Section):
@@ -180,14 +182,22 @@ class PromptSection(Section):
     max_prompts: PositiveInt | None = None
     """Use at most this many prompts, chosen by the seed."""
 
-    safety_share: Fraction = 0.5
-    """Share of safety prompts among `max_prompts`; where one kind is too few, the other fills up."""
+    safety_share: Fraction | None = None
+    """Share of safety prompts among `max_prompts`; where one kind is too few, the other fills up. null: one half."""
 
     max_prompt_length: PositiveInt = 2048
     """Prompts over this many tokens lose the oldest turns of their history, or are dropped and counted."""
 
     on_error: Literal["stop", "skip"] = "stop"
     """Bad rows: stop, or leave them out and count them."""
+
+    @model_validator(mode="after")
+    def _share_is_of_a_number(self) -> PromptSection:
+        if self.safety_share is not None and self.max_prompts is None:
+            raise ValueError(
+                "prompts.safety_share: a share of prompts.max_prompts, without which all prompts are used. Set both."
+            )
+        return self
 
 
 class SamplingSection(Section):
@@ -199,7 +209,7 @@ class SamplingSection(Section):
     temperature: NonNegativeFloat = 1.0
     """Logits are divided by this; 0 takes the most likely token."""
 
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: PositiveFraction = 1.0
     """Sample from the smallest set of tokens with this probability; 1 is off."""
 
     top_k: NonNegativeInt = 0
@@ -229,7 +239,7 @@ class RunSection(Section):
     dir: str
     """Run directory."""
 
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1), NotBool] = 0
     """Seed of everything random, below 2**32."""
 
     overwrite: bool = False
@@ -250,18 +260,24 @@ class RunSection(Section):
         return os.path.expanduser(value)
 
 
-def policies_name_files(policies: dict[str, ModelSection]) -> dict[str, ModelSection]:
-    """A field's validator: every policy's answers go to a file of its name."""
+def _name_files(policies: dict[str, ModelSection]) -> dict[str, ModelSection]:
     for name in policies:
         if not name or set(name) & set("/\\\0"):
             raise ValueError(f"policies: {name!r} is no name for a file of answers. Use letters, digits, - and _.")
     return policies
 
 
+# By name; every policy's answers go to a file of it.
+Policies = Annotated[dict[str, ModelSection], Field(min_length=1), AfterValidator(_name_files)]
+
+
 class StageConfig(Section):
     """Base of every stage's configuration."""
 
     stage: ClassVar[str]
+    resume_may_change: ClassVar[frozenset[str]] = frozenset()
+    """Settings that nothing on disk depends on while a run is unfinished: --resume may change them. A training's
+    `train.max_tokens_per_batch` is none of them, since rounding would part it from the one that is resumed."""
 
     run: RunSection
 

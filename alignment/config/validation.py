@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from alignment.config.schema import section_at
-from alignment.config.sections import Section, named_inputs
+from alignment.config.schema import section_at, section_of
+from alignment.config.sections import ModelSection, Section, named_inputs
 from alignment.errors import AlignError
 from alignment.sources import find_data, find_model, find_template
 
@@ -35,11 +35,11 @@ def validate(cls: type[SectionT], values: Mapping[str, Any]) -> tuple[SectionT |
             wrong: set[tuple[Any, ...]] = set()
             fresh = False
             for item in error.errors():
-                location = tuple(takewhile(lambda part: not _is_branch(part), item["loc"]))
+                location = tuple(takewhile(lambda part: isinstance(part, str) and not _is_branch(part), item["loc"]))
                 if _is_of_another_branch(item) or any(location[: len(path)] == path for path in removed):
                     continue
                 fresh = True
-                problems[_explain(cls, item)] = None
+                problems |= dict.fromkeys(_explain(cls, item))
                 if location and item["type"] != "missing":
                     trial = _without(trial, location)
                     wrong.add(location)
@@ -51,7 +51,8 @@ def validate(cls: type[SectionT], values: Mapping[str, Any]) -> tuple[SectionT |
     return None, list(problems)
 
 
-def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
+def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
+    """What is wrong and what to do: one message, but one for each key where a whole section is missing."""
     location, kind = [part for part in item["loc"] if not _is_branch(part) and part != "[key]"], item["type"]
     key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
@@ -59,13 +60,25 @@ def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
         known = list(parent.model_fields) if parent else []
         guess = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f'Did you mean "{guess[0]}"?' if guess else f"Known here: {', '.join(known) or 'nothing'}."
-        return f"{key}: unknown key. {hint}"
+        return [f"{key}: unknown key. {hint}"]
     if kind == "missing":
-        return f"{key}: missing. Add it: it has no default."
+        parent = section_at(cls, location[:-1])
+        missing = _required_keys(parent, location[-1], key) if parent else [key]
+        return [f"{name}: missing. Add it: it has no default." for name in missing]
     message = item["msg"].removeprefix("Value error, ")
     if not location or kind == "value_error":  # our own rules name their keys
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]}, found {item['input']!r}."
+        return [message]
+    return [f"{key}: {message[0].lower()}{message[1:]}, found {item['input']!r}."]
+
+
+def _required_keys(cls: type[BaseModel], name: str, key: str) -> list[str]:
+    """The key of a setting, or those without which its section cannot be; a model is one key, for `model=NAME` is."""
+    annotation = cls.model_fields[name].annotation
+    section = section_of(annotation)
+    if section is None or section is ModelSection or get_origin(annotation) is dict:
+        return [key]
+    required = [inner for inner, info in section.model_fields.items() if info.is_required()]
+    return [found for inner in required for found in _required_keys(section, inner, f"{key}.{inner}")] or [key]
 
 
 def _is_branch(part: Any) -> bool:
@@ -102,6 +115,4 @@ def _without(values: Any, location: tuple[Any, ...]) -> Any:
         if not rest:
             return {key: value for key, value in values.items() if key != head}
         return {**values, head: _without(values[head], tuple(rest))}
-    if isinstance(values, list) and isinstance(head, int) and head < len(values):
-        return [value for index, value in enumerate(values) if index != head]
     return values

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from alignment.errors import RunError
-from alignment.files import write_text
+from alignment.files import check_new_file, write_text
 from alignment.report import answers, evaluation, fine_tuning, inputs, overview, ppo, rejection, reward_models
 from alignment.report.elements import Section
 from alignment.report.reading import RunFolder, read_runs
@@ -114,9 +114,9 @@ def _lacks(section_of: Callable[[Sequence[RunFolder]], Section], run: RunFolder)
 
 def _check_replaceable(out: Path) -> None:
     """Raises RunError where `out` has no folder, or is a file that no report is."""
-    if not out.parent.is_dir():
-        raise RunError(f"{out}: there is no folder {out.parent}. Make it first.")
-    if out.is_dir():
+    if not out.exists():
+        check_new_file(out)
+    elif out.is_dir():
         raise RunError(f"{out}: is a folder. Name a file.")
-    if out.exists() and MARK.encode() not in out.read_bytes()[:2000]:
+    elif MARK.encode() not in out.read_bytes()[:2000]:
         raise RunError(f"{out}: exists and is no report. Name another file, or remove it.")

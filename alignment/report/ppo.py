@@ -81,8 +81,8 @@ _PLOTS = (
     _Plot(
         "cut-off",
         "Responses cut off at the length limit",
-        "Cut-off answers are judged unfinished; a growing share wants more sampling.max_new_tokens or "
-        "ppo.truncation=penalise.",
+        "Answers that are cut off are scored as if they ended there; a growing share wants more "
+        "sampling.max_new_tokens or ppo.truncation=penalise.",
         {"ppo/truncated_rate": "cut off"},
         "share of responses",
         percent=True,
@@ -90,7 +90,8 @@ _PLOTS = (
     _Plot(
         "explained",
         "Explained variance of the critic",
-        "It should rise from below zero towards one; near zero the critic is no help, and advantages are noise.",
+        "It starts at zero, as the critic's head does, and should rise towards one; near zero the critic is no help, "
+        "and advantages are noise. Below zero for long: lower ppo.critic_lr.",
         {"ppo/explained_variance": "explained variance"},
         "explained variance",
     ),

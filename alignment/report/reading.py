@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import DataError, RunError
-from alignment.manifests import read_manifest
+from alignment.manifests import FINISHED, read_manifest
 
 Row = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ class RunFolder:
     def result(self) -> Row | None:
         """The headline figures; None of an unfinished run. Raises RunError where the file is damaged."""
         path = self.path / "result.json"
-        if self.manifest.get("status") != "finished" or not path.is_file():
+        if self.manifest.get("status") != FINISHED or not path.is_file():
             return None
         return read_object(path)
 

@@ -1,4 +1,4 @@
-"""Sampling K responses a prompt: one interface and the built-in torch engine."""
+"""Sampling K responses a prompt: one interface, the built-in torch engine and vLLM."""
 
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
 

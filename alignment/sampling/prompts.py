@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from accelerate import PartialState
 
 from alignment.chat import ChatFormat, can_be_a_turn, cut_to_fit, decode_response
 from alignment.config import PromptSection, SamplingSection
-from alignment.data import Loaded, raise_together
+from alignment.data import Loaded, SourceReport, raise_together
 from alignment.dialogue import Candidate, Prompt
 from alignment.distributed import for_all, map_over_processes
 from alignment.errors import DataError
@@ -36,7 +37,8 @@ def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> l
     order = torch.randperm(len(rows), generator=generator).tolist()
     safety = [index for index in order if rows[index].is_safety]
     other = [index for index in order if not rows[index].is_safety]
-    wanted = int(section.max_prompts * section.safety_share)
+    share = 0.5 if section.safety_share is None else section.safety_share
+    wanted = int(section.max_prompts * share)
     num_safety = min(len(safety), max(wanted, section.max_prompts - len(other)))
     chosen = safety[:num_safety] + other[: section.max_prompts - num_safety]
     return [rows[index] for index in sorted(chosen)]
@@ -52,12 +54,18 @@ def sample_prompts(
 
 
 def fit_prompts(
-    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, *, room: int, run_dir: Run | None = None
+    chat: ChatFormat,
+    prompts: Sequence[Prompt],
+    section: PromptSection,
+    *,
+    room: int,
+    run_dir: Run | None = None,
+    noted_as: str = "prompts",
 ) -> list[Asked]:
     """The prompts that fit, without the oldest turns of those that are too long, and their token ids.
 
     So what is scored, kept and trained on later is what was answered. Those that do not fit, those that lost old
-    turns, and those that the chat format refuses are counted in the manifest.
+    turns, and those that the chat format refuses are counted in the manifest, as are those that are used.
 
     Args:
         chat: the format of the model that answers.
@@ -65,45 +73,56 @@ def fit_prompts(
         section: its `max_prompt_length` is the limit; its `on_error` decides about those that are refused.
         room: tokens that a model's context leaves for a prompt beside its response: a limit too.
         run_dir: with a manifest to count in.
+        noted_as: the name of its entry.
 
     Raises:
         DataError: no prompt fits, or the chat format refuses one and bad rows are not to be skipped.
     """
-    limit = min(section.max_prompt_length, room)
-    found, problems = [], []
-    for prompt in prompts:
-        try:
-            if (cut := cut_to_fit(chat, prompt.messages, limit)) is not None:
-                found.append((prompt, cut))
-        except DataError as error:
-            problems.append(f"{prompt.where or 'prompts'}: {error}")
-    if section.on_error == "stop":
-        raise_together(problems)
-    fitting = [Asked(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
-    if not fitting:
-        if len(problems) == len(prompts):
-            raise DataError(f"prompts: the chat format refuses all of them, the first because {problems[0]}")
-        raise DataError(f"prompts: none fits into {limit_in_words(section, room)}.")
+    fitting, counts = _fit(chat, prompts, section, room)
     if run_dir is not None:
-        num_cut = sum(messages is not prompt.messages for prompt, (messages, _) in found)
-        counts = {"used": len(fitting), "history_cut": num_cut}
-        counts["too_long"] = len(prompts) - len(fitting) - len(problems)
-        run_dir.note(prompts={**counts, "refused_by_chat_format": len(problems)})
+        run_dir.note(**{noted_as: {"used": len(fitting), **counts}})
     return fitting
 
 
-def prompt_room(chat: ChatFormat, sampling: SamplingSection, *, policy: int, judges: int | None = None) -> int:
+def fit_all_formats(
+    chats: Iterable[ChatFormat], prompts: Sequence[Prompt], section: PromptSection, *, room: int
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts that fit in every one of the formats, as `fit_prompts` has them, and the counts of all others."""
+    found, counts = list(prompts), Counter()
+    for chat in chats:
+        fitting, others = _fit(chat, found, section, room)
+        found = [prompt for prompt, _ in fitting]
+        counts.update(others)
+    whole = {id(prompt.messages) for prompt in prompts}
+    return found, {**counts, "history_cut": sum(id(prompt.messages) not in whole for prompt in found)}
+
+
+def prompts_left_out(counts: Mapping[str, int] | None, sources: Sequence[SourceReport]) -> dict[str, int]:
+    """For the result: prompts left out by reason, those unreadable in their files included, and those cut; no zeros.
+
+    `counts` are those of `fit_all_formats`, or of the manifest; None where nothing was asked.
+    """
+    reasons = {"unreadable": sum(sum(source.dropped.values()) for source in sources), **(counts or {})}
+    return {name: count for name, count in reasons.items() if count and name != "used"}
+
+
+def prompt_room(
+    chat: ChatFormat, sampling: SamplingSection, *, policy_context: int, judge_context: int | None = None
+) -> int:
     """Tokens of a prompt at most, so that it can be answered and the answer be judged.
 
     Args:
         chat: the policy's format.
         sampling: how long answers may become.
-        policy: tokens of the policy's context.
-        judges: the least of the reward models' contexts, or None. They read an answer that was cut off with an end of
-            turn, which the policy did not write. Where one has another vocabulary, its count of tokens may be higher.
+        policy_context: tokens of the policy's context.
+        judge_context: the least of the reward models' contexts, or None. They read an answer that was cut off with an
+            end of turn, which the policy did not write. Where one has another vocabulary, its count of tokens may be
+            higher.
     """
-    room = policy - sampling.max_new_tokens
-    return room if judges is None else min(room, judges - sampling.max_new_tokens - len(chat.encode_response("")))
+    room = policy_context - sampling.max_new_tokens
+    if judge_context is None:
+        return room
+    return min(room, judge_context - sampling.max_new_tokens - len(chat.encode_response("")))
 
 
 def limit_in_words(section: PromptSection, room: int) -> str:
@@ -157,3 +176,29 @@ def as_candidate(
         seed=params.seed,
         temperature=params.temperature,
     )
+
+
+def _fit(
+    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, room: int
+) -> tuple[list[Asked], dict[str, int]]:
+    """What `fit_prompts` finds, and how many lost old turns, were too long, or were refused."""
+    limit = min(section.max_prompt_length, room)
+    found, problems = [], []
+    for prompt in prompts:
+        try:
+            if (cut := cut_to_fit(chat, prompt.messages, limit)) is not None:
+                found.append((prompt, cut))
+        except DataError as error:
+            problems.append(f"{prompt.where or 'prompts'}: {error}")
+    if section.on_error == "stop":
+        raise_together(problems)
+    fitting = [Asked(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
+    if not fitting:
+        if len(problems) == len(prompts):
+            raise DataError(f"prompts: the chat format refuses all of them, the first because {problems[0]}")
+        raise DataError(f"prompts: none fits into {limit_in_words(section, room)}.")
+    return fitting, {
+        "history_cut": sum(messages is not prompt.messages for prompt, (messages, _) in found),
+        "too_long": len(prompts) - len(fitting) - len(problems),
+        "refused_by_chat_format": len(problems),
+    }

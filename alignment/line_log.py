@@ -1,0 +1,60 @@
+"""Logs with one JSON value a line that outlive a kill of their writer: a line counts once its newline is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def append_lines(path: Path, values: Iterable[Any], *, default: Callable[[Any], Any] | None = None) -> None:
+    """Adds a line a value. When it returns, they outlive a kill and a loss of power.
+
+    Killed before that, it leaves some of the lines, in order, of which the last may be cut off: `whole_lines` leaves
+    it out, and the next call removes it. Lines of earlier calls are never touched. One process at a time writes.
+
+    Args:
+        path: the file, made where there is none.
+        values: what JSON can hold. Where one is not, nothing is written.
+        default: makes something of a value that JSON cannot hold, as in `json.dumps`.
+    """
+    data = "".join(json.dumps(value, ensure_ascii=False, default=default) + "\n" for value in values).encode()
+    with path.open("ab+") as file:
+        _remove_cut_line(file)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> Iterator[tuple[Any, int]]:
+    """The value of every whole line with the place in the file behind it, to which the file can be cut.
+
+    A last line without a newline, which a killed process was writing, is left out. A file that is not there has no
+    lines. One line at a time is in memory.
+
+    Raises:
+        ValueError: a whole line is no JSON, which is not a kill's doing. Names the file and the line.
+    """
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: no JSON, on a line that is whole. The file is damaged.") from error
+            end += len(line)
+            yield value, end
+
+
+def _remove_cut_line(file: BinaryIO) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if file.read() not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))

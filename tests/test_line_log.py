@@ -1,0 +1,82 @@
+"""Logs of JSON lines: what a kill leaves is read and gone on with, and damage that no kill does is named."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from alignment.line_log import append_lines, whole_lines
+
+VALUES = [{"answer": "日本 and\u2028 a separator"}, [1, None], {"answer": "two\nlines"}, "text"]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log.jsonl"
+
+
+def values_of(path: Path) -> list:
+    return [value for value, _ in whole_lines(path)]
+
+
+def test_lines_are_added_to_those_that_are_there(path):
+    append_lines(path, VALUES[:1])
+    append_lines(path, [])
+    append_lines(path, VALUES[1:])
+    assert values_of(path) == VALUES
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == VALUES
+
+
+def test_a_log_cut_anywhere_by_a_kill_goes_on(path):
+    append_lines(path, VALUES)
+    whole = path.read_bytes()
+    for end in range(len(whole) + 1):
+        path.write_bytes(whole[:end])
+        num_whole = whole[:end].count(b"\n")
+        assert values_of(path) == VALUES[:num_whole]
+        assert path.read_bytes() == whole[:end], "reading changes nothing"
+        append_lines(path, VALUES[num_whole:])
+        assert path.read_bytes() == whole
+
+
+def test_a_file_can_be_cut_behind_any_line(path):
+    append_lines(path, VALUES)
+    ends = [end for _, end in whole_lines(path)]
+    for count in (3, 2, 1):
+        os.truncate(path, ends[count - 1])
+        assert values_of(path) == VALUES[:count]
+
+
+def test_lines_are_synced_before_the_call_returns(path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
+    append_lines(path, VALUES)
+    assert synced == [path.read_bytes()] and values_of(path) == VALUES
+
+
+def test_a_file_that_is_not_there_has_no_lines(path):
+    assert values_of(path) == []
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("bad", ['{"cut', "", "\x00\x00"])
+def test_a_line_that_is_whole_and_no_json_is_named(path, bad):
+    path.write_text(f"[1]\n{bad}\n[3]\n")
+    lines = whole_lines(path)
+    assert next(lines) == ([1], 4)
+    with pytest.raises(ValueError, match=r"log\.jsonl:2: no JSON, on a line that is whole\. The file is damaged\."):
+        next(lines)
+
+
+def test_values_that_json_cannot_hold_leave_the_log_as_it_was(path):
+    append_lines(path, [1])
+    date = datetime.date(2023, 7, 18)
+    with pytest.raises(TypeError):
+        append_lines(path, [2, date])
+    assert values_of(path) == [1]
+    append_lines(path, [2, date], default=str)
+    assert values_of(path) == [1, 2, "2023-07-18"]
