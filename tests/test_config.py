@@ -353,7 +353,7 @@ def test_what_is_not_installed_is_told_before_the_stage_begins(monkeypatch, caps
             command_line.run_stage("gatt", [*ASKS, override], dry_run=dry_run)
     if package == "vllm":
         command_line.run_stage("gatt", [*ASKS, override, "sampling.fall_back=true"], dry_run=True)
-        assert "settings are in order" in capsys.readouterr().err
+        assert "settings and rows are in order" in capsys.readouterr().err
 
 
 def test_what_is_not_installed_is_told_before_a_pipeline_begins(monkeypatch, tmp_path):

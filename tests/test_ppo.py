@@ -95,7 +95,7 @@ def test_answers_cut_off_are_treated_as_the_settings_say(settings, truncation, m
         raise StopIteration
 
     monkeypatch.setattr(ppo, "sample_shared", drawn)
-    monkeypatch.setattr(trainer.rewards, "gate", lambda *_: torch.tensor([3.0, 1.0, 2.0, 2.0]))
+    monkeypatch.setattr(trainer.rewards, "gated_logits", lambda *_: torch.tensor([3.0, 1.0, 2.0, 2.0]))
     monkeypatch.setattr(trainer.rewards, "score_trees", lambda trees: judged.extend(trees) or score(trees))
     monkeypatch.setattr(trainer, "_measure", measure)
     with pytest.raises(StopIteration):
@@ -214,8 +214,8 @@ def test_the_scale_of_scores_changes_nothing_that_is_learned(settings, monkeypat
 
     def policy_after(change) -> tuple[list[torch.Tensor], float]:
         trainer = trainer_of(settings, "ppo.beta=1.0")
-        gate = trainer.rewards.gate
-        monkeypatch.setattr(trainer.rewards, "gate", lambda *scores: change(gate(*scores)))
+        gate = trainer.rewards.gated_logits
+        monkeypatch.setattr(trainer.rewards, "gated_logits", lambda *scores: change(gate(*scores)))
         prompts = [Asked(prompt, [5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
         metrics = [trainer.iterate(prompts, seed=seed) for seed in range(3)]
         return [parameter.detach().clone() for parameter in trainer.policy.parameters()], metrics[-1]["kl_k3"]
@@ -420,7 +420,7 @@ def test_a_run_whose_held_out_reward_does_not_rise_stops_and_saves_the_best_poli
 
     def look(self, iteration, sampler, rewards, policy, run_dir):
         level = next(falling)
-        monkeypatch.setattr(rewards, "gate", lambda *scores: torch.full_like(scores[0], level))
+        monkeypatch.setattr(rewards, "gated_logits", lambda *scores: torch.full_like(scores[0], level))
         figures = score(self, iteration, sampler, rewards, policy, run_dir)
         monkeypatch.undo()
         monkeypatch.setattr(ppo_run.HeldOut, "look", look)

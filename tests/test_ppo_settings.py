@@ -105,8 +105,10 @@ def test_figures_of_the_gate_have_its_threshold(settings, monkeypatch, threshold
 
 def test_each_of_a_prompts_answers_is_gated_by_the_kind_of_its_prompt(settings, monkeypatch):
     trainer = trainer_of(settings, "sampling.num_candidates=2")
-    gate, given = trainer.rewards.gate, []
-    monkeypatch.setattr(trainer.rewards, "gate", lambda *scores: given.append(scores[2].tolist()) or gate(*scores))
+    gate, given = trainer.rewards.gated_logits, []
+    monkeypatch.setattr(
+        trainer.rewards, "gated_logits", lambda *scores: given.append(scores[2].tolist()) or gate(*scores)
+    )
     trainer.iterate(encoded((True, False, False, True)), seed=0)
     assert given == [[True, True, False, False, False, False, True, True]]
 
