@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from alignment.errors import RunError
+
 
 def append_lines(path: Path, values: Iterable[Any], *, default: Callable[[Any], Any] | None = None) -> None:
     """Adds a line a value. When it returns, they outlive a kill and a loss of power.
@@ -35,7 +37,7 @@ def whole_lines(path: Path) -> Iterator[tuple[Any, int]]:
     lines. One line at a time is in memory.
 
     Raises:
-        ValueError: a whole line is no JSON, which is not a kill's doing. Names the file and the line.
+        RunError: a whole line is no JSON, which is not a kill's doing. Names the file and the line.
     """
     if not path.exists():
         return
@@ -47,7 +49,8 @@ def whole_lines(path: Path) -> Iterator[tuple[Any, int]]:
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: no JSON, on a line that is whole. The file is damaged.") from error
+                problem = "no JSON, on a line that is whole. The file is damaged: remove it, or start anew."
+                raise RunError(f"{path}:{number}: {problem}") from error
             end += len(line)
             yield value, end
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.errors import RunError
 from alignment.line_log import append_lines, whole_lines
 
 VALUES = [{"answer": "日本 and\u2028 a separator"}, [1, None], {"answer": "two\nlines"}, "text"]
@@ -68,7 +69,9 @@ def test_a_line_that_is_whole_and_no_json_is_named(path, bad):
     path.write_text(f"[1]\n{bad}\n[3]\n")
     lines = whole_lines(path)
     assert next(lines) == ([1], 4)
-    with pytest.raises(ValueError, match=r"log\.jsonl:2: no JSON, on a line that is whole\. The file is damaged\."):
+    with pytest.raises(
+        RunError, match=r"log\.jsonl:2: no JSON, on a line that is whole\. The file is damaged: remove it"
+    ):
         next(lines)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignment.errors import RunError
 from alignment.metrics import Interval, MetricsLog, mean_interval, paired_rate_interval, show, wilson_interval
 
 
@@ -148,7 +149,7 @@ def test_a_damaged_row_is_named_and_not_dropped(tmp_path):
     log.path.write_text('{"step": 1}\n{"step": 2, "sta\n{"step": 3}\n')
     before = log.path.read_bytes()
     for use in (lambda: log.truncate_after(3), lambda: log.column("rm/loss")):
-        with pytest.raises(ValueError, match=r"metrics\.jsonl:2: no JSON"):
+        with pytest.raises(RunError, match=r"metrics\.jsonl:2: no JSON"):
             use()
     assert log.path.read_bytes() == before
 

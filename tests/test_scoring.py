@@ -146,7 +146,7 @@ def test_unfinished_rows_that_are_damaged_are_named_and_left_as_they_are(tmp_pat
     before = data.read_bytes()
     with pytest.raises(RunError) as caught:
         scoring.PartialFile.open(tmp_path / "out.jsonl", {"model": "any"}, resume=True)
-    assert f"{data}:3: no JSON" in str(caught.value) and f"Remove it and {about}." in str(caught.value)
+    assert f"{data}:3: no JSON" in str(caught.value) and f"With it {about}." in str(caught.value)
     assert data.read_bytes() == before
 
 

@@ -49,10 +49,9 @@ class PartialFile:
         if dtype is None or known != made_from:
             raise RunError(f"{data}: was made with another model, other data or settings. Remove it and {about}.")
         try:
-            rows, num_prompts = _whole_blocks(data)
-        except ValueError as error:
-            raise RunError(f"{error} Remove it and {about}.") from error
-        return cls(out, made_from, dtype, rows, num_prompts)
+            return cls(out, made_from, dtype, *_whole_blocks(data))
+        except RunError as error:
+            raise RunError(f"{error} With it {about}.") from error
 
     def begin(self, dtype: str) -> None:
         """Makes the files where they are not there, once the model is: a wrong one leaves nothing behind."""
