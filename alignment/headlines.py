@@ -49,6 +49,15 @@ def counted(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in reasons.items())
 
 
+def by_part(left_out: Mapping[str, Mapping[str, int]]) -> str:
+    """` train: 3 vetoed, 2 too_long. valid: 1 vetoed.`, to go behind a sentence; no part that lost nothing."""
+    return "".join(
+        f" {part}: {', '.join(f'{count} {name}' for name, count in reasons.items())}."
+        for part, reasons in left_out.items()
+        if reasons
+    )
+
+
 def clock(seconds: float) -> str:
     """Minutes and seconds, `4:07`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

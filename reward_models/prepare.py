@@ -15,6 +15,7 @@ from alignment.chat import ChatFormat
 from alignment.data import Loaded, SourceReport, load_pairs, pick
 from alignment.dialogue import PreferencePair, safety_bin
 from alignment.errors import DataError
+from alignment.headlines import by_part
 from alignment.models import load_chat_of
 from alignment.training import num_steps
 from reward_models.config import MARGIN_TABLES, RewardModelConfig
@@ -108,12 +109,7 @@ def check(config: RewardModelConfig) -> str:
     chat, context_length = load_chat_of(config.model.path, config.model.chat_template)
     pairs = prepare_pairs(config, chat, context_length=context_length)
     steps = num_steps(len(pairs.train), config.train)
-    found = (
-        f"settings and rows are in order: {len(pairs.train)} pairs, {steps} steps; {len(pairs.valid)} held-out pairs."
-    )
-    for part, reasons in pairs.left_out.items():
-        if reasons:
-            found += f" {part}: " + ", ".join(f"{count} {name}" for name, count in reasons.items()) + "."
+    found = f"{len(pairs.train)} pairs, {steps} steps; {len(pairs.valid)} held-out pairs.{by_part(pairs.left_out)}"
     if shortfall := pairs.notes["mix_shortfall"]:
         found += f" data.mix_in has {shortfall} rows too few for {config.data.mix}."
     return found

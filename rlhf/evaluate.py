@@ -96,7 +96,7 @@ def check(config: EvalConfig) -> str:
     """What `align eval --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
     data, _ = _read(config)
     prompts = choose_prompts(data, config.prompts, config.run.seed)
-    return f"settings and rows are in order: {len(prompts)} prompts, {len(config.policies)} policies."
+    return f"{len(prompts)} prompts, {len(config.policies)} policies."
 
 
 def _read(config: EvalConfig) -> tuple[Loaded[Prompt], int]:

@@ -118,7 +118,7 @@ def check(config: PPOConfig) -> str:
     """What `align ppo --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
     data, held_out, _ = _read(config)
     prompts = choose_prompts(data, config.prompts, config.run.seed)
-    return f"settings and rows are in order: {len(prompts)} prompts, {len(held_out.rows)} rows of held-out prompts."
+    return f"{len(prompts)} prompts, {len(held_out.rows)} rows of held-out prompts."
 
 
 def _read(config: PPOConfig) -> tuple[Loaded[Prompt], Loaded[Prompt], int]:

@@ -95,8 +95,8 @@ def check(config: RejectionSamplingConfig) -> str:
     data, earlier, baseline, _ = _read(config)
     prompts = choose_prompts(data, config.prompts, config.run.seed)
     return (
-        f"settings and rows are in order: {len(prompts)} prompts, {len(earlier.rows)} candidates of earlier rounds, "
-        f"{len(baseline.rows)} baseline responses."
+        f"{len(prompts)} prompts, {len(earlier.rows)} candidates of earlier rounds, {len(baseline.rows)} baseline "
+        "responses."
     )
 
 

@@ -78,7 +78,7 @@ def check(config: GattConfig) -> str:
     """What `align gatt --dry-run` says: reads rows and the chat format, loads no weights, writes nothing."""
     plans, _ = _plan(config)
     load_chat_of(config.model.path, config.model.chat_template)
-    return f"settings and rows are in order: {len(plans)} dialogues."
+    return f"{len(plans)} dialogues."
 
 
 def _plan(config: GattConfig) -> tuple[list[Plan], list[SourceReport]]:

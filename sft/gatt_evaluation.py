@@ -82,7 +82,7 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
 def check(config: GattEvalConfig) -> str:
     """What `align eval kind=gatt --dry-run` says: reads rows, loads no weights, writes nothing."""
     plans, _ = _plan(config)
-    return f"settings and rows are in order: {len(plans)} dialogues, {len(config.policies)} policies."
+    return f"{len(plans)} dialogues, {len(config.policies)} policies."
 
 
 def _plan(config: GattEvalConfig) -> tuple[list[Plan], list[SourceReport]]:

@@ -9,6 +9,7 @@ from typing import Any
 from alignment.chat import ChatFormat
 from alignment.data import SourceReport, load_dialogues, pick
 from alignment.errors import DataError
+from alignment.headlines import by_part
 from alignment.models import check_is_chat_model, load_chat_of
 from alignment.training import num_steps
 from sft.config import SFTConfig, SFTData
@@ -64,14 +65,8 @@ def check(config: SFTConfig) -> str:
     """What `align sft --dry-run` says: reads and encodes every row, loads no weights, writes nothing."""
     prepared = prepare_dialogues(config)
     count = len(prepared.train.encoded)
-    found = (
-        f"settings and rows are in order: {count} dialogues, {num_steps(count, config.train)} steps; "
-        f"{len(prepared.valid.encoded)} held-out dialogues."
-    )
-    for part, reasons in prepared.left_out.items():
-        if reasons:
-            found += f" {part}: " + ", ".join(f"{number} {name}" for name, number in reasons.items()) + "."
-    return found
+    steps, num_valid = num_steps(count, config.train), len(prepared.valid.encoded)
+    return f"{count} dialogues, {steps} steps; {num_valid} held-out dialogues.{by_part(prepared.left_out)}"
 
 
 def counts(examples: Examples) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from alignment.isolation import isolated
 from alignment.models import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sampling.prompts import choose_prompts
-from reward_models.score import Scorer
-from rlhf.judges import judges_context
+from rlhf.judges import judges_context, load_scorer
 from sft import context_distillation
 from sft.config import DistilConfig
 
@@ -32,17 +31,11 @@ def check(config: DistilConfig) -> str:
     check_is_chat_model(config.model.path)
     load_chat_of(config.model.path, config.model.chat_template)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    return f"settings and rows are in order: {len(choose_prompts(data, config.prompts, config.run.seed))} prompts."
+    return f"{len(choose_prompts(data, config.prompts, config.run.seed))} prompts."
 
 
 def _load_score(config: DistilConfig, device: torch.device) -> context_distillation.Score:
-    scorer = Scorer.load(
-        config.safety.path,
-        device=device,
-        dtype=config.safety.dtype,
-        chat_template=config.safety.chat_template,
-        max_tokens=config.max_tokens_per_batch,
-    )
+    scorer = load_scorer(config.safety, device, max_tokens=config.max_tokens_per_batch)
 
     def score(prompts: Any, responses: Any) -> list[list[float]]:
         def work(mine: Any) -> list[list[float]]:

@@ -127,7 +127,8 @@ def run_stage(
     if dry_run or not show_config:
         check_run_dir(config, resume=resume)
     if dry_run:
-        typer.echo(f"{name}: {stage.check_function()(config)}", err=True)
+        found = stage.check_function()(config)
+        typer.echo(f"{name}: settings and rows are in order: {found}", err=True)
     if show_config or dry_run:
         return
     run = stage.run_function()

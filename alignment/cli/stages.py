@@ -56,7 +56,7 @@ class Stage:
         return _load(self.runner)
 
     def check_function(self) -> Callable[[StageConfig], str]:
-        """`check(config) -> what was found`, raising what `run` would raise of its data; importing it imports torch."""
+        """`check(config) -> what was found` (`8 prompts.`); raises what `run` would of its data, and imports torch."""
         return _load(self.checker)
 
 
