@@ -45,7 +45,7 @@ def load_seeds(section: PromptSection) -> Loaded[Prompt]:
 
     Raises DataError with every bad row.
     """
-    return load_rows(section.prompts, _prompt_of, on_error=section.on_error)
+    return load_rows(section.prompts, as_prompt, on_error=section.on_error)
 
 
 def load_own(instructions: GattInstructions) -> Loaded[PoolRow]:
@@ -158,7 +158,7 @@ class Speaker:
         return ids, None if len(ids) <= self.max_prompt_length else "too_long"
 
 
-def _prompt_of(row: Mapping[str, Any]) -> Prompt:
+def as_prompt(row: Mapping[str, Any]) -> Prompt:
     """A row's prompt: a demonstration without its last answer, a pair without its responses."""
     source = str(row.get("source") or "")
     if "messages" in row:

@@ -15,13 +15,17 @@ import pytest
 from filelock import FileLock
 
 from alignment import manifests
+from alignment.chat import CHATML
 from alignment.cli import pipeline as pipelines
+from alignment.cli import pipeline_stages
 from alignment.cli.main import run_pipeline, run_stage
-from alignment.cli.pipeline import check_runs, load_pipeline, run_stages
+from alignment.cli.pipeline import check_pipeline, check_runs, load_pipeline, run_stages
+from alignment.cli.pipeline_inputs import JUDGES, check_formats
 from alignment.cli.stages import STAGES, Stage
 from alignment.config import StageConfig, describe, load_config
+from alignment.config.sections import named_inputs
 from alignment.data import SourceReport
-from alignment.errors import ConfigError, DataError, RunError
+from alignment.errors import ConfigError, DataError, ModelError, RunError
 from alignment.files import file_sha256
 from alignment.locks import release_locks
 from alignment.manifests import mark_outdated, read_manifest, read_result, upstream_runs
@@ -220,7 +224,7 @@ def test_each_file_is_read_once_and_models_of_known_runs_never(trial, monkeypatc
         return file_sha256(path)
 
     monkeypatch.setattr(manifests, "file_sha256", digest)
-    monkeypatch.setattr(pipelines, "file_sha256", digest)
+    monkeypatch.setattr(pipeline_stages, "file_sha256", digest)
     check_runs(trial.load())
     assert sorted(read) == ["base/model.safetensors", "rows.jsonl", "runs/reject/sft.jsonl"]
 
@@ -410,7 +414,7 @@ def test_every_setting_for_a_model_is_known_to_be_for_a_reward_model_or_for_a_ch
         for kind in (None, *stage.kinds):
             keys = [key for key, *_ in describe(stage.of_kind(kind).config_class())]
             found |= {key.removesuffix(".path") for key in keys if key.endswith(".path") or key == "policies"}
-    assert found == {*pipelines._JUDGES, "model", "policies"}
+    assert found == {*JUDGES, "model", "policies"}
 
 
 def test_the_files_of_a_stage_are_those_of_the_documentation():
@@ -420,3 +424,92 @@ def test_the_files_of_a_stage_are_those_of_the_documentation():
         names = re.findall(r"`([\w.-]+\.jsonl)`", files)
         assert [re.sub("NAME|ITERATION", "*", name) for name in names] == list(stage.files)
         assert makes == (stage.makes or "")
+
+
+# ---------------------------------------------------------------------------------------------- rows and chat formats
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_bad_row_of_the_last_stage_is_found_before_the_first_one_runs(trial, dry_run):
+    (trial.folder / "last.jsonl").write_text(ROW % "good" + '{"messages": []}\n' + "no row\n")
+    last = [f"runs={trial.runs}", f"rs.data.valid={trial.folder}/last.jsonl"]
+    with pytest.raises(DataError) as caught:
+        run_pipeline(trial.folder / "p.yaml", last, dry_run=dry_run)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"stages.rs: data.valid: {trial.folder}/last.jsonl:2: ")
+    assert second.startswith(f"stages.rs: data.valid: {trial.folder}/last.jsonl:3: ")
+    assert trial.log == [] and not trial.runs.exists()
+    run_pipeline(trial.folder / "p.yaml", [*last, "rs.data.on_error=skip"], dry_run=True)
+
+
+def test_rows_of_another_kind_than_the_stage_reads_are_found_before_the_first_one_runs(trial):
+    with pytest.raises(DataError, match=r"stages\.rm: data\.mix_in: .*rows\.jsonl:1: "):
+        trial.run(f"rm.data.mix_in={trial.folder}/rows.jsonl")
+    assert trial.log == []
+
+
+def test_rows_of_finished_stages_and_of_earlier_ones_are_not_read_beforehand(trial, monkeypatch):
+    trial.run()
+    trial.fails_in = "rs"
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(from_stage="rs")
+    read = []
+    monkeypatch.setattr("alignment.cli.pipeline_inputs.load_rows", lambda names, *_, **__: read.extend(names))
+    check_pipeline(trial.load())
+    assert read == []
+    check_pipeline(trial.load(from_stage="reject"))
+    assert read == ["toy:prompts.train"]
+
+
+def test_every_setting_for_rows_has_a_parser():
+    for stage in STAGES.values():
+        for kind in (None, *stage.kinds):
+            chosen = stage.of_kind(kind)
+            keys = {key for key, names in _data_settings(chosen.config_class())}
+            assert keys == set(chosen.rows)
+            assert all(callable(chosen.row_parser(key)) for key in keys)
+
+
+def _data_settings(cls: type[StageConfig]) -> list[tuple[str, str]]:
+    """The settings that name files of rows."""
+    values: dict[str, Any] = {}
+    for key, *_ in describe(cls):
+        *sections, name = key.split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = ["rows"]
+    return [(key, name) for key, name, kind in named_inputs(cls, values) if kind == "data"]
+
+
+CHATS = """
+stages:
+  sft: {model: {path: toy%s}, data: {train: "toy:sft.train"}}
+  rm: {kind: safety, model: {path: toy%s}, data: {train: "toy:safety.train"}}
+  rs: {stage: sft, model: "${sft}", data: {train: "toy:sft.train"}}
+  ppo:
+    model: {path: "${rs}"%s}
+    rewards: {helpfulness: "${rm}", safety: "${rm}/model"}
+    prompts: {prompts: "toy:prompts.train"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("sft", "rm", "ppo", "agrees"),
+    [
+        ("", "", "", True),
+        (", chat_template: TEMPLATE", "", "", False),
+        ("", ", chat_template: TEMPLATE", "", False),
+        (", chat_template: TEMPLATE", ", chat_template: TEMPLATE", "", True),
+        ("", ", chat_template: TEMPLATE", ", chat_template: TEMPLATE", True),
+    ],
+)
+def test_judges_of_another_chat_format_are_found_before_they_are_trained(tmp_path, sft, rm, ppo, agrees):
+    (tmp_path / "t.jinja").write_text(CHATML)
+    (tmp_path / "p.yaml").write_text((CHATS % (sft, rm, ppo)).replace("TEMPLATE", f"{tmp_path}/t.jinja"))
+    plan = load_pipeline(tmp_path / "p.yaml", [f"runs={tmp_path / 'runs'}"])
+    if agrees:
+        check_formats(plan)
+    else:
+        with pytest.raises(ModelError, match=r"^stages\.ppo: rewards\.helpfulness: writes dialogues in another format"):
+            check_formats(plan)

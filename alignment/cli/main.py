@@ -153,14 +153,12 @@ def run_pipeline(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all stages, run none.")] = False,
 ) -> None:
     """Run all stages of a pipeline in order; finished ones are skipped, an unfinished one goes on."""
-    from alignment.cli.pipeline import check_runs, load_pipeline, run_stages
-    from alignment.manifests import is_finished
+    from alignment.cli.pipeline import check_pipeline, load_pipeline, run_stages
 
     plan = load_pipeline(pipeline, overrides or [], from_stage=from_stage)
-    to_run = [stage for stage in plan.stages if stage.again or not is_finished(stage.path)]
-    _check_packages({f"{pipeline}: stages.{stage.name}": stage.config for stage in to_run})
+    _check_packages({f"{pipeline}: stages.{stage.name}": stage.config for stage in plan.to_run})
     if dry_run:
-        check_runs(plan)
+        check_pipeline(plan)
         typer.echo(f"{pipeline}: {len(plan.stages)} stages are in order.", err=True)
         return
     prepare_libraries()

@@ -12,72 +12,27 @@ rounds: see `alignment/cli/rounds.py`.
 
 from __future__ import annotations
 
-import difflib
-import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from alignment.cli.pipeline_inputs import check_formats, check_rows, wrong_references
+from alignment.cli.pipeline_stages import Pipeline, PlannedStage, check_runs
 from alignment.cli.rounds import expand_rounds
-from alignment.cli.stages import STAGES, ModelKind
+from alignment.cli.stages import STAGES
 from alignment.cli.summary import print_summary
-from alignment.config import StageConfig, build_config, merge, parse_overrides, read_yaml
-from alignment.errors import AlignError, ConfigError, RunError
-from alignment.files import file_sha256, write_json
+from alignment.config import build_config, merge, parse_overrides, read_yaml
+from alignment.errors import AlignError, ConfigError
+from alignment.files import write_json
 from alignment.headlines import one_line
-from alignment.manifests import (
-    OUTDATED,
-    changed_settings,
-    is_finished,
-    mark_outdated,
-    read_manifest,
-    read_result,
-    upstream_runs,
-    weights_sha256,
-)
+from alignment.manifests import is_finished, mark_outdated, read_result
 from alignment.progress import console
 from alignment.report.page import write_report
-from alignment.runs import check_run_dir
-from alignment.sources import find_data, find_model
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _UNKNOWN = "unknown-stage"  # stands for a reference that is reported already
-# The settings that name a reward model; all other models are chat models.
-_JUDGES = ("rewards.helpfulness", "rewards.safety", "safety", "guard", "evaluation.guard")
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A stage of a pipeline with its validated settings; `again` throws away what there is of its run."""
-
-    name: str
-    config: StageConfig
-    again: bool
-
-    @property
-    def path(self) -> Path:
-        """Its run directory."""
-        return Path(self.config.run.dir)
-
-    def call(self) -> tuple[StageConfig, bool]:
-        """With which settings it is run, and whether it is resumed. An outdated run is made again from the start."""
-        manifest = read_manifest(self.path)
-        if manifest is None:
-            return self.config, False
-        if self.again or manifest.get("status") == OUTDATED:
-            return self.config.model_copy(update={"run": self.config.run.model_copy(update={"overwrite": True})}), False
-        return self.config, True
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Validated stages in order, and where their runs are."""
-
-    runs: Path
-    stages: list[PlannedStage]
 
 
 def load_pipeline(
@@ -189,7 +144,7 @@ class _Stages:
         except AlignError as error:
             self.problems.append(str(error))
         else:
-            self.problems += [f"{where}: {problem}" for problem in _wrong_references(config, self.stages)]
+            self.problems += [f"{where}: {problem}" for problem in wrong_references(config, self.stages)]
             self.stages.append(PlannedStage(name, config, again))
         self.places[name] = folder
         if outside is not None:
@@ -202,21 +157,11 @@ def _names_a_folder(values: Mapping[str, Any]) -> bool:
     return isinstance(run, Mapping) and "dir" in run
 
 
-def check_runs(plan: Pipeline) -> None:
-    """Raises RunError where what is in the run directories is not of this plan. Call before any stage; it only reads.
-
-    A finished stage must have the plan's settings and be made from the runs, data and models that are there now; where
-    another stage runs, `open_run` must accept its directory.
-    """
-    digest = functools.cache(_digest)  # many stages read the same file
-    for stage in plan.stages:
-        if is_finished(stage.path) and not stage.again:
-            _check_unchanged(stage)
-            _check_up_to_date(stage)
-            _check_contents(stage, digest)
-        else:
-            config, resume = stage.call()
-            check_run_dir(config, resume=resume)
+def check_pipeline(plan: Pipeline) -> None:
+    """Raises what can be known before any stage runs: of run directories, chat formats and rows. It writes nothing."""
+    check_runs(plan)
+    check_formats(plan)
+    check_rows(plan)
 
 
 def run_stages(plan: Pipeline) -> None:
@@ -231,7 +176,7 @@ def run_stages(plan: Pipeline) -> None:
     # A process group can be made only once.
     state = PartialState(cpu=all(stage.config.run.device == "cpu" for stage in plan.stages), timeout=PROCESS_TIMEOUT)
     if state.is_main_process:
-        check_runs(plan)
+        check_pipeline(plan)
         for stage in plan.stages:
             if stage.again:
                 mark_outdated(stage.path)
@@ -262,91 +207,6 @@ def run_stages(plan: Pipeline) -> None:
         write_json(plan.runs / "summary.json", results)
         print_summary(results, plan.runs)
         console.print(f"Figures, tables and answers side by side:  {write_report([plan.runs])}")
-
-
-def _check_unchanged(stage: PlannedStage) -> None:
-    changed = changed_settings(read_manifest(stage.path) or {}, stage.config)
-    if changed:
-        raise RunError(
-            f"{stage.path}: finished with other settings ({', '.join(changed)}). "
-            f"Add --from {stage.name} to run it and the later stages again, or give runs=ANOTHER_FOLDER."
-        )
-
-
-def _check_up_to_date(stage: PlannedStage) -> None:
-    """Raises RunError where a run that the finished stage was made from was made again since, or will be."""
-    before, now = (read_manifest(stage.path) or {}).get("made_from", {}), upstream_runs(stage.config)
-    changed = [key for key in before if now.get(key) != before[key]]
-    if changed:
-        raise RunError(
-            f"{stage.path}: was made from an earlier version of {', '.join(changed)}. "
-            f"Add --from {stage.name} to run it and the later stages again."
-        )
-
-
-def _check_contents(stage: PlannedStage, digest: Callable[[Path], str]) -> None:
-    """Raises RunError where a finished stage read other data, or another model that no run made."""
-    manifest = read_manifest(stage.path) or {}
-    models, by_run = manifest.get("models", {}), manifest.get("made_from", {})
-    read = [(each["name"], find_data, each["sha256"]) for each in manifest.get("inputs", []) if each["sha256"]]
-    read += [
-        (name, find_model, models[key])
-        for key, name, _ in stage.config.input_names()
-        if key in models and f"{key}: {name}" not in by_run
-    ]
-    changed = [name for name, find, before in read if _is_changed(name, find, before, digest)]
-    if changed:
-        raise RunError(
-            f"{stage.path}: finished with other contents of {', '.join(changed)}. Put the old ones back, add "
-            f"--from {stage.name} to run it and the later stages again, or give runs=ANOTHER_FOLDER."
-        )
-
-
-def _is_changed(name: str, find: Callable[[str], Path | str], before: str, digest: Callable[[Path], str]) -> bool:
-    if name.startswith("toy:"):
-        return False
-    try:
-        found = find(name)
-    except AlignError:  # made by an earlier stage, and removed since
-        return False
-    return not isinstance(found, Path) or digest(found) != before
-
-
-def _digest(found: Path) -> str:
-    return weights_sha256(found) if found.is_dir() else file_sha256(found)
-
-
-def _wrong_references(config: StageConfig, earlier: Sequence[PlannedStage]) -> Iterator[str]:
-    """Settings that name what an earlier stage does not make: a model of the other kind, a file it does not write."""
-    stages = {stage.path: stage for stage in earlier}
-    for key, name, kind in config.input_names():
-        place = Path(name)
-        found = next((stages[folder] for folder in (place, *place.parents) if folder in stages), None)
-        if found is None:
-            continue
-        inside = place.relative_to(found.path)
-        shown, stage = "/".join((f"${{{found.name}}}", *inside.parts)), STAGES[found.config.stage]
-        if kind == "data":
-            if not any(fnmatchcase(str(inside), pattern) for pattern in stage.files):
-                guess = difflib.get_close_matches(str(inside), stage.files, n=1)
-                hint = f" Did you mean {guess[0]}?" if guess else ""
-                yield f"{key}: {shown}: {stage.name} writes no such file, but {', '.join(stage.files)}.{hint}"
-        elif kind == "model":
-            wanted = _wanted_models(config, key)
-            if stage.makes in wanted and inside.parts in ((), ("model",)):
-                continue
-            makes = f"a {stage.makes}" if stage.makes else f"no model, but {', '.join(stage.files)}"
-            known = [each.name for each in earlier if STAGES[each.config.stage].makes in wanted]
-            yield (
-                f"{key}: {shown}: must be a {' or a '.join(wanted)}; {stage.name} makes {makes}. "
-                f"Earlier stages that make one: {', '.join(known) or 'none'}."
-            )
-
-
-def _wanted_models(config: StageConfig, key: str) -> tuple[ModelKind, ...]:
-    if key in _JUDGES:
-        return ("reward model",)
-    return ("chat model", "reward model") if config.stage == "rm" else ("chat model",)
 
 
 def _fill_in(value: Any, places: Mapping[str, str], where: str, problems: list[str]) -> Any:

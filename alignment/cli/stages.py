@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, Literal
 
 from alignment.config import StageConfig
@@ -19,9 +20,10 @@ ModelKind = Literal["chat model", "reward model"]
 class Stage:
     """A stage's settings class and functions as `module:name`, so that nothing heavy is imported for help.
 
-    `checker` reads its data and chat formats and says what it found: no weights, no training. `kinds` are further
-    settings, runners and checkers that go by the stage's name, chosen by the setting `kind`. `makes` is the model in
-    its run directory, `files` are the names of the rows there; * stands for what differs.
+    `checker` reads its data and chat formats and says what it found: no weights, no training. `kinds` is what
+    differs in further stages that go by its name, chosen by the setting `kind`. `makes` is the model in its run
+    directory, `files` are the names of the rows there; * stands for what differs. `rows` are the parsers of the rows
+    that it reads, by the setting that names their files.
     """
 
     name: str
@@ -30,9 +32,10 @@ class Stage:
     summary: str
     checker: str
     default_kind: str = ""
-    kinds: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     makes: ModelKind | None = None
     files: tuple[str, ...] = ()
+    rows: Mapping[str, str] = field(default_factory=dict)
 
     def of_kind(self, kind: object) -> Stage:
         """The stage that `kind` in the settings asks for: this one, unless it has another by that name.
@@ -44,8 +47,7 @@ class Stage:
         if not isinstance(kind, str) or kind not in self.kinds:
             names = ", ".join((self.default_kind, *self.kinds))
             raise ConfigError(f"kind = {kind!r}: the {self.name} stage has no such kind. Use one of {names}.")
-        config, runner, checker = self.kinds[kind]
-        return replace(self, config=config, runner=runner, checker=checker, kinds={})
+        return replace(self, **self.kinds[kind], kinds={})
 
     def config_class(self) -> type[StageConfig]:
         """The pydantic model of its settings."""
@@ -59,6 +61,15 @@ class Stage:
         """`check(config) -> what was found` (`8 prompts.`); raises what `run` would of its data, and imports torch."""
         return _load(self.checker)
 
+    def row_parser(self, key: str) -> Callable[[Mapping[str, Any]], Any]:
+        """What makes typed rows of those in the files that the setting `key` names; it raises RowError for bad ones."""
+        return _load(self.rows[key])
+
+
+_DIALOGUES = dict.fromkeys(("data.train", "data.valid"), "alignment.dialogue:Dialogue.from_json")
+_PAIRS = dict.fromkeys(("data.train", "data.valid", "data.mix_in"), "alignment.dialogue:PreferencePair.from_json")
+_PROMPTS = {"prompts.prompts": "alignment.dialogue:Prompt.from_json"}
+_GATT = {"prompts.prompts": "sft.conversation:as_prompt", "instructions.own": "sft.instructions:PoolRow.from_json"}
 
 STAGES = {
     stage.name: stage
@@ -71,6 +82,7 @@ STAGES = {
             "sft.prepare:check",
             makes="chat model",
             files=("answers.jsonl",),
+            rows=_DIALOGUES,
         ),
         Stage(
             "gatt",
@@ -79,6 +91,7 @@ STAGES = {
             "Make Ghost Attention dialogues for SFT.",
             "sft.gatt:check",
             files=("sampled.jsonl", "dialogues.jsonl", "as_sampled.jsonl"),
+            rows=_GATT,
         ),
         Stage(
             "distil",
@@ -87,6 +100,7 @@ STAGES = {
             "Safety context distillation: safe answers as SFT data, filtered by the safety reward model.",
             "alignment.cli.distil:check",
             files=("answers.jsonl", "scored.jsonl", "distilled.jsonl"),
+            rows=_PROMPTS,
         ),
         Stage(
             "rm",
@@ -96,6 +110,7 @@ STAGES = {
             "reward_models.prepare:check",
             makes="reward model",
             files=("held_out_scores.jsonl",),
+            rows=_PAIRS,
         ),
         Stage(
             "reject",
@@ -104,6 +119,11 @@ STAGES = {
             "One round of rejection sampling: the best of K becomes SFT data.",
             "rlhf.rejection_sampling:check",
             files=("candidates.jsonl", "sft.jsonl"),
+            rows={
+                **_PROMPTS,
+                "earlier_rounds": "alignment.dialogue:Candidate.from_json",
+                "baseline": "alignment.dialogue:as_response",
+            },
         ),
         Stage(
             "ppo",
@@ -113,6 +133,7 @@ STAGES = {
             "rlhf.ppo_run:check",
             makes="chat model",
             files=("answers-*.jsonl",),
+            rows={**_PROMPTS, "evaluation.prompts": "alignment.dialogue:Prompt.from_json"},
         ),
         Stage(
             "eval",
@@ -121,8 +142,16 @@ STAGES = {
             "Compare policies on held-out prompts, or (kind=gatt) how long they keep an instruction.",
             "rlhf.evaluate:check",
             files=("answers-*.jsonl", "dialogues-*.jsonl"),
+            rows=_PROMPTS,
             default_kind="policies",
-            kinds={"gatt": ("sft.config:GattEvalConfig", "sft.gatt_evaluation:run", "sft.gatt_evaluation:check")},
+            kinds={
+                "gatt": {
+                    "config": "sft.config:GattEvalConfig",
+                    "runner": "sft.gatt_evaluation:run",
+                    "checker": "sft.gatt_evaluation:check",
+                    "rows": _GATT,
+                }
+            },
         ),
     )
 }
@@ -148,4 +177,4 @@ def prepare_libraries() -> None:
 
 def _load(reference: str) -> Any:
     module, name = reference.split(":")
-    return getattr(import_module(module), name)
+    return attrgetter(name)(import_module(module))

@@ -1,0 +1,125 @@
+"""The stages of a pipeline with their settings, and whether what is in their run directories is of this plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.config import StageConfig
+from alignment.errors import AlignError, RunError
+from alignment.files import file_sha256
+from alignment.manifests import OUTDATED, changed_settings, is_finished, read_manifest, upstream_runs, weights_sha256
+from alignment.runs import check_run_dir
+from alignment.sources import find_data, find_model
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a pipeline with its validated settings; `again` throws away what there is of its run."""
+
+    name: str
+    config: StageConfig
+    again: bool
+
+    @property
+    def path(self) -> Path:
+        """Its run directory."""
+        return Path(self.config.run.dir)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is finished and stays as it is."""
+        return is_finished(self.path) and not self.again
+
+    def call(self) -> tuple[StageConfig, bool]:
+        """With which settings it is run, and whether it is resumed. An outdated run is made again from the start."""
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            return self.config, False
+        if self.again or manifest.get("status") == OUTDATED:
+            return self.config.model_copy(update={"run": self.config.run.model_copy(update={"overwrite": True})}), False
+        return self.config, True
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Validated stages in order, and where their runs are."""
+
+    runs: Path
+    stages: list[PlannedStage]
+
+    @property
+    def to_run(self) -> list[PlannedStage]:
+        """The stages that are not done."""
+        return [stage for stage in self.stages if not stage.is_done]
+
+
+def check_runs(plan: Pipeline) -> None:
+    """Raises RunError where what is in the run directories is not of this plan. Call before any stage; it only reads.
+
+    A finished stage must have the plan's settings and be made from the runs, data and models that are there now; where
+    another stage runs, `open_run` must accept its directory.
+    """
+    digest = functools.cache(_digest)  # many stages read the same file
+    for stage in plan.stages:
+        if stage.is_done:
+            _check_unchanged(stage)
+            _check_up_to_date(stage)
+            _check_contents(stage, digest)
+        else:
+            config, resume = stage.call()
+            check_run_dir(config, resume=resume)
+
+
+def _check_unchanged(stage: PlannedStage) -> None:
+    changed = changed_settings(read_manifest(stage.path) or {}, stage.config)
+    if changed:
+        raise RunError(
+            f"{stage.path}: finished with other settings ({', '.join(changed)}). "
+            f"Add --from {stage.name} to run it and the later stages again, or give runs=ANOTHER_FOLDER."
+        )
+
+
+def _check_up_to_date(stage: PlannedStage) -> None:
+    """Raises RunError where a run that the finished stage was made from was made again since, or will be."""
+    before, now = (read_manifest(stage.path) or {}).get("made_from", {}), upstream_runs(stage.config)
+    changed = [key for key in before if now.get(key) != before[key]]
+    if changed:
+        raise RunError(
+            f"{stage.path}: was made from an earlier version of {', '.join(changed)}. "
+            f"Add --from {stage.name} to run it and the later stages again."
+        )
+
+
+def _check_contents(stage: PlannedStage, digest: Callable[[Path], str]) -> None:
+    """Raises RunError where a finished stage read other data, or another model that no run made."""
+    manifest = read_manifest(stage.path) or {}
+    models, by_run = manifest.get("models", {}), manifest.get("made_from", {})
+    read = [(each["name"], find_data, each["sha256"]) for each in manifest.get("inputs", []) if each["sha256"]]
+    read += [
+        (name, find_model, models[key])
+        for key, name, _ in stage.config.input_names()
+        if key in models and f"{key}: {name}" not in by_run
+    ]
+    changed = [name for name, find, before in read if _is_changed(name, find, before, digest)]
+    if changed:
+        raise RunError(
+            f"{stage.path}: finished with other contents of {', '.join(changed)}. Put the old ones back, add "
+            f"--from {stage.name} to run it and the later stages again, or give runs=ANOTHER_FOLDER."
+        )
+
+
+def _is_changed(name: str, find: Callable[[str], Path | str], before: str, digest: Callable[[Path], str]) -> bool:
+    if name.startswith("toy:"):
+        return False
+    try:
+        found = find(name)
+    except AlignError:  # made by an earlier stage, and removed since
+        return False
+    return not isinstance(found, Path) or digest(found) != before
+
+
+def _digest(found: Path) -> str:
+    return weights_sha256(found) if found.is_dir() else file_sha256(found)
