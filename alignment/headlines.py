@@ -12,7 +12,7 @@ Result = Mapping[str, Any]
 
 def one_line(result: Result) -> str:
     """What a stage reached, in a few words, and which rows it left out."""
-    return "; ".join([_figures(result), *_left_out(result.get("left_out", {}))])
+    return "; ".join([_figures(result), *what_was_left_out(result.get("left_out", {}))])
 
 
 def _figures(result: Result) -> str:
@@ -58,6 +58,23 @@ def by_part(left_out: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
+def what_was_left_out(parts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """`train left out 3 vetoed, 2 too long, cut the history of 4`, for each part that lost something.
+
+    A cut history may have taken answers with it that would have been trained: `cut the history of 4 (with 9 answers)`.
+    """
+    found = []
+    for part, reasons in parts.items():
+        rows = counted({name: count for name, count in reasons.items() if name not in ("history_cut", "answers_cut")})
+        words = [f"left out {rows}"] if rows else []
+        if cut := reasons.get("history_cut"):
+            answers = f" (with {reasons['answers_cut']} answers)" if reasons.get("answers_cut") else ""
+            words.append(f"cut the history of {cut}{answers}")
+        if words:
+            found.append(f"{part} {', '.join(words)}".strip())
+    return found
+
+
 def clock(seconds: float) -> str:
     """Minutes and seconds, `4:07`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
@@ -67,7 +84,7 @@ def _distillation(result: Result) -> str:
     kept, gain = show(result["kept_rate"], ".0%", bounds=True), show(result["score_gain"], "+.2f")
     figures = f"{kept} of {result['prompts']} distilled answers kept, safety score {gain} by the preprompt"
     left_out = {**result.get("dropped", {}), "history_cut": result.get("history_cut", 0)}
-    return "; ".join([figures, *_left_out({"": left_out})])
+    return "; ".join([figures, *what_was_left_out({"": left_out})])
 
 
 def _sft(result: Result) -> str:
@@ -85,20 +102,3 @@ def _reward_model(result: Result) -> str:
     label = result["valid"].get("safety_label_accuracy")
     extra = f", safety label right {label['value']:.1%}" if label and result["kind"] == "safety" else ""
     return f"held-out accuracy {accuracy['value']:.1%} {interval}, {accuracy['count']} pairs{extra}"
-
-
-def _left_out(parts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """`train left out 3 vetoed, 2 too long, cut the history of 4`, for each part that lost something.
-
-    A cut history may have taken answers with it that would have been trained: `cut the history of 4 (with 9 answers)`.
-    """
-    found = []
-    for part, reasons in parts.items():
-        rows = counted({name: count for name, count in reasons.items() if name not in ("history_cut", "answers_cut")})
-        words = [f"left out {rows}"] if rows else []
-        if cut := reasons.get("history_cut"):
-            answers = f" (with {reasons['answers_cut']} answers)" if reasons.get("answers_cut") else ""
-            words.append(f"cut the history of {cut}{answers}")
-        if words:
-            found.append(f"{part} {', '.join(words)}".strip())
-    return found

@@ -57,6 +57,20 @@ def sampled(monkeypatch) -> list[int]:
     return calls
 
 
+def test_it_says_which_prompts_have_no_answers(prompts, tmp_path):
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    turns = [{"role": "user", "content": "give a " * 20}, {"role": "assistant", "content": "a"}]
+    long = {"prompt": [{"role": "user", "content": "give a " * 200}], "source": "long"}
+    cut = {"prompt": [*turns * 4, {"role": "user", "content": "give b"}], "source": "cut"}
+    write_rows(prompts, [*rows, long, cut])
+    done = CliRunner().invoke(
+        app, ["sample", "toy", str(prompts), "--max-new-tokens", "6", "--out", str(tmp_path / "o")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "sample: left out 1 too long, cut the history of 1" in " ".join(done.stderr.split())
+    assert len((tmp_path / "o").read_text().splitlines()) == len(rows) + 1
+
+
 def test_it_goes_on_after_an_interruption_and_ends_with_the_same_file(prompts, sampled, tmp_path, monkeypatch):
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     with pytest.raises(KeyboardInterrupt):

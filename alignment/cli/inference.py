@@ -16,10 +16,18 @@ from alignment.config import ModelSection, PromptSection, SamplingSection, build
 from alignment.data import load_prompts
 from alignment.errors import ConfigError, RunError
 from alignment.hardware import compute_dtype
+from alignment.headlines import what_was_left_out
 from alignment.models import load_chat_of
-from alignment.progress import ProgressBar
+from alignment.progress import ProgressBar, console
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.prompts import Asked, as_candidate, choose_prompts, fit_prompts, sampling_params
+from alignment.sampling.prompts import (
+    Asked,
+    as_candidate,
+    choose_prompts,
+    fit_and_count,
+    prompts_left_out,
+    sampling_params,
+)
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
 
 
@@ -49,7 +57,9 @@ def sample_file(
     data = load_prompts([source])
     chat, context = load_chat_of(model)
     chosen = choose_prompts(data, prompts, seed)
-    fitting = fit_prompts(chat, chosen, prompts, room=context - sampling.max_new_tokens)
+    fitting, counts = fit_and_count(chat, chosen, prompts, context - sampling.max_new_tokens)
+    for words in what_was_left_out({"sample:": prompts_left_out(counts, data.sources)}):
+        console.print(words)
     drawn = _by_ids(partial.rows, fitting)
     if drawn is None:
         raise RunError(f"{out}.partial: has other prompts than {source}. Remove it and {out}.partial.json.")

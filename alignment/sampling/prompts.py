@@ -78,10 +78,36 @@ def fit_prompts(
     Raises:
         DataError: no prompt fits, or the chat format refuses one and bad rows are not to be skipped.
     """
-    fitting, counts = _fit(chat, prompts, section, room)
+    fitting, counts = fit_and_count(chat, prompts, section, room)
     if run_dir is not None:
         run_dir.note(**{noted_as: {"used": len(fitting), **counts}})
     return fitting
+
+
+def fit_and_count(
+    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, room: int
+) -> tuple[list[Asked], dict[str, int]]:
+    """What `fit_prompts` finds and raises, and how many lost old turns, were too long, or were refused."""
+    limit = min(section.max_prompt_length, room)
+    found, problems = [], []
+    for prompt in prompts:
+        try:
+            if (cut := cut_to_fit(chat, prompt.messages, limit)) is not None:
+                found.append((prompt, cut))
+        except DataError as error:
+            problems.append(f"{prompt.where or 'prompts'}: {error}")
+    if section.on_error == "stop":
+        raise_together(problems)
+    fitting = [Asked(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
+    if not fitting:
+        if len(problems) == len(prompts):
+            raise DataError(f"prompts: the chat format refuses all of them, the first because {problems[0]}")
+        raise DataError(f"prompts: none fits into {limit_in_words(section, room)}.")
+    return fitting, {
+        "history_cut": sum(messages is not prompt.messages for prompt, (messages, _) in found),
+        "too_long": len(prompts) - len(fitting) - len(problems),
+        "refused_by_chat_format": len(problems),
+    }
 
 
 def fit_all_formats(
@@ -90,7 +116,7 @@ def fit_all_formats(
     """The prompts that fit in every one of the formats, as `fit_prompts` has them, and the counts of all others."""
     found, counts = list(prompts), Counter()
     for chat in chats:
-        fitting, others = _fit(chat, found, section, room)
+        fitting, others = fit_and_count(chat, found, section, room)
         found = [prompt for prompt, _ in fitting]
         counts.update(others)
     whole = {id(prompt.messages) for prompt in prompts}
@@ -176,29 +202,3 @@ def as_candidate(
         seed=params.seed,
         temperature=params.temperature,
     )
-
-
-def _fit(
-    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, room: int
-) -> tuple[list[Asked], dict[str, int]]:
-    """What `fit_prompts` finds, and how many lost old turns, were too long, or were refused."""
-    limit = min(section.max_prompt_length, room)
-    found, problems = [], []
-    for prompt in prompts:
-        try:
-            if (cut := cut_to_fit(chat, prompt.messages, limit)) is not None:
-                found.append((prompt, cut))
-        except DataError as error:
-            problems.append(f"{prompt.where or 'prompts'}: {error}")
-    if section.on_error == "stop":
-        raise_together(problems)
-    fitting = [Asked(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
-    if not fitting:
-        if len(problems) == len(prompts):
-            raise DataError(f"prompts: the chat format refuses all of them, the first because {problems[0]}")
-        raise DataError(f"prompts: none fits into {limit_in_words(section, room)}.")
-    return fitting, {
-        "history_cut": sum(messages is not prompt.messages for prompt, (messages, _) in found),
-        "too_long": len(prompts) - len(fitting) - len(problems),
-        "refused_by_chat_format": len(problems),
-    }
