@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alignment.low_rank import use_low_rank_linear
+from alignment.weight_files import read_weight
 
 # The name of the frozen adapter; the trained one has peft's own, "default".
 FROZEN_ADAPTER = "frozen"
@@ -151,6 +152,19 @@ def attach_frozen(decoder: nn.Module, adapter: Adapter) -> None:
         module = decoder.get_submodule(layer)
         for part, values in zip((module.lora_A, module.lora_B), factors, strict=True):
             part[FROZEN_ADAPTER].weight = nn.Parameter(values.to(module.base_layer.weight), requires_grad=False)
+
+
+@torch.no_grad()
+def take_off(model: nn.Module, adapter: Adapter, files: Mapping[str, Path]) -> None:
+    """Gives a model that was loaded with an adapter merged the weights below it, in place and in their type.
+
+    The difference is taken in the precision of the files that each weight is in, by its name.
+    """
+    decoder = model.get_decoder()
+    prefix = _prefix(model, decoder)
+    for layer, (first, second) in adapter.layers.items():
+        name = f"{prefix}{layer}.weight"
+        decoder.get_parameter(f"{layer}.weight").copy_(read_weight(files[name], name).float() - second @ first)
 
 
 def keep_frozen_active(model: nn.Module) -> None:

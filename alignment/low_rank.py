@@ -6,6 +6,8 @@ every layer, and scales and adds what each adapter gives by operations of their 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,18 +21,25 @@ from torch.autograd.function import once_differentiable
 class LowRankLinear(Linear):
     """peft's layer for `nn.Linear`, by its own names and with its other methods."""
 
+    _held: tuple[Tensor, Tensor] | None = None
+
     def forward(self, x: Float[Tensor, "*N I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*N O"]:
         """As peft's: of autocast's type where that is on, else of the input's."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or not self._is_plain(names):
             return super().forward(x, *args, **kwargs)
         dtype = _autocast_dtype(x.device.type) or x.dtype
-        first = torch.cat([self.lora_A[name].weight.to(dtype) for name in names])
-        second = torch.cat([(self.lora_B[name].weight * self.scaling[name]).to(dtype) for name in names], dim=1)
+        first, second = self._held or self._factors(names, dtype)
         weight, bias = self.base_layer.weight.to(dtype), self.base_layer.bias
         flat = _LowRankLinear.apply(x.to(dtype).reshape(-1, x.shape[-1]), weight, first, second)
         y = flat.view(*x.shape[:-1], flat.shape[-1])
         return y if bias is None else y + bias.to(dtype)
+
+    def _factors(self, names: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[A1; A2] and [B1 B2]."""
+        first = torch.cat([self.lora_A[name].weight.to(dtype) for name in names])
+        second = torch.cat([(self.lora_B[name].weight * self.scaling[name]).to(dtype) for name in names], dim=1)
+        return first, second
 
     def _is_plain(self, names: list[str]) -> bool:
         """Whether nothing but the two factors of each adapter changes the frozen weight."""
@@ -42,6 +51,24 @@ class LowRankLinear(Linear):
             and all(isinstance(self.lora_dropout[name], nn.Identity) or not self.training for name in names)
             and not any(self.lora_bias[name] for name in names)
         )
+
+
+@contextmanager
+def held_factors(model: nn.Module) -> Iterator[None]:
+    """Puts the factors of all adapters together once instead of at every call: for many calls on the same weights.
+
+    They are of the frozen weights' type, which is the input's where there is no autocast; gradients do not reach them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    with torch.no_grad():
+        for layer in layers:
+            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            layer._held = layer._factors(names, layer.base_layer.weight.dtype) if names else None
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._held = None
 
 
 def use_low_rank_linear(config: LoraConfig) -> LoraConfig:

@@ -26,11 +26,13 @@ from transformers.initialization import no_init_weights
 
 from alignment.adapters import (
     Adapter,
+    attach_frozen,
     backbone_weights,
     fingerprint,
     linear_layers,
     merged_weights,
     read_adapter,
+    take_off,
     trained_adapter,
     write_adapter,
 )
@@ -45,6 +47,7 @@ from alignment.sources import cached_folder, find_model
 from alignment.toy import TOY_VERSION
 from alignment.toy_model import make_toy_model
 from alignment.tree_attention import TREE_ATTENTION
+from alignment.weight_files import read_weight, weight_files
 
 ADAPTER_FOLDER = "adapter"
 
@@ -60,12 +63,18 @@ class LoadedModel:
 
 
 def load_chat_model(
-    path: str, *, dtype: torch.dtype = torch.float32, chat_template: str = "auto", for_training: bool = False
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    chat_template: str = "auto",
+    keep_adapter: bool = False,
+    for_training: bool = False,
 ) -> LoadedModel:
     """A causal language model in evaluation mode, on the CPU.
 
-    Raises ModelError where it cannot be loaded, or is a reward model. With `for_training` it has no weights yet where
-    FSDP brings them from the main process.
+    Raises ModelError where it cannot be loaded, or is a reward model. With `keep_adapter` what LoRA has added stays an
+    adapter, frozen, where `dtype` would round it away; with `for_training` there are no weights yet where FSDP brings
+    them from the main process.
     """
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
@@ -73,6 +82,8 @@ def load_chat_model(
     check_is_chat_model(path)
     model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype, empty=for_training and gets_weights_later())
     _check_vocabulary(model.get_output_embeddings(), tokenizer, path)
+    if keep_adapter:
+        _keep_adapter(model, folder, dtype)
     _set_special_tokens(model, tokenizer, chat)
     return LoadedModel(model.eval(), tokenizer, chat, folder)
 
@@ -83,13 +94,14 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     chat_template: str = "auto",
     new_head_seed: int | None = None,
+    keep_adapter: bool = False,
     for_training: bool = False,
 ) -> LoadedModel:
     """A sequence classifier with one output and a float32 head, in evaluation mode, on the CPU.
 
     With `new_head_seed` a chat model is taken and its output matrix replaced by a fresh scalar head
-    (Llama 2 Sec. 3.2.2). Without, the folder must hold a reward model: raises ModelError where it does not. With
-    `for_training` it has no weights yet where FSDP brings them from the main process.
+    (Llama 2 Sec. 3.2.2). Without, the folder must hold a reward model: raises ModelError where it does not.
+    `keep_adapter` and `for_training` as for a chat model.
     """
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
@@ -102,6 +114,11 @@ def load_reward_model(
     model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, empty=empty, num_labels=1)
     _check_vocabulary(model.get_input_embeddings(), tokenizer, path)
     float32_head(model)
+    files = weight_files(folder) if isinstance(folder, Path) else {}
+    if (name := "score.weight") in files:  # it was loaded in the backbone's type
+        model.score.weight.data.copy_(read_weight(files[name], name))
+    if keep_adapter:
+        _keep_adapter(model, folder, dtype)
     if new_head_seed is not None and not is_reward_model:
         generator = torch.Generator().manual_seed(new_head_seed)
         # Stiennon et al. 2020 (arXiv:2009.01325): scores of unit order for hidden states of unit order.
@@ -211,17 +228,12 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
             return get_peft_model(model, use_low_rank_linear(config))
 
 
-def merged_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
-    """A separate chat model in `dtype` with adapters merged into the weights, e.g. to sample from a policy in training.
+def rounded_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+    """A separate chat model with weights in `dtype`, e.g. to sample from a policy whose own are float32.
 
-    Collective where FSDP has split the model, which has no adapters then: every process gets all weights, one by one.
-    Buffers keep their type: in bfloat16 the frequencies of rotary positions would be others.
+    Collective where FSDP has split the model: every process gets all weights, one by one. Buffers keep their type: in
+    bfloat16 the frequencies of rotary positions would be others.
     """
-    if isinstance(model, PeftModel):
-        twin = copy.deepcopy(model).merge_and_unload()
-        for parameter in twin.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return twin.eval()
     config, options = copy.deepcopy(model.config), {"dtype": dtype, "attn_implementation": TREE_ATTENTION}
     with no_init_weights(), next(model.parameters()).device:
         twin = AutoModelForCausalLM.from_config(config, **options)
@@ -312,6 +324,18 @@ def _from_pretrained(
         raise
     except (RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: its weights cannot be read ({error}).") from error
+
+
+def _keep_adapter(model: PreTrainedModel, folder: Path | str, dtype: torch.dtype) -> None:
+    """Takes what LoRA added off the weights of a model in fewer bits than float32, and puts it beside them.
+
+    In bfloat16 a weight has 8 bits, and what changes it by less than half the last one is lost: of the policy of a
+    short PPO run two fifths of the change. The model that was trained had rounded weights and the adapter apart.
+    """
+    if dtype == torch.float32 or (adapter := saved_adapter(folder)) is None:
+        return
+    take_off(model, adapter, weight_files(Path(folder)))
+    attach_frozen(model.get_decoder(), adapter)
 
 
 def _check_complete(model: PreTrainedModel, missing: Collection[str], name: str) -> None:

@@ -43,7 +43,9 @@ class Scorer:
     ) -> Scorer:
         """Raises ModelError where `path` is not a reward model."""
         device = torch.device(device)
-        loaded = load_reward_model(path, dtype=compute_dtype(device, dtype), chat_template=chat_template)
+        loaded = load_reward_model(
+            path, dtype=compute_dtype(device, dtype), chat_template=chat_template, keep_adapter=True
+        )
         loaded.model.to(device).requires_grad_(False)
         return cls(loaded, max_tokens=max_tokens)
 

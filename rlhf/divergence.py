@@ -40,7 +40,8 @@ def answer_logprobs(
         title: of the progress bar.
     """
     dtype = compute_dtype(device, section.dtype)
-    model = load_chat_model(section.path, dtype=dtype, chat_template=section.chat_template).model.to(device)
+    loaded = load_chat_model(section.path, dtype=dtype, chat_template=section.chat_template, keep_adapter=True)
+    model = loaded.model.to(device)
 
     def measure(batch: PrefixBatch) -> list[torch.Tensor]:
         return [response_logprobs(model, batch, temperature=temperature)]

@@ -1,4 +1,4 @@
-"""Sampling from a policy in training: by vLLM, which is handed its new weights, or the built-in engine on a copy."""
+"""Sampling from a policy in training: by vLLM, which is handed its new weights, or the built-in engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from alignment.models import merged_copy
+from alignment.models import rounded_copy
 from alignment.sampling.engines import open_vllm
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
 from alignment.sampling.torch_engine import TorchSampler
@@ -76,11 +76,16 @@ class PolicySampler:
         return self._vllm
 
     def _torch_sampler(self) -> TorchSampler:
-        """On a merged copy in the fast type, which lives while it samples, or on the policy itself.
+        """On the policy itself, or on a copy in the fast type, which lives while it samples.
 
+        Adapters stay apart: merged into rounded weights, most of what an iteration or two have taught would be lost.
         Making a copy is collective where FSDP has split the policy: all processes sample, if only nothing.
         """
         policy = self._policy
-        is_plain = not isinstance(policy, PeftModel | FSDPModule) and next(policy.parameters()).dtype == self._dtype
-        model = policy if is_plain else merged_copy(policy, self._dtype)
+        if isinstance(policy, PeftModel):
+            model = policy.get_base_model()
+        elif isinstance(policy, FSDPModule) or next(policy.parameters()).dtype != self._dtype:
+            model = rounded_copy(policy, self._dtype)
+        else:
+            model = policy
         return TorchSampler(model, stop_ids=self._stop_ids, max_rows=self._max_rows)

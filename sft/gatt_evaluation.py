@@ -60,7 +60,7 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
         if config.num_attention_dialogues:
             answered = [row for row in next(iter(rows.values())) if row["answers"]]
             dtype = compute_dtype(state.device, section.dtype)
-            loaded = load_chat_model(section.path, dtype=dtype, chat_template=section.chat_template)
+            loaded = load_chat_model(section.path, dtype=dtype, chat_template=section.chat_template, keep_adapter=True)
             loaded.model.to(state.device)
             attention[name] = attention_picture(loaded, answered[: config.num_attention_dialogues])
             del loaded  # its memory, before the next one's

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from merging import merged_copy, share_kept, small_change
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
@@ -18,8 +19,9 @@ from alignment.config import LoraSection
 from alignment.errors import ModelError
 from alignment.logprobs import branch_scores, response_logprobs
 from alignment.manifests import weights_sha256
-from alignment.models import add_lora, load_chat, load_chat_model, load_reward_model, merged_copy, save_model
+from alignment.models import add_lora, load_chat, load_chat_model, load_reward_model, rounded_copy, save_model
 from alignment.prefix_batch import Branch, Tree, collate
+from reward_models.score import Scorer
 
 BATCH = collate([[Tree([5, 6, 7], [Branch([8, 9, 10]), Branch([11])])]])
 
@@ -138,12 +140,10 @@ def test_weights_that_cannot_be_read_are_named(damage, tmp_path):
         load_reward_model(str(tmp_path / "rm"))
 
 
-@pytest.mark.parametrize("is_adapted", [False, True])
-def test_a_copy_to_sample_from_rounds_weights_and_not_positions(is_adapted):
+def test_a_copy_to_sample_from_rounds_weights_and_not_positions():
     model = load_chat_model("toy").model
-    model = with_adapters(model, is_reward_model=False) if is_adapted else model
     weights = {name: weight.clone() for name, weight in model.named_parameters()}
-    copied = merged_copy(model, torch.bfloat16)
+    copied = rounded_copy(model, torch.bfloat16)
     assert {weight.dtype for weight in copied.parameters()} == {torch.bfloat16} and not copied.training
     buffers = dict(copied.named_buffers())
     assert any(name.endswith("inv_freq") for name in buffers)
@@ -154,14 +154,64 @@ def test_a_copy_to_sample_from_rounds_weights_and_not_positions(is_adapted):
     assert all(weight.equal(weights[name]) for name, weight in model.named_parameters())  # a copy
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_small_change_by_lora_is_still_there_in_bfloat16(tmp_path, is_sharded, monkeypatch):
+    loaded = load_chat_model("toy", dtype=torch.bfloat16)
+    before = copy.deepcopy(loaded.model)
+    adapted = with_adapters(loaded.model, is_reward_model=False)
+    small_change(adapted, 2e-5)
+    save_model(adapted, loaded, tmp_path / "one")
+    if is_sharded:
+        model, folder = load_chat_model(str(tmp_path / "one")).model, tmp_path / "one"
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="40KB")
+        assert (folder / "model.safetensors.index.json").is_file()
+    found = load_chat_model(str(tmp_path / "one"), dtype=torch.bfloat16, keep_adapter=True).model
+    assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
+    assert share_kept(found, before, adapted.get_base_model()) == pytest.approx(1, abs=0.02)
+    merged = load_chat_model(str(tmp_path / "one"), dtype=torch.bfloat16).model
+    assert share_kept(merged, before, adapted.get_base_model()) < 0.6
+    below = {name.replace(".base_layer", ""): weight for name, weight in found.named_parameters()}
+    assert all(torch.equal(below[name], weight) for name, weight in before.named_parameters())
+    whole = load_chat_model(str(tmp_path / "one"), keep_adapter=True).model  # float32 has room for it
+    assert share_kept(whole, before, adapted.get_base_model()) == pytest.approx(1, abs=1e-3)
+    assert [name for name, _ in whole.named_parameters()] == [name for name, _ in before.named_parameters()]
+
+
+def test_a_small_change_on_top_of_an_earlier_one_is_still_there_in_bfloat16(tmp_path):
+    first = load_chat_model("toy", dtype=torch.bfloat16)
+    adapted = with_adapters(first.model, is_reward_model=False)
+    small_change(adapted, 0.02)
+    save_model(adapted, first, tmp_path / "first")
+    second = load_chat_model(str(tmp_path / "first"), dtype=torch.bfloat16)
+    again = add_lora(second.model, LoraSection(r=2, alpha=4), is_reward_model=False, seed=5)
+    start = merged_copy(again)
+    small_change(again, 2e-4)
+    save_model(again, second, tmp_path / "second")
+    found = load_chat_model(str(tmp_path / "second"), dtype=torch.bfloat16, keep_adapter=True).model
+    assert share_kept(found, start, again.get_base_model()) == pytest.approx(1, abs=0.1)
+    assert next(m for n, m in found.named_modules() if n.endswith("lora_A.frozen")).weight.shape[0] == 4 + 2
+
+
+@torch.no_grad()
+def test_a_scorer_in_bfloat16_keeps_what_lora_added(tmp_path):
+    loaded = load_reward_model("toy", dtype=torch.bfloat16, new_head_seed=3)
+    adapted = with_adapters(loaded.model, is_reward_model=True)
+    small_change(adapted, 1e-3)
+    expected = branch_scores(adapted, BATCH)
+    save_model(adapted, loaded, tmp_path / "rm")
+    apart = branch_scores(Scorer.load(str(tmp_path / "rm"), dtype="bfloat16").model, BATCH)
+    torch.testing.assert_close(apart, expected, atol=1e-4, rtol=0)
+    merged = branch_scores(load_reward_model(str(tmp_path / "rm"), dtype=torch.bfloat16).model, BATCH)
+    assert (merged - expected).abs().max() > 10 * (apart - expected).abs().max()
+
+
 @torch.no_grad()
 def test_a_policy_with_adapters_is_saved_merged(tmp_path):
     loaded = load_chat_model("toy")
     plain = response_logprobs(loaded.model, BATCH)
     adapted = with_adapters(loaded.model, is_reward_model=False)
     expected = response_logprobs(adapted, BATCH)
-    merged = response_logprobs(merged_copy(adapted, torch.float32), BATCH)
-    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=0)
     save_model(adapted, loaded, tmp_path / "model")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(response_logprobs(found, BATCH), expected, atol=1e-5, rtol=0)

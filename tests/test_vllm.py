@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from merging import merged_copy
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -19,7 +20,7 @@ from alignment.config import LoraSection, ModelSection, SamplingSection
 from alignment.dialogue import Message
 from alignment.errors import SamplerError
 from alignment.logprobs import response_logprobs
-from alignment.models import LoadedModel, add_lora, load_chat_model, merged_copy, model_folder
+from alignment.models import LoadedModel, add_lora, load_chat_model, model_folder
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import Sample, SamplingParams
 from alignment.sampling.engines import open_sampler

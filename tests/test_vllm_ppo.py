@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from accelerate import Accelerator
+from merging import merged_copy
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +17,7 @@ from alignment.config import load_config
 from alignment.data import load_prompts
 from alignment.errors import SamplerError
 from alignment.logprobs import response_logprobs
-from alignment.models import load_chat_model, merged_copy, save_model
+from alignment.models import load_chat_model, save_model
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import Sample, SamplingParams
 from alignment.sampling.prompts import Asked

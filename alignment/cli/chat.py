@@ -53,7 +53,7 @@ def chat(
     """Answers `messages`; without any the lines of standard input, which is a person where it is a terminal."""
     params = sampling_params(build_section(SamplingSection, settings), seed)
     device = PartialState().device
-    loaded = load_chat_model(model, dtype=compute_dtype(device))
+    loaded = load_chat_model(model, dtype=compute_dtype(device), keep_adapter=True)
     loaded.model.to(device)
     paths = {"helpfulness": helpfulness, "safety": safety}
     judges = {name: Scorer.load(path, device=device) for name, path in paths.items() if path}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import Tensor
 
 from alignment.adapters import fingerprint
 from alignment.demo_model import DEMO_MODEL
@@ -15,8 +13,7 @@ from alignment.errors import ModelError
 from alignment.models import ADAPTER_FOLDER, model_folder
 from alignment.plan.shapes import meta_model, spec_of
 from alignment.sources import cache_dir, find_model
-
-_WEIGHTS = "model.safetensors"
+from alignment.weight_files import read_weight, weight_files
 
 
 @dataclass(frozen=True)
@@ -53,25 +50,9 @@ def known_base(base: str) -> str:
         folder = model_folder(base)
     except ModelError:
         return base
-    files = _files(folder) if isinstance(folder, Path) else {}
+    files = weight_files(folder) if isinstance(folder, Path) else {}
     names = [name for name, _ in meta_model(spec_of(base)).get_decoder().named_parameters()] if files else []
     prefix = next((key.removesuffix(names[0]) for key in files if names and key.endswith(names[0])), "")
     if not names or any(prefix + name not in files for name in names):
         return base
-    return fingerprint((name, _read(files[prefix + name], prefix + name)) for name in names)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The safetensors file of every weight in a folder."""
-    index = folder / f"{_WEIGHTS}.index.json"
-    if index.is_file():
-        return {key: folder / file for key, file in json.loads(index.read_text())["weight_map"].items()}
-    if not (folder / _WEIGHTS).is_file():
-        return {}
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
-        return dict.fromkeys(file.keys(), folder / _WEIGHTS)
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+    return fingerprint((name, read_weight(files[prefix + name], prefix + name)) for name in names)

@@ -42,7 +42,7 @@ def open_sampler(
         if vllm is not None:
             yield vllm
             return
-    loaded = load_chat_model(model.path, dtype=dtype, chat_template=model.chat_template)
+    loaded = load_chat_model(model.path, dtype=dtype, chat_template=model.chat_template, keep_adapter=True)
     loaded.model.to(device)
     yield TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=sampling.max_rows)
 

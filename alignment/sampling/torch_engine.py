@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from alignment.errors import ModelError
 from alignment.logprobs import unwrap
+from alignment.low_rank import held_factors
 from alignment.sampling.cohort import Cohort
 from alignment.sampling.draw import draw, uniforms_of
 from alignment.sampling.memory import free_memory, rows_that_fit, tokens_that_fit
@@ -307,15 +308,23 @@ def _most_tokens(running: Sequence[_Running], params: SamplingParams) -> int:
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and with our attention, and afterwards as it was."""
+    """The model in evaluation mode, with our attention and not compiled, and afterwards as it was."""
     inner = unwrap(model)
     attention, was_training = inner.config._attn_implementation, model.training
     if attention != TREE_ATTENTION:
         inner.set_attn_implementation(TREE_ATTENTION)
     model.eval()
     try:
-        yield
+        with held_factors(model), _uncompiled(model):
+            yield
     finally:
         model.train(was_training)
         if attention != TREE_ATTENTION:
             inner.set_attn_implementation(attention)
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Where layers are compiled for training, they run as they are: each number of rows is another shape."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
