@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,6 +107,16 @@ def passes(parts: Sequence[Item], accelerator: Accelerator) -> Iterator[tuple[It
         yield parts[min(index, len(parts) - 1)], index < len(parts), collective or index == count - 1
 
 
+def equal_passes(parts: Sequence[Item], spare: Item, model: nn.Module) -> Iterator[tuple[Item, bool]]:
+    """The parts of this process, each with True; where FSDP has split the model, then `spare` with False.
+
+    As often as makes the passes through the model as many on every process. Collective there.
+    """
+    most = max(gather_objects(len(parts))) if holds_parts(model) else len(parts)
+    yield from ((part, True) for part in parts)
+    yield from ((spare, False) for _ in range(most - len(parts)))
+
+
 def holds_parts(model: nn.Module) -> bool:
     """Whether FSDP has split this model, so that all processes must take part in every pass through it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
@@ -123,9 +134,10 @@ def check_split(accelerator: Accelerator) -> None:
 
 
 def compute_in(accelerator: Accelerator, dtype: torch.dtype) -> None:
-    """Lets the caller's own autocast decide, and FSDP gather weights and sum gradients in this type, which it does not
-    reach. Call before `prepare`: accelerate would wrap models, and scale losses, by what it was told when the process
-    first used it, by a launcher or another training, whose unfinished accumulation of gradients would hold back steps.
+    """Lets the caller's own autocast decide, and FSDP gather weights in this type, which it does not reach.
+
+    Call before `prepare`: accelerate would wrap models, and scale losses, by what it was told when the process first
+    used it, by a launcher or another training, whose unfinished accumulation of gradients would hold back steps.
     """
     accelerator.native_amp, accelerator.scaler = False, None
     accelerator.gradient_state._set_sync_gradients(True)
@@ -134,6 +146,16 @@ def compute_in(accelerator: Accelerator, dtype: torch.dtype) -> None:
         plugin.mixed_precision_policy = None
         if dtype == torch.bfloat16:
             plugin.set_mixed_precision("bf16", override=True)
+    add_in_float32(accelerator)
+
+
+def add_in_float32(accelerator: Accelerator) -> None:
+    """Has FSDP add up the processes' gradients in float32, where it gathers weights in fewer bits.
+
+    accelerate would have it add in these, once for every micro-batch. Call before `prepare`.
+    """
+    if is_split(accelerator) and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
 def drop_gathered(model: nn.Module) -> None:

@@ -236,7 +236,8 @@ class _TokenLogprobs(torch.autograd.Function):
         computed = weight.to(hidden.dtype)
         grad_output = grad_output.float() / ctx.temperature
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        # Sums of many chunks lose their last bits in bfloat16, as FSDP gathers weights.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for chunk in _slices(len(hidden), ctx.chunk_tokens):
             logits = hidden[chunk] @ computed.T
             for rows, among in _rows_at_once(chunk, logits):
@@ -247,7 +248,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden[chunk] = logits @ computed
             if grad_weight is not None:
                 grad_weight += logits.T @ hidden[chunk]
-        return (grad_hidden if grad_hidden is None else grad_hidden.to(ctx.hidden_type)), grad_weight, None, None, None
+        grad_hidden = grad_hidden if grad_hidden is None else grad_hidden.to(ctx.hidden_type)
+        grad_weight = grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _as_computed(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ class LowRankLinear(Linear):
         if args or kwargs or self.disable_adapters or self.merged or not self._is_plain(names):
             return super().forward(x, *args, **kwargs)
         dtype = _autocast_dtype(x.device.type) or x.dtype
-        first, second = self._held or self._factors(names, dtype)
+        is_held = self._held is not None and self._held[0].dtype == dtype
+        first, second = self._held if is_held else self._factors(names, dtype)
         weight, bias = self.base_layer.weight.to(dtype), self.base_layer.bias
         flat = _LowRankLinear.apply(x.to(dtype).reshape(-1, x.shape[-1]), weight, first, second)
         y = flat.view(*x.shape[:-1], flat.shape[-1])

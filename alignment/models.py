@@ -311,11 +311,11 @@ def _from_pretrained(
         if not empty:
             model, found = cls.from_pretrained(folder, output_loading_info=True, **options, **extra)
             _check_complete(model, found["missing_keys"], name)
-            return model
+            return _without_dropout(model)
         with no_init_weights():
             model = cls.from_config(AutoConfig.from_pretrained(folder, **extra), **options)
         model.tie_weights()
-        return model
+        return _without_dropout(model)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE."
@@ -324,6 +324,14 @@ def _from_pretrained(
         raise
     except (RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: its weights cannot be read ({error}).") from error
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """A model's own dropout is off: PPO's first ratios are 1, and margins are compared, without it. Llama has none."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def _keep_adapter(model: PreTrainedModel, folder: Path | str, dtype: torch.dtype) -> None:

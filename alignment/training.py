@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
 
 from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
-from alignment.distributed import check_split, gather_objects, passes
+from alignment.distributed import add_in_float32, check_split, gather_objects, passes
 from alignment.errors import TrainingError
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar, console
@@ -110,6 +110,7 @@ class GlobalBatchMixin:
         Raises ConfigError where the models would be split over processes in a way that is not supported.
         """
         check_split(self.accelerator)
+        add_in_float32(self.accelerator)
         if self.args.n_gpu > 1:
             console.print(
                 f"{self.args.n_gpu} GPUs are here, one is used. For all of them: accelerate launch --multi_gpu "

@@ -10,6 +10,7 @@ from torch import nn
 
 from alignment.chat import ChatFormat, fit_prompt
 from alignment.dialogue import Message, Messages, RowError, parse_messages
+from alignment.distributed import equal_passes, holds_parts
 from alignment.errors import AlignError, DataError, ModelError
 from alignment.hardware import compute_dtype
 from alignment.logprobs import branch_scores
@@ -92,6 +93,7 @@ def score_trees(
     *,
     max_tokens: int,
     autocast: torch.dtype = torch.float32,
+    spare: Tree | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
     """Raw scores of every branch of every tree, in order; read at each branch's last token.
@@ -101,10 +103,12 @@ def score_trees(
         trees: prompts with their responses.
         max_tokens: of all that is computed at one time; a tree that is longer by itself is split, its trunk repeated.
         autocast: the type to compute in where the weights are of another; float32 takes the weights as they are.
+        spare: what a process with fewer passes than another goes through, where FSDP has split the model.
         on_progress: told how many trees are done since it was called last.
     """
     device = next(model.parameters()).device
-    workers = num_workers(device, sum(tree.num_tokens for tree in trees), max_tokens=max_tokens)
+    num_tokens = sum(tree.num_tokens for tree in trees)
+    workers = 1 if holds_parts(model) else num_workers(device, num_tokens, max_tokens=max_tokens)
     budget = max_tokens // workers
     results = [[0.0] * len(tree.branches) for tree in trees]
     parts = [(index, start, part) for index, tree in enumerate(trees) for start, part in _split(tree, budget)]
@@ -114,14 +118,18 @@ def score_trees(
     else:
         chosen = even_groups(lengths, workers=workers, max_tokens=budget)
     groups = [[parts[row] for row in group] for group in chosen]
+    todo = list(equal_passes(groups, [(0, 0, spare)], model))
 
     @torch.no_grad()
-    def scores(twin: nn.Module, group: Sequence[tuple[int, int, Tree]]) -> list[float]:
+    def scores(twin: nn.Module, item: tuple[Sequence[tuple[int, int, Tree]], bool]) -> list[float]:
+        group, _ = item
         batch = collate([[part] for *_, part in group]).to(device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
             return branch_scores(twin, batch).tolist()
 
-    for group, values in zip(groups, map_in_workers(scores, model, groups, workers=workers), strict=True):
+    for (group, counts), values in zip(todo, map_in_workers(scores, model, todo, workers=workers), strict=True):
+        if not counts:
+            continue
         found = iter(values)
         for index, start, part in group:
             stop = start + len(part.branches)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from alignment.compilation import compile_layers
 from alignment.data import write_rows
-from alignment.distributed import for_all, holds_parts, map_over_processes
+from alignment.distributed import for_all, map_over_processes
 from alignment.errors import TrainingError
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
@@ -147,16 +147,16 @@ def score_pairs(
 ) -> tuple[list[float], list[float]]:
     """Raw scores of the chosen and of the rejected responses, in the order of the pairs.
 
-    Every process takes a share of them, but where FSDP has split the model.
+    Every process takes a share of them.
     """
     model.eval()
-    is_whole = not holds_parts(model)
+    trees = [pair.tree for pair in pairs]
+    spare = next(iter(trees), None)
 
     def work(mine: Sequence[Tree]) -> list[list[float]]:
-        advance = for_all(bar.advance) if is_whole else bar.advance
-        return score_trees(model, mine, max_tokens=max_tokens, autocast=dtype, on_progress=advance)
+        advance = for_all(bar.advance)
+        return score_trees(model, mine, max_tokens=max_tokens, autocast=dtype, spare=spare, on_progress=advance)
 
     with ProgressBar(title, len(pairs), shown=PartialState().is_main_process) as bar:
-        trees = [pair.tree for pair in pairs]
-        both = map_over_processes(work, trees) if is_whole else work(trees)
+        both = map_over_processes(work, trees)
     return [chosen for chosen, _ in both], [rejected for _, rejected in both]

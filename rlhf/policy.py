@@ -22,6 +22,7 @@ from alignment.models import (
     load_chat_model,
     load_reward_model,
     model_folder,
+    rounded_copy,
     saved_adapter,
 )
 from reward_models.score import Scorer
@@ -86,7 +87,12 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device, *, 
     value.score.weight = nn.Parameter(torch.zeros_like(value.score.weight))
     scorers = {"rewards.helpfulness": rewards.helpfulness, "rewards.safety": rewards.safety}
     check_same_ids(loaded.chat, {name: scorer.chat for name, scorer in scorers.items()})
-    reference = sharing_copy(loaded.model) if lora.r else copy.deepcopy(loaded.model).to(home)
+    if lora.r:
+        reference = sharing_copy(loaded.model)
+    elif is_split:  # FSDP gathers the policy's weights in this type, norms and embeddings as well
+        reference = rounded_copy(loaded.model, dtype).to(home)
+    else:
+        reference = copy.deepcopy(loaded.model).to(home)
     reference.requires_grad_(False)
     policy = add_lora(loaded.model, lora, is_reward_model=False, seed=config.run.seed)
     critic = add_lora(value, lora, is_reward_model=True, seed=config.run.seed)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alignment.chat import ChatFormat, decode_response, fit_prompt
 from alignment.data import write_rows
 from alignment.dialogue import Dialogue
-from alignment.distributed import for_all, gather_objects, holds_parts
+from alignment.distributed import equal_passes, for_all, gather_objects
 from alignment.logprobs import response_logprobs, unwrap
 from alignment.models import context_length
 from alignment.progress import ProgressBar
@@ -46,30 +46,33 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean loss per trained token (nats) and its exponential, overall and by source; empty without examples.
 
-    Every process takes a share of them, but where FSDP has split the model.
+    Every process takes a share of them.
     """
     if not examples.encoded:
         return {}
     device = next(model.parameters()).device
     model.eval()
-    state, is_whole = PartialState(), not holds_parts(model)
-    share = slice(state.process_index, None, state.num_processes) if is_whole else slice(None)
+    state = PartialState()
+    share = slice(state.process_index, None, state.num_processes)
     mine: dict[str, tuple[float, int]] = {}
     by_source = defaultdict(list)
     for index, dialogue in enumerate(examples.dialogues):
         by_source[dialogue.source].append(index)
     sizes = {"max_tokens": max_tokens, "row_tokens": row_tokens}
     with ProgressBar(title, len(examples.encoded), shown=state.is_main_process) as bar:
-        advance = for_all(bar.advance) if is_whole else bar.advance
+        advance = for_all(bar.advance)
         for source, indices in by_source.items():
             total, count = 0.0, 0
-            for part in dialogue_batches(examples.encoded, indices[share], **sizes):
+            parts = list(dialogue_batches(examples.encoded, indices[share], **sizes))
+            [spare] = dialogue_batches(examples.encoded, indices[:1], **sizes)
+            for part, counts in equal_passes(parts, spare, model):
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     loss, _ = response_loss(model, part.to(device))
-                total, count = total + loss.item(), count + part.batch.num_targets
-                advance(part.batch.num_branches)
+                if counts:
+                    total, count = total + loss.item(), count + part.batch.num_targets
+                    advance(part.batch.num_branches)
             mine[source] = (total, count)
-    shares = gather_objects(mine) if is_whole else [mine]
+    shares = gather_objects(mine)
     sums = {source: [sum(column) for column in zip(*(each[source] for each in shares), strict=True)] for source in mine}
     overall = [sum(column) for column in zip(*sums.values(), strict=True)]
     return {**_figures(*overall), "by_source": {source: _figures(*found) for source, found in sums.items()}}

@@ -6,10 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from alignment import distributed
 from alignment.cli.main import run_pipeline, run_stage
-from alignment.distributed import map_over_processes, mean_over_processes, passes, shares, whiten_over_processes
+from alignment.distributed import (
+    compute_in,
+    equal_passes,
+    map_over_processes,
+    mean_over_processes,
+    passes,
+    shares,
+    whiten_over_processes,
+)
 from alignment.errors import DataError
 from alignment.tensor_ops import whiten
 
@@ -33,6 +44,31 @@ def test_equal_values_whiten_to_zero(accelerator):
 def test_means_keep_their_names(accelerator):
     found = mean_over_processes({"reward": torch.tensor(0.5), "length": 3}, accelerator)
     assert found == {"reward": 0.5, "length": 3.0}
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [
+    (torch.bfloat16, MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)),
+    (torch.float32, None),
+])  # fmt: skip
+def test_split_models_add_gradients_up_in_float32(dtype, expected):
+    accelerator = SimpleNamespace(
+        native_amp=True,
+        scaler=object(),
+        distributed_type=DistributedType.FSDP,
+        gradient_state=SimpleNamespace(_set_sync_gradients=lambda _: None),
+        state=SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)),
+    )
+    compute_in(accelerator, dtype)
+    assert accelerator.state.fsdp_plugin.mixed_precision_policy == expected
+
+
+def test_processes_pass_equally_often_through_a_split_model_alone(monkeypatch):
+    monkeypatch.setattr(distributed, "gather_objects", lambda count: [count, 3])
+    model = nn.Linear(1, 1)
+    assert list(equal_passes(["a"], "spare", model)) == [("a", True)]
+    monkeypatch.setattr(distributed, "holds_parts", lambda _: True)
+    assert list(equal_passes(["a"], "spare", model)) == [("a", True), ("spare", False), ("spare", False)]
+    assert list(equal_passes([], "spare", model)) == [("spare", False)] * 3
 
 
 def test_shares_hold_every_item_once_and_keep_equal_ones_together_in_order():

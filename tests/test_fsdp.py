@@ -134,6 +134,8 @@ def test_ppo_on_split_models_in_bfloat16_differs_by_rounding_alone(tmp_path):
     assert learned.norm() > 0.1 and off.norm() < 0.6 * learned.norm(), (off.norm(), learned.norm())
     first, second = (ppo_figures(tmp_path / name)[1] for name in ("one", "split"))
     assert second == pytest.approx(first, rel=0.1, abs=0.02)
+    [_, row] = (tmp_path / "split" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row)["ppo/kl_k3"] < 1e-6  # policy and reference compute alike
 
 
 def test_a_policy_that_only_answers_keeps_its_float32_weights(tmp_path):
@@ -161,9 +163,10 @@ FEW = ["data.max_rows=44", "train.max_tokens_per_batch=256"]  # several micro-ba
 @pytest.mark.parametrize("efficient", ["true", "false"])
 @pytest.mark.parametrize("name", ["sft", "rm-lora"])
 def test_fsdp_trains_and_saves_the_same_model_as_one_process(name, efficient, tmp_path):
-    """With and without the weights read by the main process alone."""
+    """With and without the weights read by the main process alone; with one held-out row, and with many."""
     stage, *lora = name.split("-")
     settings = [*STAGE_SETTINGS[name], *FEW, *(["lora.dropout=0"] if lora else ["evaluation.num_answers=2"])]
+    settings += ["data.max_valid_rows=1"] if efficient == "true" else []
     run_here(stage, settings, tmp_path / "one", resume=False)
     as_users_do = (name, efficient) == ("sft", "true")
     launch_two(fsdp(efficient=efficient), stage, settings, tmp_path / "split", by_torchrun=as_users_do)

@@ -11,7 +11,15 @@ import pytest
 import torch
 from merging import merged_copy, share_kept, small_change
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from alignment import models
 from alignment.chat import CHATML
@@ -152,6 +160,18 @@ def test_a_copy_to_sample_from_rounds_weights_and_not_positions():
     for weight in copied.parameters():
         weight.data.zero_()
     assert all(weight.equal(weights[name]) for name, weight in model.named_parameters())  # a copy
+
+
+def test_a_models_own_dropout_is_off_and_in_its_file_as_it_was(tmp_path):
+    config = PhiConfig(vocab_size=264, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                       num_attention_heads=2, resid_pdrop=0.5, embd_pdrop=0.5)  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
+    load_chat_model("toy").tokenizer.save_pretrained(tmp_path / "phi")
+    loaded = load_chat_model(str(tmp_path / "phi"))
+    dropouts = [module for module in loaded.model.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts and all(module.p == 0 for module in dropouts)
+    save_model(loaded.model, loaded, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["resid_pdrop"] == 0.5
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
