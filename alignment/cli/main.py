@@ -28,8 +28,9 @@ _NO_RIGHT = "Ask for the right to read or write it, or name another place."
 _OTHER_KIND = "A file is where a folder is needed, or the other way round. Name another place."
 # What a file system may refuse that is no bug of ours, with what to do.
 _LESS_MEMORY = (
-    "Halve train.max_tokens_per_batch (in scoring rewards.max_tokens_per_batch, in sampling sampling.max_rows) and add "
-    "--resume; what else helps: docs/troubleshooting.md, Out of memory."
+    "Halve train.max_tokens_per_batch (in scoring rewards.max_tokens_per_batch, in sampling sampling.max_rows) and "
+    "start the stage anew: run.overwrite=true, in a pipeline --from STAGE. What --resume takes, and what else helps: "
+    "docs/troubleshooting.md, Out of memory."
 )
 _REFUSALS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _NO_ROOM),

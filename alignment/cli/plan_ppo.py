@@ -65,7 +65,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
 
     phases = load_phases(setting, models, file_bytes(planner, config.rewards.helpfulness))
     twin = ModelSpec(policy.config, dtype=planner.dtype(config.model))
-    is_copied = config.lora.r or setting.fsdp or twin.dtype != torch.float32
+    is_copied = not config.lora.r and (setting.fsdp or twin.dtype != torch.float32)
     free = planner.free(learned, held(twin) if is_copied else {})
     draws = draws_for(draw, twin, total_prompts=per_process, prompt_tokens=length, free=free)
     samples = sampling(twin, draws, device=setting.device.kind)
@@ -145,7 +145,9 @@ def _frozen(
         ]
         adapters = sum(ranks) * weights(policy).linear * policy.dtype.itemsize + weights(critic).lora
         return together({"adapters": adapters}, others), {}
-    reference = {} if config.lora.r else held(policy)
+    # FSDP computes in the type that it gathers the policy's weights in; the reference has them so.
+    dtype = planner.dtype(config.model) if planner.setting.fsdp else policy.dtype
+    reference = {} if config.lora.r else held(ModelSpec(policy.config, dtype=dtype))
     if offloads:
         return others, reference
     return together(reference, held(*judges), others), {}
