@@ -354,7 +354,13 @@ SMALL = {
     "gatt": ["prompts.turns=2", "sampling.max_new_tokens=4", "instructions.kinds=[hobby]"],
     "distil": ["sampling.max_new_tokens=14", "prompts.max_prompts=40"],
     "reject": ["sampling.num_candidates=2", "sampling.max_new_tokens=4"],
-    "ppo": ["train.max_steps=1", "train.batch_size=16", "train.minibatch_size=16", "sampling.max_new_tokens=4"],
+    "ppo": [
+        "train.max_steps=1",
+        "ppo.critic_warmup=0",
+        "train.batch_size=16",
+        "train.minibatch_size=16",
+        "sampling.max_new_tokens=4",
+    ],
     "eval": ["sampling.max_new_tokens=4"],
 }
 HUB_MODELS = r"(?<==)(smollm2-135m-instruct|smaller-base|[\w-]+/[\w.-]*(?:Instruct|-hf))$"

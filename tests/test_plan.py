@@ -382,7 +382,7 @@ def test_fsdp_splits_ppos_policy_and_critic_and_leaves_the_others_whole():
     count, judge = 2 * weights(spec).parameters, weights(replace(critic, dtype=BF16)).base
     both = weights(spec).base + weights(critic).base
     assert parts(copied, "score")["exchange"] == both  # DDP's buckets
-    frozen = weights(spec).base + 2 * judge  # the reference in float32
+    frozen = count + 2 * judge  # all in bfloat16
     assert parts(split, "score")["weights"] == both // 2 + frozen
     assert parts(split, "sample")["weights"] == both // 2 + frozen + count
     assert parts(split, "update")["weights"] == both // 2 + frozen + count  # both layers, in bfloat16

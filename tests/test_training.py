@@ -54,7 +54,7 @@ from sft.examples import dialogue_batches
     ],
 )
 def test_what_cannot_be_saved_whole_is_refused_before_training(kind, version, message):
-    plugin = SimpleNamespace(fsdp_version=version)
+    plugin = SimpleNamespace(fsdp_version=version, mixed_precision_policy=None)
     trainer = GlobalBatchMixin()
     trainer.accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
     trainer.args = SimpleNamespace(n_gpu=1)
