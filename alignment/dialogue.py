@@ -66,7 +66,7 @@ class Dialogue:
         train_on = "all" if row.get("train_on") is None else row["train_on"]
         if train_on not in get_args(TrainOn):
             raise RowError(f'"train_on" is {_show(train_on)}. Use "all" or "last".')
-        return cls(messages=messages, train_on=train_on, source=str(row.get("source") or ""))
+        return cls(messages=messages, train_on=train_on, source=_label(row, "source"))
 
     def to_json(self) -> dict[str, Any]:
         """The row as written to a file; `train_on` and `source` only where they say something."""
@@ -99,8 +99,8 @@ class Prompt:
         return cls(
             messages=parse_messages(_require(row, "prompt"), "prompt", last_role="user"),
             is_safety=_optional_bool(row, "is_safety") or False,
-            category=str(row.get("category") or ""),
-            source=str(row.get("source") or ""),
+            category=_label(row, "category"),
+            source=_label(row, "source"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class PreferencePair:
             chosen_safe=_optional_bool(row, "chosen_safe"),
             rejected_safe=_optional_bool(row, "rejected_safe"),
             is_safety=_optional_bool(row, "is_safety") or False,
-            source=str(row.get("source") or ""),
+            source=_label(row, "source"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -320,6 +320,13 @@ def _parse_response(row: Mapping[str, Any], name: str, *, may_be_empty: bool = F
         raise RowError(f'"{name}" is {_show(value)}. It must be a list with one assistant message.')
     if not text.strip() and not may_be_empty:
         raise RowError(f'"{name}" is empty. Every response needs text.')
+    _check_characters(text, f'"{name}"')
+    return text
+
+
+def _label(row: Mapping[str, Any], name: str) -> str:
+    """A text that rows are grouped by; empty where it is missing. Raises RowError where no file could take it."""
+    text = str(row.get(name) or "")
     _check_characters(text, f'"{name}"')
     return text
 

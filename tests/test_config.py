@@ -131,6 +131,14 @@ def test_a_wrong_type_names_key_and_what_was_found():
     assert line == "command line: sampling.top_p: input should be less than or equal to 1, found 1.5."
 
 
+@pytest.mark.parametrize("value", ["5", "true"])
+def test_what_names_no_file_is_one_problem(value):
+    with pytest.raises(ConfigError) as caught:
+        load_config(SFTConfig, None, ["model=toy", f"data.train={value}", "run.dir=r"])
+    [line] = str(caught.value).splitlines()
+    assert line.startswith("command line: data.train: ")
+
+
 def test_a_wrong_item_of_a_list_is_one_problem():
     (line,) = problems(*GOOD, "optim.betas=[2, 0.9]")
     assert line == "command line: optim.betas.0: input should be less than or equal to 1, found 2."

@@ -57,6 +57,7 @@ def message_of(parse: Callable[[Mapping[str, Any]], object], row: Row) -> str:
         ({"chosen": [USER]}, "It must be one assistant message with text"),
         ({"chosen": [{"role": "assistant", "content": "\ud83d"}]}, r'"chosen" has half a character (\ud83d alone)'),
         ({"prompt": [{"role": "user", "content": "a\udc00"}]}, r'"prompt[0]" has half a character (\udc00 alone)'),
+        ({"source": "my\ud83d"}, r'"source" has half a character (\ud83d alone)'),
     ],
 )
 def test_a_bad_pair_is_refused_with_its_field_and_what_was_found(change: Row, problem: str) -> None:

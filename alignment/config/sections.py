@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 from pydantic import (
@@ -305,6 +305,7 @@ def named_inputs(cls: type[BaseModel], values: Any, prefix: str = "") -> Iterato
         elif section is not None:
             yield from named_inputs(section, value, f"{key}.")
         elif any(isinstance(part, BeforeValidator) and part.func is as_list for part in info.metadata):
-            for source in as_list(value) or []:
+            sources = as_list(value)
+            for source in sources if isinstance(sources, Sequence) else ():
                 if isinstance(source, str):
                     yield key, source, "data"
