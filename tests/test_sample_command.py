@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from alignment.cli.main import app
 from alignment.data import write_rows
 from alignment.errors import RunError
+from alignment.locks import release_locks
 from alignment.sampling.torch_engine import TorchSampler
 
 LETTERS = "abcabda"  # three equal prompts, and two
@@ -55,6 +57,19 @@ def sampled(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(TorchSampler, "sample", interrupted)
     return calls
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_second_call_beside_the_first_is_refused_and_takes_nothing(prompts, sampled, tmp_path, is_begun):
+    out, resume = tmp_path / "out.jsonl", ["--resume"] if is_begun else []
+    if is_begun:
+        with pytest.raises(KeyboardInterrupt):
+            sample(prompts, out)
+        release_locks()  # as the end of its process does
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("out*partial")}
+    with FileLock(tmp_path / "out.jsonl.partial.lock"), pytest.raises(RunError, match="another process is writing it"):
+        sample(prompts, out, *resume)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out*partial")} == before and not out.exists()
 
 
 def test_it_says_which_prompts_have_no_answers(prompts, tmp_path):

@@ -12,6 +12,7 @@ from alignment.data import write_rows
 from alignment.errors import RunError
 from alignment.files import check_new_file, file_sha256, write_json
 from alignment.line_log import append_lines, whole_lines
+from alignment.locks import lock_file, unlock_file
 from alignment.manifests import weights_sha256
 from alignment.models import model_folder
 from alignment.sources import find_data
@@ -34,7 +35,8 @@ class PartialFile:
     def open(cls, out: Path | None, made_from: Row, *, resume: bool) -> PartialFile:
         """What there is of it, with the arithmetic type it was begun in, which is kept.
 
-        Raises RunError where `out` exists, or unfinished rows are there that may not be gone on with or are damaged.
+        Raises RunError where `out` exists, or unfinished rows are there that may not be gone on with, are damaged, or
+        are another process's.
         """
         if out is None:
             return cls(None, made_from)
@@ -44,6 +46,7 @@ class PartialFile:
             return cls(out, made_from)
         if not resume:
             raise RunError(f"{data}: an unfinished call's rows. Add --resume to go on, or remove it and {about}.")
+        lock_file(data)
         known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
         dtype = known.pop("dtype", None)
         if dtype is None or known != made_from:
@@ -54,10 +57,17 @@ class PartialFile:
             raise RunError(f"{error} With it {about}.") from error
 
     def begin(self, dtype: str) -> None:
-        """Makes the files where they are not there, once the model is: a wrong one leaves nothing behind."""
+        """Makes the files where they are not there, once the model is: a wrong one leaves nothing behind.
+
+        Raises RunError where another process has made them meanwhile.
+        """
         if self.out is None:
             return
         data, about = _partial_paths(self.out)
+        lock_file(data)
+        check_new_file(self.out)
+        if data.exists() and self.dtype == "auto":  # another process has been here since `open`
+            raise RunError(f"{data}: an unfinished call's rows. Add --resume to go on, or remove it and {about}.")
         if not data.exists():
             write_json(about, {**self.made_from, "dtype": dtype})
             data.touch()
@@ -86,6 +96,7 @@ class PartialFile:
         write_rows(self.out, as_they_stand if rows is None else rows)
         data.unlink()
         about.unlink()
+        unlock_file(data)
 
 
 def model_hash(model: str) -> str:
