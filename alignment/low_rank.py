@@ -25,7 +25,7 @@ class LowRankLinear(Linear):
 
     def forward(self, x: Float[Tensor, "*N I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*N O"]:
         """As peft's: of autocast's type where that is on, else of the input's."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        names = self._used()
         if args or kwargs or self.disable_adapters or self.merged or not self._is_plain(names):
             return super().forward(x, *args, **kwargs)
         dtype = _autocast_dtype(x.device.type) or x.dtype
@@ -35,6 +35,10 @@ class LowRankLinear(Linear):
         flat = _LowRankLinear.apply(x.to(dtype).reshape(-1, x.shape[-1]), weight, first, second)
         y = flat.view(*x.shape[:-1], flat.shape[-1])
         return y if bias is None else y + bias.to(dtype)
+
+    def _used(self) -> list[str]:
+        """The names of the adapters that are active and in this layer."""
+        return [name for name in self.active_adapters if name in self.lora_A]
 
     def _factors(self, names: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[A1; A2] and [B1 B2]."""
@@ -63,8 +67,8 @@ def held_factors(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     with torch.no_grad():
         for layer in layers:
-            names = [name for name in layer.active_adapters if name in layer.lora_A]
-            layer._held = layer._factors(names, layer.base_layer.weight.dtype) if names else None
+            if names := layer._used():
+                layer._held = layer._factors(names, layer.base_layer.weight.dtype)
     try:
         yield
     finally:

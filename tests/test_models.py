@@ -175,7 +175,7 @@ def test_a_models_own_dropout_is_off_and_in_its_file_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
-def test_a_small_change_by_lora_is_still_there_in_bfloat16(tmp_path, is_sharded, monkeypatch):
+def test_a_small_change_by_lora_is_still_there_in_bfloat16(tmp_path, is_sharded):
     loaded = load_chat_model("toy", dtype=torch.bfloat16)
     before = copy.deepcopy(loaded.model)
     adapted = with_adapters(loaded.model, is_reward_model=False)

@@ -465,12 +465,12 @@ def test_every_setting_for_rows_has_a_parser():
     for stage in STAGES.values():
         for kind in (None, *stage.kinds):
             chosen = stage.of_kind(kind)
-            keys = {key for key, names in _data_settings(chosen.config_class())}
+            keys = _data_settings(chosen.config_class())
             assert keys == set(chosen.rows)
             assert all(callable(chosen.row_parser(key)) for key in keys)
 
 
-def _data_settings(cls: type[StageConfig]) -> list[tuple[str, str]]:
+def _data_settings(cls: type[StageConfig]) -> set[str]:
     """The settings that name files of rows."""
     values: dict[str, Any] = {}
     for key, *_ in describe(cls):
@@ -479,7 +479,7 @@ def _data_settings(cls: type[StageConfig]) -> list[tuple[str, str]]:
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = ["rows"]
-    return [(key, name) for key, name, kind in named_inputs(cls, values) if kind == "data"]
+    return {key for key, _, kind in named_inputs(cls, values) if kind == "data"}
 
 
 CHATS = """

@@ -45,7 +45,7 @@ class PartialFile:
         if not data.exists():
             return cls(out, made_from)
         if not resume:
-            raise RunError(f"{data}: an unfinished call's rows. Add --resume to go on, or remove it and {about}.")
+            raise _unfinished(data, about)
         lock_file(data)
         known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
         dtype = known.pop("dtype", None)
@@ -67,7 +67,7 @@ class PartialFile:
         lock_file(data)
         check_new_file(self.out)
         if data.exists() and self.dtype == "auto":  # another process has been here since `open`
-            raise RunError(f"{data}: an unfinished call's rows. Add --resume to go on, or remove it and {about}.")
+            raise _unfinished(data, about)
         if not data.exists():
             write_json(about, {**self.made_from, "dtype": dtype})
             data.touch()
@@ -112,6 +112,10 @@ def data_hashes(files: Sequence[str]) -> list[str]:
 
 def _partial_paths(out: Path) -> tuple[Path, Path]:
     return out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
+
+
+def _unfinished(data: Path, about: Path) -> RunError:
+    return RunError(f"{data}: an unfinished call's rows. Add --resume to go on, or remove it and {about}.")
 
 
 def _whole_blocks(path: Path) -> tuple[list[Row], int]:

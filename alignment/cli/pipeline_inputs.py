@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -96,10 +97,11 @@ def check_formats(plan: Pipeline) -> None:
     from alignment.models import load_chat_of
     from rlhf.judges import check_same_ids, judges_of
 
+    load = functools.cache(load_chat_of)  # most models are trained from one
     for stage in stages:
         judges = judges_of(stage.config.rewards)
         chats = {
-            key: load_chat_of(*_trained_from(model, plan.stages))[0]
+            key: load(*_trained_from(model, plan.stages))[0]
             for key, model in {"model": stage.config.model, **judges}.items()
         }
         try:
