@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from alignment.config import LoraSection
-from alignment.low_rank import LowRankLinear, use_low_rank_linear
+from alignment.low_rank import LowRankLinear, held_factors, use_low_rank_linear
 from alignment.models import add_lora, load_chat_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -90,6 +90,23 @@ def test_under_autocast_it_is_as_near_to_float32_as_pefts_and_of_the_same_type()
         assert mine.dtype == other.dtype
         assert (mine - true).abs().max() <= 1.5 * (other - true).abs().max() + 1e-6
         torch.testing.assert_close(mine.float(), true, atol=0.02 * true.abs().max(), rtol=0.05)
+
+
+@torch.no_grad()
+def test_held_factors_are_those_of_the_weights_in_the_type_of_the_call_until_the_end():
+    ours, _ = layers()
+    model, x = nn.Sequential(ours), torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(x)
+    plain = model(x)
+    with held_factors(model):
+        ours.lora_B["default"].weight.add_(1)
+        assert torch.equal(model(x), plain)  # put together once
+        ours.lora_B["default"].weight.sub_(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(model(x), low, atol=0, rtol=0)
+    ours.lora_B["default"].weight.add_(1)
+    assert not torch.allclose(model(x), plain)
 
 
 def test_adapters_of_a_model_are_ours():
