@@ -107,6 +107,10 @@ def test_held_factors_are_those_of_the_weights_in_the_type_of_the_call_until_the
             torch.testing.assert_close(model(x), low, atol=0, rtol=0)
     ours.lora_B["default"].weight.add_(1)
     assert not torch.allclose(model(x), plain)
+    rounded, _ = layers(dtype=torch.bfloat16)
+    exact = rounded(x)
+    with held_factors(rounded):
+        assert torch.equal(rounded(x), exact)  # in float32, as the input is
 
 
 def test_adapters_of_a_model_are_ours():
