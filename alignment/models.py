@@ -128,6 +128,11 @@ def load_reward_model(
     return LoadedModel(model.eval(), tokenizer, chat, folder)
 
 
+def model_context(path: str) -> int:
+    """Tokens that a model's context holds; no weights are loaded."""
+    return context_length(_read_config(model_folder(path), path))
+
+
 def reward_model_context(path: str) -> int:
     """Tokens that a reward model's context holds; no weights are loaded. Raises ModelError where it is none."""
     config = _read_config(model_folder(path), path)

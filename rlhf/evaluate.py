@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import (
     as_candidate,
     choose_prompts,
+    describe_fitting,
     fit_all_formats,
     fit_prompts,
     prompt_room,
@@ -43,14 +44,10 @@ from rlhf.refusals import is_refusal
 def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples one answer a prompt from every policy with the same seed, scores all, compares with the first policy."""
     state = process_state(config.run.device)
-    data, judges = _read(config)
+    data, chats, room = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
     chosen = choose_prompts(data, config.prompts, config.run.seed)
-    formats = {name: load_chat_of(policy.path, policy.chat_template) for name, policy in config.policies.items()}
-    chats = {name: chat for name, (chat, _) in formats.items()}
-    options = {"policy_context": min(context for _, context in formats.values()), "judge_context": judges}
-    room = min(prompt_room(chat, config.sampling, **options) for chat in chats.values())
     # What fits every policy, so that all have the same prompts.
     prompts, counts = fit_all_formats(chats.values(), chosen, config.prompts, room=room)
     run_dir.note(prompts={"used": len(prompts), "left_out": len(chosen) - len(prompts)})
@@ -92,19 +89,30 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     )
 
 
-def check(config: EvalConfig) -> str:
-    """What `align eval --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
-    data, _ = _read(config)
-    prompts = choose_prompts(data, config.prompts, config.run.seed)
-    return f"{len(prompts)} prompts, {len(config.policies)} policies."
+def check(config: EvalConfig, *, untrained: Collection[str] = ()) -> str:
+    """What `align eval --dry-run` says: reads rows and chat formats, loads no weights, writes nothing.
+
+    `untrained` as in `judges_context`.
+    """
+    data, chats, room = _read(config, untrained)
+    prompts, left_out = describe_fitting(chats.values(), data, config.prompts, seed=config.run.seed, room=room)
+    return f"{prompts}, {len(config.policies)} policies.{left_out}"
 
 
-def _read(config: EvalConfig) -> tuple[Loaded[Prompt], int]:
-    """The prompts, and the tokens that every judge can read; raises what can be known before anything is sampled."""
+def _read(config: EvalConfig, untrained: Collection[str] = ()) -> tuple[Loaded[Prompt], dict[str, ChatFormat], int]:
+    """The prompts, the policies' chat formats, and the tokens of a prompt at most that every model can read.
+
+    Raises what can be known before anything is sampled.
+    """
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     for policy in config.policies.values():
         check_is_chat_model(policy.path)
-    return data, judges_context(judges_of(config.rewards, guard=config.guard))
+    formats = {name: load_chat_of(policy.path, policy.chat_template) for name, policy in config.policies.items()}
+    chats = {name: chat for name, (chat, _) in formats.items()}
+    judges = judges_context(judges_of(config.rewards, guard=config.guard), untrained=untrained)
+    options = {"policy_context": min(context for _, context in formats.values()), "judge_context": judges}
+    room = min(prompt_room(chat, config.sampling, **options) for chat in chats.values())
+    return data, chats, room
 
 
 def _sample_answers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from alignment.distributed import for_all, map_over_processes
 from alignment.errors import ModelError
 from alignment.hardware import compute_dtype, lent
 from alignment.manifests import read_manifest
-from alignment.models import reward_model_context
+from alignment.models import model_context, reward_model_context
 from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
 from reward_models.score import Scorer
@@ -45,10 +45,11 @@ def judges_of(rewards: RewardSection, **guard: ModelSection | None) -> dict[str,
     return {**judges, **{name: model for name, model in guard.items() if model is not None}}
 
 
-def judges_context(judges: Mapping[str, ModelSection]) -> int:
+def judges_context(judges: Mapping[str, ModelSection], *, untrained: Collection[str] = ()) -> int:
     """Tokens of a prompt with its response that every one of these reward models can read; no weights are loaded.
 
     To be asked before anything is sampled for them. Warns where one was trained for another aim than its setting's.
+    Those of `untrained` are still to be made: the model that each is trained from stands for it.
 
     Raises:
         ModelError: one is no reward model.
@@ -56,7 +57,8 @@ def judges_context(judges: Mapping[str, ModelSection]) -> int:
     contexts = []
     for name, model in judges.items():
         try:
-            contexts.append(reward_model_context(model.path))
+            context = model_context if name in untrained else reward_model_context
+            contexts.append(context(model.path))
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from None
         kind = (read_manifest(Path(model.path)) or {}).get("settings", {}).get("kind")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from accelerate import Accelerator
 
+from alignment.chat import ChatFormat
 from alignment.data import Loaded, load_prompts
 from alignment.dialogue import Prompt
 from alignment.distributed import check_split, is_split
@@ -18,7 +19,7 @@ from alignment.isolation import isolated
 from alignment.models import check_is_chat_model, load_chat_of, save_model
 from alignment.progress import ProgressBar, console
 from alignment.runs import newest_checkpoint, open_run
-from alignment.sampling.prompts import choose_prompts, prompt_room, prompts_left_out
+from alignment.sampling.prompts import choose_prompts, describe_fitting, prompt_room, prompts_left_out
 from rlhf.alarms import Watch
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.config import PPOConfig
@@ -33,7 +34,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains the policy; returns the headline figures."""
     state = process_state(config.run.device)
     accelerator = _accelerator(config)
-    data, held_out_data, judges = _read(config)
+    data, held_out_data, chat, room = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
     dtype = compute_dtype(accelerator.device, config.model.dtype)
@@ -47,8 +48,6 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
 
         policy = trainer.learners["policy"]
         done, watch = 0, Watch(config.alarms)
-        chat = trainer.models.loaded.chat
-        room = prompt_room(chat, config.sampling, policy_context=trainer.context, judge_context=judges)
         held_out = HeldOut(config, held_out_data, chat, state, room=room, run_dir=run_dir)
         if resume and (checkpoint := newest_checkpoint(run_dir)):
             done, extra = load_checkpoint(checkpoint, trainer.learners)
@@ -114,23 +113,36 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     return result
 
 
-def check(config: PPOConfig) -> str:
-    """What `align ppo --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
-    data, held_out, _ = _read(config)
-    prompts = choose_prompts(data, config.prompts, config.run.seed)
-    return f"{len(prompts)} prompts, {len(held_out.rows)} rows of held-out prompts."
+def check(config: PPOConfig, *, untrained: Collection[str] = ()) -> str:
+    """What `align ppo --dry-run` says: reads rows and chat formats, loads no weights, writes nothing.
+
+    `untrained` as in `judges_context`.
+    """
+    data, held_out, chat, room = _read(config, untrained)
+    options = {"seed": config.run.seed, "room": room}
+    prompts, left_out = describe_fitting([chat], data, config.prompts, **options)
+    if not held_out.rows:
+        return f"{prompts}, none held out.{left_out}"
+    section = config.evaluation.as_prompts(config.prompts)
+    asked, others = describe_fitting([chat], held_out, section, **options, part="evaluation")
+    return f"{prompts}, {asked} held out.{left_out}{others}"
 
 
-def _read(config: PPOConfig) -> tuple[Loaded[Prompt], Loaded[Prompt], int]:
-    """The prompts, those held out, and the tokens that every judge can read; raises what can be known beforehand."""
+def _read(config: PPOConfig, untrained: Collection[str] = ()) -> tuple[Loaded[Prompt], Loaded[Prompt], ChatFormat, int]:
+    """The prompts, those held out, the chat format, and the tokens of a prompt at most that every model can read.
+
+    Raises what can be known beforehand.
+    """
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     held_out = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
-    judges = judges_context(judges_of(config.rewards, **{"evaluation.guard": config.evaluation.guard}))
+    readers = judges_of(config.rewards, **{"evaluation.guard": config.evaluation.guard})
+    judges = judges_context(readers, untrained=untrained)
     check_is_chat_model(config.model.path)
-    policy, _ = load_chat_of(config.model.path, config.model.chat_template)
+    policy, context = load_chat_of(config.model.path, config.model.chat_template)
     sections = judges_of(config.rewards)
     check_same_ids(policy, {name: load_chat_of(m.path, m.chat_template)[0] for name, m in sections.items()})
-    return data, held_out, judges
+    room = prompt_room(policy, config.sampling, policy_context=context, judge_context=judges)
+    return data, held_out, policy, room
 
 
 @contextmanager

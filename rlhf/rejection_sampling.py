@@ -20,7 +20,7 @@ from alignment.isolation import isolated
 from alignment.metrics import mean_interval
 from alignment.models import check_is_chat_model, load_chat_of
 from alignment.runs import Run, open_run
-from alignment.sampling.prompts import Asked, choose_prompts, prompt_room, prompts_left_out
+from alignment.sampling.prompts import Asked, choose_prompts, describe_fitting, prompt_room, prompts_left_out
 from reward_models.score import check_fits
 from rlhf.candidates import distinct_prompts, remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig
@@ -36,13 +36,11 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     Writes `candidates.jsonl` (all), `sft.jsonl` (the best, ready for `align sft`), `potential.json` and `.png`.
     """
     state = process_state(config.run.device)
-    data, earlier, baseline, judges = _read(config)
+    data, earlier, baseline, chat, room = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *earlier.sources, *baseline.sources])
 
-    chat, context = load_chat_of(config.model.path, config.model.chat_template)
     chosen = choose_prompts(data, config.prompts, config.run.seed)
-    room = prompt_room(chat, config.sampling, policy_context=context, judge_context=judges)
     prompts = distinct_prompts(chat, chosen, config.prompts, room=room, run_dir=run_dir)
     tried = try_temperatures(config, prompts, run_dir, state)
     temperature, by_temperature = choose_temperature(tried) if tried else (config.sampling.temperature, {})
@@ -90,32 +88,36 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     return result
 
 
-def check(config: RejectionSamplingConfig) -> str:
-    """What `align reject --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
-    data, earlier, baseline, _ = _read(config)
-    prompts = choose_prompts(data, config.prompts, config.run.seed)
-    return (
-        f"{len(prompts)} prompts, {len(earlier.rows)} candidates of earlier rounds, {len(baseline.rows)} baseline "
-        "responses."
-    )
+def check(config: RejectionSamplingConfig, *, untrained: Collection[str] = ()) -> str:
+    """What `align reject --dry-run` says: reads rows and chat formats, loads no weights, writes nothing.
+
+    `untrained` as in `judges_context`.
+    """
+    data, earlier, baseline, chat, room = _read(config, untrained)
+    prompts, left_out = describe_fitting([chat], data, config.prompts, seed=config.run.seed, room=room)
+    others = f"{len(earlier.rows)} candidates of earlier rounds, {len(baseline.rows)} baseline responses"
+    return f"{prompts}, {others}.{left_out}"
 
 
 def _read(
-    config: RejectionSamplingConfig,
-) -> tuple[Loaded[Prompt], Loaded[Candidate], Loaded[Candidate], int]:
-    """Prompts, candidates of earlier rounds, baseline responses, and the tokens that both reward models can read.
+    config: RejectionSamplingConfig, untrained: Collection[str] = ()
+) -> tuple[Loaded[Prompt], Loaded[Candidate], Loaded[Candidate], ChatFormat, int]:
+    """Prompts, candidates of earlier rounds, baseline responses, the chat format, and the tokens of a prompt at most.
 
     Raises what can be known before anything is sampled.
     """
     check_is_chat_model(config.model.path)
+    chat, context = load_chat_of(config.model.path, config.model.chat_template)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     sections = judges_of(config.rewards)
+    judges = judges_context(sections, untrained=untrained)
+    room = prompt_room(chat, config.sampling, policy_context=context, judge_context=judges)
     readers = [load_chat_of(model.path, model.chat_template) for model in sections.values()]
     scored_anew = _readable(Candidate.from_json, readers)
     earlier = load_rows(config.earlier_rounds, scored_anew if config.rescore_earlier else _scored_before)
     in_pool = {each.messages for each in (*data.rows, *(candidate.prompt for candidate in earlier.rows))}
     baseline = load_rows(config.baseline, _readable(as_response, readers, among=in_pool))
-    return data, earlier, baseline, judges_context(sections)
+    return data, earlier, baseline, chat, room
 
 
 def _readable(

@@ -14,6 +14,7 @@ from alignment.metrics import wilson_interval
 from alignment.models import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
+from alignment.sampling.prompts import prompt_room
 from sft.answer_log import Answering, RowLog
 from sft.config import GattConfig
 from sft.conversation import Plan, Speaker, load_own, load_seeds, make_plans
@@ -77,7 +78,8 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
 def check(config: GattConfig) -> str:
     """What `align gatt --dry-run` says: reads rows and the chat format, loads no weights, writes nothing."""
     plans, _ = _plan(config)
-    load_chat_of(config.model.path, config.model.chat_template)
+    chat, context = load_chat_of(config.model.path, config.model.chat_template)
+    prompt_room(chat, config.sampling, policy_context=context)
     return f"{len(plans)} dialogues."
 
 

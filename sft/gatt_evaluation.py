@@ -16,9 +16,10 @@ from alignment.files import save_figure
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.metrics import paired_rate_interval, show, wilson_interval
-from alignment.models import check_is_chat_model, load_chat_model
+from alignment.models import check_is_chat_model, load_chat_model, load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run
+from alignment.sampling.prompts import prompt_room
 from sft.answer_log import Answering, NoAnswer, RowLog
 from sft.attention_mass import attention_picture
 from sft.checkers import CHECKERS
@@ -80,8 +81,11 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
 
 
 def check(config: GattEvalConfig) -> str:
-    """What `align eval kind=gatt --dry-run` says: reads rows, loads no weights, writes nothing."""
+    """What `align eval kind=gatt --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
     plans, _ = _plan(config)
+    for policy in config.policies.values():
+        chat, context = load_chat_of(policy.path, policy.chat_template)
+        prompt_room(chat, config.sampling, policy_context=context)
     return f"{len(plans)} dialogues, {len(config.policies)} policies."
 
 

@@ -10,7 +10,7 @@ import pytest
 from alignment.cli import distil
 from alignment.cli.main import run_stage
 from alignment.config import load_config
-from alignment.errors import DataError, ModelError
+from alignment.errors import ConfigError, DataError, ModelError
 from alignment.models import load_reward_model, save_model
 from alignment.toy_model import TOY_TEMPLATE
 from rlhf import evaluate, ppo_run, rejection_sampling
@@ -121,7 +121,7 @@ def test_swapped_judges_are_remarked_upon(judges, caplog):
     [
         ("reject", "1 prompts, 0 candidates of earlier rounds, 0 baseline responses."),
         ("eval", "1 prompts, 1 policies."),
-        ("ppo", "1 prompts, 0 rows of held-out prompts."),
+        ("ppo", "1 prompts, none held out."),
     ],
 )
 def test_a_dry_run_reads_rows_and_judges(tmp_path, judges, capsys, stage, found):
@@ -137,6 +137,10 @@ def test_a_dry_run_reads_rows_and_judges(tmp_path, judges, capsys, stage, found)
     policy = "policies.toy" if stage == "eval" else "model"
     with pytest.raises(ModelError, match="is a reward model"):
         run_stage(stage, [*words, *rewards, f"{policy}={judges['small']}"], dry_run=True)
+    with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens=600 leaves no room for a prompt"):
+        run_stage(stage, [*words, *rewards, "sampling.max_new_tokens=600"], dry_run=True)
+    with pytest.raises(DataError, match=r"prompts: none fits into 2 tokens \(prompts\.max_prompt_length\)"):
+        run_stage(stage, [*words, *rewards, "prompts.max_prompt_length=2"], dry_run=True)
     prompts.write_text('{"prompt": 1}\n')
     with pytest.raises(DataError, match=r"hi\.jsonl:1"):
         run_stage(stage, [*words, *rewards], dry_run=True)

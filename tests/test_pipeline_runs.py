@@ -5,6 +5,7 @@ Stages write what real ones do, without any work.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -20,15 +21,16 @@ from alignment.cli import pipeline as pipelines
 from alignment.cli import pipeline_stages
 from alignment.cli.main import run_pipeline, run_stage
 from alignment.cli.pipeline import check_pipeline, check_runs, load_pipeline, run_stages
-from alignment.cli.pipeline_inputs import JUDGES, check_formats
+from alignment.cli.pipeline_inputs import JUDGES, check_stages
 from alignment.cli.stages import STAGES, Stage
 from alignment.config import StageConfig, describe, load_config
 from alignment.config.sections import named_inputs
 from alignment.data import SourceReport
-from alignment.errors import ConfigError, DataError, ModelError, RunError
+from alignment.errors import ConfigError, DataError, RunError
 from alignment.files import file_sha256
 from alignment.locks import release_locks
 from alignment.manifests import mark_outdated, read_manifest, read_result, upstream_runs
+from alignment.models import model_folder
 from alignment.runs import open_run
 from alignment.sources import find_data
 from rlhf.config import RejectionSamplingConfig
@@ -49,6 +51,16 @@ stages:
 """
 
 
+def write_model(folder: Path, kind: str, *, weights: str) -> None:
+    """The toy model's tokenizer and configuration with anything for weights."""
+    shutil.copytree(model_folder("toy"), folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "reward model":
+        config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_text(weights)
+
+
 class Trial:
     """A pipeline's file with its data and base model, and how its stages went: `log` has a line for each that ran."""
 
@@ -57,9 +69,7 @@ class Trial:
         self.log: list[str] = []
         self.fails_in = ""
         base = folder / "base"
-        base.mkdir()
-        (base / "config.json").write_text("{}")
-        (base / "model.safetensors").write_bytes(b"base")
+        write_model(base, "chat model", weights="base")
         (folder / "rows.jsonl").write_text(ROW % "q")
         (folder / "p.yaml").write_text(TEXT.replace("BASE", str(base)))
 
@@ -86,9 +96,7 @@ class Trial:
                 release_locks()  # as `isolated` does
                 raise KeyboardInterrupt
             if stage.makes:
-                run_dir.model_dir.mkdir(exist_ok=True)
-                (run_dir.model_dir / "config.json").write_text("{}")
-                (run_dir.model_dir / "model.safetensors").write_text(name)
+                write_model(run_dir.model_dir, stage.makes, weights=name)
             if stage.name == "reject":
                 (run_dir.path / "sft.jsonl").write_text(ROW % "new")
             return run_dir.finish({"stage": stage.name})
@@ -509,7 +517,79 @@ def test_judges_of_another_chat_format_are_found_before_they_are_trained(tmp_pat
     (tmp_path / "p.yaml").write_text((CHATS % (sft, rm, ppo)).replace("TEMPLATE", f"{tmp_path}/t.jinja"))
     plan = load_pipeline(tmp_path / "p.yaml", [f"runs={tmp_path / 'runs'}"])
     if agrees:
-        check_formats(plan)
+        check_stages(plan)
     else:
-        with pytest.raises(ModelError, match=r"^stages\.ppo: rewards\.helpfulness: writes dialogues in another format"):
-            check_formats(plan)
+        with pytest.raises(ConfigError, match=r"^stages\.ppo: rewards\.helpfulness: writes dialogues in another"):
+            check_stages(plan)
+
+
+WHOLE = """
+stages:
+  sft: {model: toy, data: {train: "toy:sft.train"}}
+  rm: {kind: safety, model: "${sft}", data: {train: ROWS}}
+  reject:
+    model: ${sft}
+    rewards: {helpfulness: "${rm}", safety: "${rm}"}
+    prompts: {prompts: "toy:prompts.train"}
+    sampling: {max_new_tokens: 32}
+  rs: {stage: sft, model: toy, data: {train: ["${reject}/sft.jsonl"]}}
+  gatt: {model: "${rs}", prompts: {prompts: "toy:prompts.train"}, sampling: {max_new_tokens: 32}}
+  ppo:
+    model: ${rs}
+    rewards: {helpfulness: "${rm}", safety: "${rm}"}
+    prompts: {prompts: "toy:prompts.train"}
+    sampling: {max_new_tokens: 32}
+  eval:
+    policies: {rs: "${rs}", ppo: "${ppo}"}
+    rewards: {helpfulness: "${rm}", safety: "${rm}"}
+    prompts: {prompts: "toy:prompts.heldout"}
+    sampling: {max_new_tokens: 32}
+"""
+UNLABELLED = {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}
+
+
+def whole_pipeline(folder: Path, *overrides: str, labels: bool = True) -> pipelines.Pipeline:
+    rows = folder / "pairs.jsonl"
+    rows.write_text(json.dumps(UNLABELLED | ({"chosen_safe": True, "rejected_safe": False} if labels else {})))
+    (folder / "p.yaml").write_text(WHOLE.replace("ROWS", str(rows)))
+    return load_pipeline(folder / "p.yaml", [f"runs={folder / 'runs'}", *overrides])
+
+
+def test_every_stage_is_checked_before_the_first_one_runs(tmp_path):
+    check_pipeline(whole_pipeline(tmp_path))
+    with pytest.raises(ConfigError, match=r"^stages\.rm: data\.train: kind=safety, but no response carries"):
+        check_pipeline(whole_pipeline(tmp_path, labels=False))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("rm.data.max_length=2", r"rm: data\.train: no pair is left to train on: 1 too_long"),
+        ("reject.sampling.max_new_tokens=511", r"reject: sampling\.max_new_tokens=511 leaves no room .* 51. tokens"),
+        ("gatt.sampling.max_new_tokens=512", r"gatt: sampling\.max_new_tokens=512 leaves no room .* hold 512 tokens"),
+        ("ppo.sampling.max_new_tokens=511", r"ppo: sampling\.max_new_tokens=511 leaves no room"),
+        ("eval.sampling.max_new_tokens=512", r"eval: sampling\.max_new_tokens=512 leaves no room"),
+        ("ppo.prompts.max_prompt_length=2", r"ppo: prompts: none fits into 2 tokens"),
+        ("rs.model=BARE", r"rs: model: .*bare: its tokenizer cannot be loaded"),
+        ("eval.policies.base=BARE", r"eval: .*bare: its tokenizer cannot be loaded"),
+        ("eval.policies.base=JUDGE", r"eval: .*judge: is a reward model"),
+        ("ppo.rewards.safety=toy", r"ppo: rewards\.safety: toy: not a reward model"),
+        ("ppo.evaluation={guard: toy, prompts: 'toy:prompts.heldout'}", r"ppo: evaluation\.guard: toy: not a reward"),
+    ],
+)  # fmt: skip
+def test_what_a_later_stage_would_refuse_is_found_before_the_first_one_runs(tmp_path, override, problem):
+    write_model(tmp_path / "judge", "reward model", weights="any")
+    write_model(tmp_path / "bare", "chat model", weights="any")
+    for file in tmp_path.glob("bare/tokenizer*"):
+        file.unlink()
+    given = override.replace("BARE", f"{tmp_path / 'bare'}").replace("JUDGE", f"{tmp_path / 'judge'}")
+    with pytest.raises(ConfigError, match=rf"^stages\.{problem}"):
+        check_pipeline(whole_pipeline(tmp_path, given))
+
+
+def test_a_model_that_several_stages_cannot_read_is_reported_once(tmp_path):
+    write_model(tmp_path / "base", "reward model", weights="any")
+    with pytest.raises(ConfigError) as found:
+        check_pipeline(whole_pipeline(tmp_path, f"sft.model={tmp_path / 'base'}"))
+    assert str(found.value) == f"stages.sft, reject: {tmp_path}/base: is a reward model. Name a chat model."

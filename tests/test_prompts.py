@@ -10,7 +10,7 @@ from alignment.chat import chat_format, encode_prompt
 from alignment.config import PromptSection, SamplingSection
 from alignment.data import Loaded, SourceReport
 from alignment.dialogue import Message, Prompt
-from alignment.errors import DataError
+from alignment.errors import ConfigError, DataError
 from alignment.models import load_chat_of
 from alignment.sampling.prompts import choose_prompts, fit_all_formats, fit_prompts, prompt_room, prompts_left_out
 
@@ -94,6 +94,10 @@ def test_an_answer_that_was_cut_off_fits_into_the_reward_models_context_with_its
     assert prompt_room(chat, sampling, policy_context=512, judge_context=600) == 412
     assert prompt_room(chat, sampling, policy_context=512, judge_context=512) == 411
     assert prompt_room(chat, sampling, policy_context=512, judge_context=300) == 199
+    assert prompt_room(chat, sampling, policy_context=512, judge_context=102) == 1
+    for contexts in ({"policy_context": 100}, {"policy_context": 512, "judge_context": 101}):
+        with pytest.raises(ConfigError, match=r"max_new_tokens=100 leaves no room .* hold 100 tokens with it\. Lower"):
+            prompt_room(chat, sampling, **contexts)
 
 
 def test_a_prompt_must_leave_room_for_its_response_in_the_models_context():

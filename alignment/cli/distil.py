@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from alignment.distributed import for_all, map_over_processes
 from alignment.isolation import isolated
 from alignment.models import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
-from alignment.sampling.prompts import choose_prompts
+from alignment.sampling.prompts import choose_prompts, prompt_room
 from rlhf.judges import judges_context, load_scorer
 from sft import context_distillation
 from sft.config import DistilConfig
@@ -25,11 +26,15 @@ def run(config: DistilConfig, *, resume: bool = False) -> dict[str, Any]:
     return context_distillation.run(config, _load_score, judge_context=context, resume=resume)
 
 
-def check(config: DistilConfig) -> str:
-    """What `align distil --dry-run` says: reads rows and the chat format, loads no weights, writes nothing."""
-    judges_context({"safety": config.safety})
+def check(config: DistilConfig, *, untrained: Collection[str] = ()) -> str:
+    """What `align distil --dry-run` says: reads rows and the chat format, loads no weights, writes nothing.
+
+    `untrained` as in `judges_context`.
+    """
+    judges = judges_context({"safety": config.safety}, untrained=untrained)
     check_is_chat_model(config.model.path)
-    load_chat_of(config.model.path, config.model.chat_template)
+    chat, context = load_chat_of(config.model.path, config.model.chat_template)
+    prompt_room(chat, config.sampling, policy_context=context, judge_context=judges)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     return f"{len(choose_prompts(data, config.prompts, config.run.seed))} prompts."
 

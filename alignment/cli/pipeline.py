@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignment.cli.pipeline_inputs import check_formats, check_rows, wrong_references
+from alignment.cli.pipeline_inputs import check_rows, check_stages, wrong_references
 from alignment.cli.pipeline_stages import Pipeline, PlannedStage, check_runs
 from alignment.cli.rounds import expand_rounds
 from alignment.cli.stages import STAGES
@@ -158,10 +158,10 @@ def _names_a_folder(values: Mapping[str, Any]) -> bool:
 
 
 def check_pipeline(plan: Pipeline) -> None:
-    """Raises what can be known before any stage runs: of run directories, chat formats and rows. It writes nothing."""
+    """Raises what can be known before any stage runs: of run directories, rows and chat formats. It writes nothing."""
     check_runs(plan)
-    check_formats(plan)
     check_rows(plan)
+    check_stages(plan)
 
 
 def run_stages(plan: Pipeline) -> None:

@@ -1,18 +1,19 @@
-"""What the stages of a pipeline read: models and files of earlier stages, rows, and chat formats, before any runs."""
+"""What the stages of a pipeline read, before any runs: models and files of earlier stages, rows, chat formats."""
 
 from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from alignment.cli.pipeline_stages import Pipeline, PlannedStage
 from alignment.cli.stages import STAGES, ModelKind
-from alignment.config import ModelSection, StageConfig
+from alignment.config import ModelSection, Section, StageConfig
 from alignment.data import OnError, load_rows
-from alignment.errors import DataError, ModelError
+from alignment.errors import AlignError, ConfigError, DataError, ModelError
 
 # The settings that name a reward model; all other models are chat models.
 JUDGES = ("rewards.helpfulness", "rewards.safety", "safety", "guard", "evaluation.guard")
@@ -86,34 +87,64 @@ def _on_error(config: StageConfig, key: str) -> OnError:
     return getattr(getattr(config, "prompts" if section == "evaluation" else section, None), "on_error", "stop")
 
 
-def check_formats(plan: Pipeline) -> None:
-    """Raises ModelError where PPO's reward models would write dialogues in other token ids than its policy.
+def check_stages(plan: Pipeline) -> None:
+    """Raises ConfigError with what the stages to come would refuse of their settings, rows and chat formats.
 
-    Of models that are still to be trained the format is that of the model they are trained from.
+    A model that is still to be trained is stood for by the one on disk that it is trained from, in the end: it has the
+    same chat format and context. Of a stage whose rows are still to be made, the models alone are looked at.
     """
-    stages = [stage for stage in plan.to_run if stage.config.stage == "ppo"]
-    if not stages:
-        return
-    from alignment.models import load_chat_of
-    from rlhf.judges import check_same_ids, judges_of
-
-    load = functools.cache(load_chat_of)  # most models are trained from one
-    for stage in stages:
-        judges = judges_of(stage.config.rewards)
-        chats = {
-            key: load(*_trained_from(model, plan.stages))[0]
-            for key, model in {"model": stage.config.model, **judges}.items()
-        }
+    problems: dict[str, list[str]] = {}  # stages by what is wrong: many read the same model
+    for stage in plan.to_run:
+        made = {key: kind for key, name, kind in stage.config.input_names() if _maker(name, plan.to_run)}
+        untrained = made.keys() & set(JUDGES)
+        config = _each_model(stage.config, lambda _, model: _on_disk(model, plan.to_run))
+        check = STAGES[config.stage].of_kind(getattr(config, "kind", None)).check_function()
         try:
-            check_same_ids(chats.pop("model"), chats)
-        except ModelError as error:
-            raise ModelError(f"stages.{stage.name}: {error}") from None
+            if "data" in made.values():
+                _each_model(config, functools.partial(_check_model, untrained=untrained))
+            elif untrained:
+                check(config, untrained=untrained)
+            else:
+                check(config)
+        except AlignError as error:
+            problems.setdefault(str(error), []).append(stage.name)
+    if problems:
+        raise ConfigError("\n".join(f"stages.{', '.join(names)}: {problem}" for problem, names in problems.items()))
 
 
-def _trained_from(model: ModelSection, stages: Sequence[PlannedStage]) -> tuple[str, str]:
-    """Path and chat template of the model on disk that a model of the pipeline is trained from, in the end."""
-    path, template = model.path, model.chat_template
-    while (maker := _maker(path, stages)) is not None:
-        path, before = maker.config.model.path, maker.config.model.chat_template
-        template = before if template == "auto" else template
-    return path, template
+def _check_model(key: str, model: ModelSection, *, untrained: Collection[str]) -> ModelSection:
+    from alignment.models import check_is_chat_model, load_chat_of, reward_model_context
+
+    try:
+        load_chat_of(model.path, model.chat_template)
+        if key not in JUDGES:
+            check_is_chat_model(model.path)
+        elif key not in untrained:
+            reward_model_context(model.path)
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from None
+    return model
+
+
+def _on_disk(model: ModelSection, stages: Sequence[PlannedStage]) -> ModelSection:
+    """The model that is there already of which these stages make a model, or itself."""
+    while (maker := _maker(model.path, stages)) is not None:
+        before = maker.config.model
+        template = before.chat_template if model.chat_template == "auto" else model.chat_template
+        model = model.model_copy(update={"path": before.path, "chat_template": template})
+    return model
+
+
+def _each_model(value: Any, change: Callable[[str, ModelSection], ModelSection], key: str = "") -> Any:
+    """Settings in which every model is what `change` makes of it and its key."""
+    if isinstance(value, ModelSection):
+        return change(key, value)
+    start = f"{key}." if key else ""
+    if isinstance(value, Section):
+        names = type(value).model_fields
+        return value.model_copy(
+            update={name: _each_model(getattr(value, name), change, start + name) for name in names}
+        )
+    if isinstance(value, dict):
+        return {name: _each_model(each, change, f"{start}{name}") for name, each in value.items()}
+    return value

@@ -15,7 +15,8 @@ from alignment.config import PromptSection, SamplingSection
 from alignment.data import Loaded, SourceReport, raise_together
 from alignment.dialogue import Candidate, Prompt
 from alignment.distributed import for_all, map_over_processes
-from alignment.errors import DataError
+from alignment.errors import ConfigError, DataError
+from alignment.headlines import by_part
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.protocol import Sample, Sampler, SamplingParams
@@ -123,6 +124,23 @@ def fit_all_formats(
     return found, {**counts, "history_cut": sum(id(prompt.messages) not in whole for prompt in found)}
 
 
+def describe_fitting(
+    chats: Iterable[ChatFormat],
+    data: Loaded[Prompt],
+    section: PromptSection,
+    *,
+    seed: int,
+    room: int,
+    part: str = "prompts",
+) -> tuple[str, str]:
+    """For `--dry-run`: `8 prompts` that fit every format, and ` PART: 2 too_long.`, or nothing, of those left out.
+
+    Raises DataError as `fit_prompts` does.
+    """
+    fitting, counts = fit_all_formats(chats, choose_prompts(data, section, seed), section, room=room)
+    return f"{len(fitting)} prompts", by_part({part: prompts_left_out(counts, data.sources)})
+
+
 def prompts_left_out(counts: Mapping[str, int] | None, sources: Sequence[SourceReport]) -> dict[str, int]:
     """For the result: prompts left out by reason, those unreadable in their files included, and those cut; no zeros.
 
@@ -144,11 +162,19 @@ def prompt_room(
         judge_context: the least of the reward models' contexts, or None. They read an answer that was cut off with an
             end of turn, which the policy did not write. Where one has another vocabulary, its count of tokens may be
             higher.
+
+    Raises:
+        ConfigError: none is left.
     """
     room = policy_context - sampling.max_new_tokens
-    if judge_context is None:
-        return room
-    return min(room, judge_context - sampling.max_new_tokens - len(chat.encode_response("")))
+    if judge_context is not None:
+        room = min(room, judge_context - sampling.max_new_tokens - len(chat.encode_response("")))
+    if room < 1:
+        raise ConfigError(
+            f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the models' contexts hold "
+            f"{room + sampling.max_new_tokens} tokens with it. Lower it."
+        )
+    return room
 
 
 def limit_in_words(section: PromptSection, room: int) -> str:
