@@ -25,6 +25,7 @@ from alignment.sampling.prompts import (
     as_candidate,
     choose_prompts,
     fit_and_count,
+    prompt_room,
     prompts_left_out,
     sampling_params,
 )
@@ -57,7 +58,7 @@ def sample_file(
     data = load_prompts([source])
     chat, context = load_chat_of(model)
     chosen = choose_prompts(data, prompts, seed)
-    fitting, counts = fit_and_count(chat, chosen, prompts, context - sampling.max_new_tokens)
+    fitting, counts = fit_and_count(chat, chosen, prompts, prompt_room(chat, sampling, policy_context=context))
     for words in what_was_left_out({"sample:": prompts_left_out(counts, data.sources)}):
         console.print(words)
     drawn = _by_ids(partial.rows, fitting)
