@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from accelerate import PartialState
@@ -36,7 +37,7 @@ from reward_models.evaluate import win
 from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
 from rlhf.diversity import common_sizes, diversity
-from rlhf.judges import RewardModels, guard_scores, judges_context, judges_of, load_scorer
+from rlhf.judges import guard_scores, judges_context, judges_of, load_scorer, score_candidates
 from rlhf.refusals import is_refusal
 
 
@@ -60,11 +61,13 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
         answers[name] = _sample_answers(config, name, chats, prompts, state, room=room)
         if state.is_main_process:
             write_rows(done, (candidate.to_json() for candidate in answers[name]))
-    models = RewardModels.load(config.rewards, state.device)
-    answers = {name: models.score(rows, title=f"eval: {name} scores") for name, rows in answers.items()}
-    del models  # their memory, before the next ones'
+    every = [answer for rows in answers.values() for answer in rows]
+    every = score_candidates(config.rewards, every, state.device, title="eval: scores")
     if config.guard is not None:
-        answers = _with_guard(answers, config, state)
+        guard = load_scorer(config.guard, state.device, max_tokens=config.rewards.max_tokens_per_batch)
+        every = guard_scores(guard, every, state.device, title="eval: scores: guard")
+    scored = iter(every)
+    answers = {name: list(islice(scored, len(rows))) for name, rows in answers.items()}
     table: dict[str, dict[str, Any]] = {}
     first = before = next(iter(answers.values()))
     sizes = common_sizes(_texts(rows) for rows in answers.values())
@@ -147,15 +150,6 @@ def _sample_answers(
         for judge, model in ((name, section), (first, reference))
     )
     return [replace(answer, kl=p - q) for answer, p, q in zip(answers, own, other, strict=True)]
-
-
-def _with_guard(
-    answers: Mapping[str, list[Candidate]], config: EvalConfig, state: PartialState
-) -> dict[str, list[Candidate]]:
-    """The answers with the guard's scores."""
-    scorer = load_scorer(config.guard, state.device, max_tokens=config.rewards.max_tokens_per_batch)
-    title = "eval: {} by the guard"
-    return {name: guard_scores(scorer, rows, state.device, title=title.format(name)) for name, rows in answers.items()}
 
 
 def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -125,53 +127,64 @@ class RewardModels:
                 found.append(torch.tensor([score for scores in scorer.score_trees(trees) for score in scores]))
         return found[0], found[1]
 
-    def score(self, candidates: Sequence[Candidate], *, title: str = "") -> list[Candidate]:
-        """The candidates with both scores and the gated reward; those of one prompt in a row share its prefill.
+    def score(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates with both scores and the gated reward."""
+        scores = [_scores(scorer, candidates, self.device) for scorer in (self.helpfulness, self.safety)]
+        return _rewarded(candidates, *scores, self.gated_logits)
 
-        With a title there is a progress bar.
 
-        Every process scores a share of the prompts; all get all candidates.
-        """
-        if not candidates:
-            return []
-        groups: list[list[Candidate]] = []
-        for candidate in candidates:
-            if groups and groups[-1][0].prompt == candidate.prompt:
-                groups[-1].append(candidate)
-            else:
-                groups.append([candidate])
+def score_candidates(
+    section: RewardSection, candidates: Sequence[Candidate], device: torch.device, *, title: str
+) -> list[Candidate]:
+    """The candidates with both scores and the gated reward; one reward model at a time is in memory.
 
-        def work(mine: Sequence[Sequence[Candidate]]) -> list[tuple[list[float], ...]]:
-            prompts = [group[0].prompt.messages for group in mine]
-            texts = [[candidate.response for candidate in group] for group in mine]
-            by_model = []
-            for scorer in (self.helpfulness, self.safety):
-                with lent(scorer.model, self.device):
-                    by_model.append(scorer.score(prompts, texts, on_progress=for_all(bar.advance)))
-            return list(zip(*by_model, strict=True))
-
-        with ProgressBar(title, 2 * len(groups), shown=bool(title) and PartialState().is_main_process) as bar:
-            scored = map_over_processes(work, groups)
-        by_model = [[score for scores in by_group for score in scores] for by_group in zip(*scored, strict=True)]
-        helpfulness, safety = map(torch.tensor, by_model)
-        is_safety = torch.tensor([candidate.prompt.is_safety for candidate in candidates])
-        rewards = self.gated_logits(helpfulness, safety, is_safety).tolist()
-        return [
-            replace(candidate, helpfulness=h, safety=s, reward=r)
-            for candidate, h, s, r in zip(candidates, *by_model, rewards, strict=True)
-        ]
+    Raises ModelError where one of them is not a reward model.
+    """
+    if not candidates:
+        return []
+    scores = []
+    for name, model in (("helpfulness", section.helpfulness), ("safety", section.safety)):
+        scorer = load_scorer(model, device, max_tokens=section.max_tokens_per_batch)
+        scores.append(_scores(scorer, candidates, device, title=f"{title}: {name}"))
+        del scorer  # before the next one is loaded
+    return _rewarded(candidates, *scores, partial(gated_logits, threshold=section.threshold))
 
 
 def guard_scores(
     scorer: Scorer, candidates: Sequence[Candidate], device: torch.device, *, title: str = ""
 ) -> list[Candidate]:
-    """The candidates with the score of one more reward model, computed on `device`; every process takes a share."""
-
-    def work(mine: Sequence[Candidate]) -> list[float]:
-        asked, texts = [each.prompt.messages for each in mine], [[each.response] for each in mine]
-        with lent(scorer.model, device):
-            return [score for [score] in scorer.score(asked, texts, on_progress=for_all(bar.advance))]
-
-    with ProgressBar(title, len(candidates), shown=bool(title) and PartialState().is_main_process) as bar:
-        scores = map_over_processes(work, candidates)
+    """The candidates with the score of one more reward model, computed on `device`."""
+    scores = _scores(scorer, candidates, device, title=title)
     return [replace(candidate, guard=score) for candidate, score in zip(candidates, scores, strict=True)]
+
+
+def _scores(scorer: Scorer, candidates: Sequence[Candidate], device: torch.device, *, title: str = "") -> list[float]:
+    """Scores of the candidates, of which those of one prompt in a row share its prefill; with a title progress shows.
+
+    Every process scores a share of the prompts; all get all scores.
+    """
+    groups = [list(group) for _, group in groupby(candidates, key=lambda candidate: candidate.prompt)]
+
+    def work(mine: Sequence[Sequence[Candidate]]) -> list[list[float]]:
+        prompts = [group[0].prompt.messages for group in mine]
+        texts = [[candidate.response for candidate in group] for group in mine]
+        with lent(scorer.model, device):
+            return scorer.score(prompts, texts, on_progress=for_all(bar.advance))
+
+    with ProgressBar(title, len(groups), shown=bool(title) and PartialState().is_main_process) as bar:
+        return [score for scores in map_over_processes(work, groups) for score in scores]
+
+
+def _rewarded(
+    candidates: Sequence[Candidate],
+    helpfulness: Sequence[float],
+    safety: Sequence[float],
+    gate: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> list[Candidate]:
+    """The candidates with their scores and the reward that the gate makes of these."""
+    is_safety = torch.tensor([candidate.prompt.is_safety for candidate in candidates])
+    rewards = gate(torch.tensor(helpfulness), torch.tensor(safety), is_safety).tolist()
+    return [
+        replace(candidate, helpfulness=h, safety=s, reward=r)
+        for candidate, h, s, r in zip(candidates, helpfulness, safety, rewards, strict=True)
+    ]

@@ -6,6 +6,7 @@ import random
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from accelerate import PartialState
@@ -24,7 +25,7 @@ from alignment.sampling.prompts import Asked, choose_prompts, describe_fitting, 
 from reward_models.score import check_fits
 from rlhf.candidates import distinct_prompts, remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig
-from rlhf.judges import RewardModels, judges_context, judges_of
+from rlhf.judges import judges_context, judges_of, score_candidates
 from rlhf.potential import plot_potential, potential_curve
 from rlhf.selection import as_dialogue, by_prompt, choose_temperature, select_best
 
@@ -45,16 +46,15 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     tried = try_temperatures(config, prompts, run_dir, state)
     temperature, by_temperature = choose_temperature(tried) if tried else (config.sampling.temperature, {})
     sampled = sample_candidates(config, {temperature: prompts}, run_dir, state)[temperature]
-    models = RewardModels.load(config.rewards, state.device)
-    scored = models.score(sampled, title="reject: scores")
     others = [each for t, candidates in tried.items() if t != temperature for each in candidates]
     before = earlier.rows if config.accumulate != "last" else []
-    if before and config.rescore_earlier:
-        before = models.score(before, title="reject: scores of earlier rounds")
-    pool = [*before, *scored, *others]
-    asked = {each.prompt.messages: each.prompt for each in pool}
+    asked = {each.prompt.messages: each.prompt for each in [*before, *sampled, *others]}
     of_asked = [replace(r, prompt=asked[r.prompt.messages]) for r in baseline.rows if r.prompt.messages in asked]
-    known = {each.prompt.messages: each.reward for each in models.score(of_asked, title="reject: baseline")}
+    old = before if config.rescore_earlier else []
+    found = iter(score_candidates(config.rewards, [*sampled, *old, *of_asked], state.device, title="reject: scores"))
+    scored, rescored = list(islice(found, len(sampled))), list(islice(found, len(old)))
+    known = {each.prompt.messages: each.reward for each in found}
+    pool = [*(rescored if config.rescore_earlier else before), *scored, *others]
     selection = select_best(pool, accumulate=config.accumulate, min_gain=config.min_gain, baseline=known)
     if not selection.best:
         raise DataError(
@@ -110,13 +110,13 @@ def _read(
     chat, context = load_chat_of(config.model.path, config.model.chat_template)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     sections = judges_of(config.rewards)
-    judges = judges_context(sections, untrained=untrained)
-    room = prompt_room(chat, config.sampling, policy_context=context, judge_context=judges)
     readers = [load_chat_of(model.path, model.chat_template) for model in sections.values()]
     scored_anew = _readable(Candidate.from_json, readers)
     earlier = load_rows(config.earlier_rounds, scored_anew if config.rescore_earlier else _scored_before)
     in_pool = {each.messages for each in (*data.rows, *(candidate.prompt for candidate in earlier.rows))}
     baseline = load_rows(config.baseline, _readable(as_response, readers, among=in_pool))
+    judges = judges_context(sections, untrained=untrained)
+    room = prompt_room(chat, config.sampling, policy_context=context, judge_context=judges)
     return data, earlier, baseline, chat, room
 
 
@@ -158,8 +158,9 @@ def try_temperatures(
         return {}
     few = random.Random(config.run.seed).sample(prompts, min(sampling.temperature_prompts, len(prompts)))
     drawn = sample_candidates(config, {temperature: few for temperature in sampling.temperature_grid}, run_dir, state)
-    models = RewardModels.load(config.rewards, state.device)
-    return {t: models.score(found, title=f"reject: scores at {t:g}") for t, found in drawn.items()}
+    flat = [each for found in drawn.values() for each in found]
+    scored = iter(score_candidates(config.rewards, flat, state.device, title="reject: scores of temperatures"))
+    return {t: list(islice(scored, len(found))) for t, found in drawn.items()}
 
 
 def _mean_by_prompt(candidates: Sequence[Candidate]) -> list[float]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from alignment.cli import distil
 from alignment.cli.main import run_stage
 from alignment.config import load_config
+from alignment.dialogue import Candidate, Message, Prompt
 from alignment.errors import ConfigError, DataError, ModelError
 from alignment.models import load_reward_model, save_model
 from alignment.toy_model import TOY_TEMPLATE
 from rlhf import evaluate, ppo_run, rejection_sampling
 from rlhf.config import EvalConfig, PPOConfig, RejectionSamplingConfig
-from rlhf.judges import judges_context, judges_of
+from rlhf.judges import RewardModels, judges_context, judges_of, load_scorer, score_candidates
 from sft.config import DistilConfig
 
 # A prompt of more than a hundred tokens, and one that a reward model of 60 tokens can read with an answer of 30.
@@ -156,3 +159,21 @@ def test_ppo_refuses_judges_of_another_chat_format_before_it_begins(tmp_path, ju
     with pytest.raises(ModelError, match=r"rewards\.helpfulness: writes dialogues in another format than the policy"):
         ppo_run.run(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_candidates_are_scored_with_one_reward_model_in_memory_at_a_time(judges, monkeypatch):
+    config, cpu, loaded = judges_config(judges).rewards, torch.device("cpu"), []
+
+    def load(model, *args, **options):
+        assert all(before() is None for before in loaded)
+        scorer = load_scorer(model, *args, **options)
+        loaded.append(weakref.ref(scorer.model))
+        return scorer
+
+    prompts = [Prompt(messages=(Message("user", text),), is_safety=text == "b") for text in "aab"]
+    candidates = [Candidate(prompt=prompt, response="x" * i, index=i) for i, prompt in enumerate(prompts)]
+    expected = RewardModels.load(config, cpu).score(candidates)
+    monkeypatch.setattr("rlhf.judges.load_scorer", load)
+    assert score_candidates(config, candidates, cpu, title="") == expected and len(loaded) == 2
+    assert len({each.reward for each in expected}) == 3 and expected[2].reward == expected[2].safety
+    assert score_candidates(config, [], cpu, title="") == [] and len(loaded) == 2

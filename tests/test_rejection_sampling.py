@@ -67,12 +67,11 @@ def test_where_all_are_unsafe_the_least_unsafe_is_chosen_and_its_reward_says_so(
 def judged_by(monkeypatch, reward) -> None:
     """Puts a function of a candidate in the place of both reward models and the gate."""
 
-    class Models:
-        def score(self, candidates, *, title):
-            return [replace(each, reward=reward(each)) for each in candidates]
+    def score(section, candidates, device, *, title):
+        return [replace(each, reward=reward(each)) for each in candidates]
 
-    monkeypatch.setattr(rejection_sampling.RewardModels, "load", lambda *_: Models())
-    monkeypatch.setattr(rejection_sampling, "judges_context", lambda judges: 512)
+    monkeypatch.setattr(rejection_sampling, "score_candidates", score)
+    monkeypatch.setattr(rejection_sampling, "judges_context", lambda judges, **_: 512)
 
 
 def config_of(folder, prompts, **extra) -> RejectionSamplingConfig:

@@ -115,7 +115,7 @@ def test_the_rollouts_of_all_processes_stand_one_below_the_other():
 
 def test_scores_keep_their_order_and_pass_the_gate(rewards):
     candidates = [candidate("give a", "aaa"), candidate("give a", "bb"), candidate("give x", "no", is_safety=True)]
-    scored = rewards.score(candidates, title="")
+    scored = rewards.score(candidates)
     for before, after in zip(candidates, scored, strict=True):
         [[helpfulness]] = rewards.helpfulness.score([before.prompt.messages], [[before.response]])
         [[safety]] = rewards.safety.score([before.prompt.messages], [[before.response]])
@@ -126,7 +126,7 @@ def test_scores_keep_their_order_and_pass_the_gate(rewards):
 
 
 def test_an_empty_response_can_be_scored(rewards):
-    [scored] = rewards.score([candidate("give a", "")], title="")
+    [scored] = rewards.score([candidate("give a", "")])
     assert isinstance(scored.reward, float)
 
 

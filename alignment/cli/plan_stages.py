@@ -203,8 +203,9 @@ def _score(
     passes = [planner.forward(judge, rows, "scores") for judge in judges]
     responses = count * section.num_candidates
     work = [Work(each.flops * responses / (rows.count * len(rows.branches))) for each in passes]
-    beside = {"activations": max(each.peak for each in passes)}
-    return planner.phase("score", held(*judges), beside), work
+    in_turn = zip(judges, passes, strict=True)
+    phases = [planner.phase("score", held(judge), {"activations": each.peak}) for judge, each in in_turn]
+    return max(phases, key=lambda phase: phase.total), work
 
 
 def _length(wanted: int, spec: ModelSpec) -> tuple[int, tuple[str, ...]]:
