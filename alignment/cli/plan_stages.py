@@ -135,12 +135,10 @@ def _eval(config: Any, name: str, planner: Planner) -> StagePlan:
         score, judging = _score(planner, judges, draws, config.sampling, tokens, count)
         work += [*drawing, *judging]
         if first is not None and config.measure_kl and config.sampling.temperature:
-            # The policy that has sampled is still there while it is loaded again, or the first beside it.
             rows = judged(draws, config.sampling, tokens)
-            other = max((policy, first), key=lambda spec: weights(spec).base)
-            passes = planner.forward(other, rows, "logprobs")
-            beside = {"activations": passes.peak}
-            phases.append(planner.phase(f"KL of {policy_name}", held(policy), held(other), beside))
+            larger = max((policy, first), key=lambda spec: weights(spec).base)  # one is loaded after the other
+            passes = planner.forward(larger, rows, "logprobs")
+            phases.append(planner.phase(f"KL of {policy_name}", held(larger), {"activations": passes.peak}))
             work.append(Work(2 * passes.flops * count / rows.count))
         first = first or policy
     phases.append(score)
