@@ -303,15 +303,38 @@ def test_a_folder_that_no_run_made_is_never_touched(config, overwrite, resume):
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("manifest", ['{"name": "app", "version": 3}', "[1]", "not json"])
+NO_OBJECT = "manifest.json: no JSON object. The file is damaged: remove the folder and run its stage again, or, if it"
+OTHER_MANIFESTS = {
+    b'{"name": "app", "version": 3}': "not empty and not a run directory",
+    **dict.fromkeys((b"[1]", b"not json", b'{"stage": "\xe9"}', b""), NO_OBJECT),
+}
+
+
+@pytest.mark.parametrize("manifest", OTHER_MANIFESTS)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_manifest_of_something_else_makes_no_run_directory(config, manifest, overwrite):
     folder = Path(config.run.dir)
     folder.mkdir()
-    (folder / "manifest.json").write_text(manifest)
-    with pytest.raises(RunError, match="not empty and not a run directory"):
+    (folder / "manifest.json").write_bytes(manifest)
+    with pytest.raises(RunError, match=OTHER_MANIFESTS[manifest]):
         open_run(with_run(config, overwrite=overwrite))
-    assert (folder / "manifest.json").read_text() == manifest
+    assert (folder / "manifest.json").read_bytes() == manifest
+
+
+def test_data_may_lie_below_a_manifest_of_another_program(config, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"audio": 1}\n{"audio": 2}\n')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": [{"role": "user", "content": "q"}]}\n')
+    reader = config.model_copy(update={"data": DataSection(train=[str(tmp_path / "rows.jsonl")])})
+    assert open_run(reader).writes
+
+
+@pytest.mark.parametrize("content", [b'{"accuracy": ', b'{"accuracy": "\xe9"}', b"[1]"])
+def test_a_damaged_result_is_named(config, content):
+    run = open_run(config)
+    run.finish({})
+    (run.path / "result.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"result\.json: no JSON object\. The file is damaged: run the stage again\."):
+        read_result(run.path)
 
 
 def test_a_file_is_no_run_directory(config):
@@ -601,7 +624,7 @@ def test_every_process_finds_the_notes_of_the_run_it_resumes(config):
 def checkpoint(run: Run, step: int, *, complete: bool) -> Path:
     folder = run.path / "checkpoints" / f"checkpoint-{step}"
     (folder / "deep").mkdir(parents=True)
-    (folder / "deep" / "weights").write_text("x")
+    (folder / "deep" / "weights").write_text("weights")
     if complete:
         mark_complete(folder)
     return folder
@@ -624,6 +647,35 @@ def test_a_checkpoint_killed_before_its_mark_is_not_used(config, monkeypatch):
     with pytest.raises(Killed):
         mark_complete(ten)
     assert newest_checkpoint(run) == five
+
+
+def cut_off(file: Path) -> None:
+    os.truncate(file, 3)
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("damage", [cut_off, emptied, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(config, damage, caplog):
+    run = open_run(config)
+    five, ten = (checkpoint(run, step, complete=True) for step in (5, 10))
+    damage(ten / "deep" / "weights")
+    assert newest_checkpoint(run) == five
+    assert f"{ten}: the checkpoint is damaged (deep/weights). The run goes on from the one before it" in caplog.text
+    (ten / "deep" / "weights").write_text("again")
+    mark_complete(ten)
+    assert newest_checkpoint(run) == ten
+
+
+def test_a_checkpoint_with_a_damaged_mark_is_not_used_but_one_of_an_earlier_version_is(config, caplog):
+    run = open_run(config)
+    five, ten = (checkpoint(run, step, complete=True) for step in (5, 10))
+    os.truncate(ten / "complete", 4)
+    assert newest_checkpoint(run) == five and "damaged (complete)" in caplog.text
+    os.truncate(ten / "complete", 0)
+    assert newest_checkpoint(run) == ten
 
 
 def test_checkpoints_of_a_finished_run_are_cleared(config):
