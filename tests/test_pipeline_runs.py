@@ -295,6 +295,17 @@ def test_a_second_align_run_beside_the_first_is_refused_and_changes_nothing(tria
     assert statuses(trial) == before and trial.log == []
 
 
+@pytest.mark.parametrize(("stage", "error"), [("sft", DataError), ("rm", RunError)])
+def test_a_refused_from_changes_nothing(trial, stage, error):
+    trial.run()
+    (trial.folder / "rows.jsonl").write_text("no row\n")  # which sft reads again, or which it did not read
+    before = {path: path.read_bytes() for path in trial.runs.rglob("*") if path.is_file()}
+    with pytest.raises(error):
+        trial.run(from_stage=stage)
+    assert {path: path.read_bytes() for path in trial.runs.rglob("*") if path.is_file()} == before
+    assert trial.log == []
+
+
 def test_a_home_folder_is_found(trial, monkeypatch):
     monkeypatch.setenv("HOME", str(trial.folder))
     trial.runs = Path("~/mine")
