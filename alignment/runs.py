@@ -237,13 +237,20 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
         _clear(path)
     for leftover in path.glob("*.tmp"):
         _remove(leftover)
+    known = None if _has_nothing(path) else read_manifest(path)
     first = {"stage": config.stage, "status": RUNNING, "id": uuid.uuid4().hex, "settings": settings(config)}
     process = f"{os.getpid()} on {platform.node()}"
     # The first file, so that whatever a killed run leaves is known to be a run.
-    write_json(path / "manifest.json", {**(read_manifest(path) or first), "process": process})
+    write_json(path / "manifest.json", {**(known or first), "process": process})
     # Whoever runs the file again wants another run, not this one gone.
     kept = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
     write_text(path / "config.yaml", to_yaml(kept))
+
+
+def _has_nothing(path: Path) -> bool:
+    """Whether a run was stopped before it had made anything: no figures, rows or checkpoints. It begins anew."""
+    made = (entry for entry in path.iterdir() if entry.name not in ("manifest.json", "config.yaml", LOCK))
+    return all(entry.suffix == ".tmp" or (entry.is_dir() and not any(entry.iterdir())) for entry in made)
 
 
 def _clear(path: Path) -> None:
@@ -276,7 +283,8 @@ def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, An
         )
     if not resume:
         raise RunError(f"{path}: holds an unfinished run. Add --resume to go on, or run.overwrite=true to start anew.")
-    if changed := [key for key in changed_settings(manifest, config) if key not in config.resume_may_change]:
+    changed = [key for key in changed_settings(manifest, config) if key not in config.resume_may_change]
+    if changed and not _has_nothing(path):
         raise RunError(
             f"{path}: the unfinished run has other settings ({', '.join(changed)}). "
             "Resume with the same, or start anew: run.overwrite=true, in a pipeline --from STAGE."
