@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, TaskType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from alignment.errors import ModelError
 from alignment.low_rank import use_low_rank_linear
 from alignment.weight_files import read_weight
 
@@ -128,16 +129,22 @@ def write_adapter(adapter: Adapter, folder: Path, *, base: str, score: Tensor | 
 
 
 def read_adapter(folder: Path) -> Adapter | None:
-    """The adapter that `write_adapter` left in a folder; None where there is none."""
+    """The adapter that `write_adapter` left in a folder; None where there is none.
+
+    Raises ModelError where its file is damaged.
+    """
     if not (folder / _FILE).is_file():
         return None
     factors: dict[str, dict[str, Tensor]] = {}
-    with safe_open(folder / _FILE, framework="pt") as file:
-        backbone = (file.metadata() or {}).get(_BACKBONE)
-        for key in file.keys():  # noqa: SIM118  (not a mapping)
-            if ".lora_" in key:
-                layer, name, _ = key.removeprefix("base_model.model.model.").rsplit(".", 2)
-                factors.setdefault(layer, {})[name] = file.get_tensor(key)
+    try:
+        with safe_open(folder / _FILE, framework="pt") as file:
+            backbone = (file.metadata() or {}).get(_BACKBONE)
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                if ".lora_" in key:
+                    layer, name, _ = key.removeprefix("base_model.model.model.").rsplit(".", 2)
+                    factors.setdefault(layer, {})[name] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise ModelError(f"{folder / _FILE}: cannot be read ({error}). Copy the model's folder again.") from error
     if backbone is None:
         return None
     return Adapter(backbone, {layer: (parts["lora_A"], parts["lora_B"]) for layer, parts in factors.items()})

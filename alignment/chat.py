@@ -203,7 +203,10 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatF
             )
         tokenizer.chat_template = CHATML
     elif name != "auto":
-        tokenizer.chat_template = find_template(name).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = find_template(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{name}: not UTF-8 at byte {error.start}. Save the chat template as UTF-8.") from error
     if not tokenizer.chat_template:
         raise ModelError(
             "the tokenizer has no chat template. Set model.chat_template to chatml (where it has <|im_end|>), llama2 or"
@@ -265,7 +268,10 @@ class JinjaFormat:
         marked = [{"role": m.role, "content": _MARK.format(index)} for index, m in enumerate(messages)]
         try:
             text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation)
-        except jinja2.TemplateError as error:
+        except jinja2.TemplateSyntaxError as error:
+            problem = f"the chat template is no valid Jinja (line {error.lineno}: {error.message})."
+            raise ModelError(f"{problem} Mend it, or set model.chat_template to another.") from error
+        except Exception as error:  # a template computes, and can fail in any way
             raise TemplateRefusal(f"the chat template refuses this dialogue: {error}") from error
         *parts, last = _MARKS.split(text)
         pieces, order = parts[0::2], [int(index) for index in parts[1::2]]

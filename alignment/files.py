@@ -43,6 +43,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_object(path: Path, *, what_to_do: str = "run the stage again.") -> dict[str, Any]:
+    """The object of a JSON file. Raises RunError, which ends with `what_to_do`, where the file is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: no JSON object. The file is damaged: {what_to_do}")
+    return found
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure as a PNG, atomically."""
     with replacing(path) as temporary:

@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from alignment.errors import RunError
+
+Value = TypeVar("Value")
 
 
 def append_lines(path: Path, values: Iterable[Any], *, default: Callable[[Any], Any] | None = None) -> None:
@@ -30,14 +32,22 @@ def append_lines(path: Path, values: Iterable[Any], *, default: Callable[[Any], 
         os.fsync(file.fileno())
 
 
-def whole_lines(path: Path) -> Iterator[tuple[Any, int]]:
+def as_object(value: Any) -> dict[str, Any]:
+    """The value of a line in a log of objects. Raises ValueError where it is none."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object")
+    return value
+
+
+def whole_lines(path: Path, parse: Callable[[Any], Value] = as_object) -> Iterator[tuple[Value, int]]:
     """The value of every whole line with the place in the file behind it, to which the file can be cut.
 
     A last line without a newline, which a killed process was writing, is left out. A file that is not there has no
     lines. One line at a time is in memory.
 
     Raises:
-        RunError: a whole line is no JSON, which is not a kill's doing. Names the file and the line.
+        RunError: a whole line is no JSON, or `parse` raises ValueError, which is not a kill's doing. Names the file and
+            the line.
     """
     if not path.exists():
         return
@@ -47,12 +57,24 @@ def whole_lines(path: Path) -> Iterator[tuple[Any, int]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                value = json.loads(line)
-            except ValueError as error:
-                problem = "no JSON, on a line that is whole. The file is damaged: remove it, or start anew."
+                value = parse(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                problem = f"damaged, on a line that is whole ({error}). Remove the file, or start anew."
                 raise RunError(f"{path}:{number}: {problem}") from error
             end += len(line)
             yield value, end
+
+
+def all_lines(path: Path, count: int, parse: Callable[[Any], Value] = as_object) -> list[Value]:
+    """The values of a file that was written at once.
+
+    Raises RunError as `whole_lines` does, and where there are not `count` of them.
+    """
+    values = [value for value, _ in whole_lines(path, parse)]
+    if len(values) != count:
+        problem = f"{len(values)} whole lines instead of {count}. The file is damaged: remove it, or start anew."
+        raise RunError(f"{path}: {problem}")
+    return values
 
 
 def _remove_cut_line(file: BinaryIO) -> None:

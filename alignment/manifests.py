@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from alignment.config import StageConfig
 from alignment.errors import RunError
-from alignment.files import file_sha256, write_json
+from alignment.files import file_sha256, read_object, write_json
 from alignment.sources import find_model
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -25,20 +25,19 @@ RUNNING, FINISHED, OUTDATED = "running", "finished", "outdated"
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run directory, or None where there is none."""
-    try:
-        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    """The manifest of a run directory, or None where there is none. Raises RunError where it is damaged."""
+    file = path / "manifest.json"
+    if not file.is_file():
         return None
-    return found if isinstance(found, dict) else None
+    return read_object(file, what_to_do="remove the folder and run its stage again, or, if it is no run, name another.")
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The headline figures of a finished run. Raises RunError where there are none."""
-    try:
-        return json.loads((path / "result.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"{path}: no result.json. The run is unfinished.") from error
+    """The headline figures of a finished run. Raises RunError where there are none, or they are damaged."""
+    file = path / "result.json"
+    if not file.is_file():
+        raise RunError(f"{path}: no result.json. The run is unfinished.")
+    return read_object(file)
 
 
 def is_finished(path: Path) -> bool:
@@ -88,7 +87,9 @@ def upstream_runs(config: StageConfig) -> dict[str, str]:
         place = Path(name).expanduser()
         folder = next((f for f in (place, *place.parents) if (f / "manifest.json").is_file()), None)
         if folder is not None:
-            manifest = read_manifest(folder) or {}
+            manifest: Mapping[str, Any] = {}
+            with suppress(RunError):  # of another program, in a folder above the data
+                manifest = read_manifest(folder) or {}
             found[f"{key}: {name}"] = "" if manifest.get("status") == OUTDATED else manifest.get("id", "")
     return found
 

@@ -50,6 +50,7 @@ from alignment.tree_attention import TREE_ATTENTION
 from alignment.weight_files import read_weight, weight_files
 
 ADAPTER_FOLDER = "adapter"
+_COPY_AGAIN = "If a file is damaged, copy the folder again."
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ def check_is_chat_model(path: str) -> None:
 def _read_config(folder: Path | str, path: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: its config.json cannot be read ({error}).") from error
+    except Exception as error:  # as in load_chat
+        raise ModelError(f"{path}: its config.json cannot be read ({error}). {_COPY_AGAIN}") from error
 
 
 def _check_vocabulary(embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -183,8 +184,8 @@ def load_chat(folder: Path | str, chat_template: str = "auto") -> ChatFormat:
     """The chat format of a model folder; its tokenizer has a pad token that neither a text nor a turn's end has."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+    except Exception as error:  # there is no telling what a damaged file has transformers and tokenizers raise
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error}). {_COPY_AGAIN}") from error
     tokenizer.padding_side = "right"
     try:
         chat = chat_format(tokenizer, chat_template)
@@ -327,8 +328,8 @@ def _from_pretrained(
         ) from error
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{name}: its weights cannot be read ({error}).") from error
+    except (RuntimeError, SafetensorError, TypeError, LookupError) as error:
+        raise ModelError(f"{name}: its weights cannot be read ({error}). {_COPY_AGAIN}") from error
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from alignment.config import StageConfig, to_yaml
 from alignment.data import SourceReport
 from alignment.errors import RunError
-from alignment.files import write_json, write_text
+from alignment.files import read_object, write_json, write_text
 from alignment.locks import LOCK, check_not_locked, lock_folder, unlock_folder
 from alignment.manifests import (
     FINISHED,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 COMPLETE_MARK = "complete"
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -187,9 +189,15 @@ def check_run_dir(config: StageConfig, *, resume: bool = False) -> None:
 
 
 def newest_checkpoint(run: Run) -> Path | None:
-    """The checkpoint folder with the highest step among the complete ones."""
-    found = [mark.parent for mark in (run.path / "checkpoints").glob(f"*-*/{COMPLETE_MARK}")]
-    return max(found, key=checkpoint_step, default=None)
+    """The checkpoint folder with the highest step among the complete ones; damaged ones are warned of and passed by."""
+    complete = [mark.parent for mark in (run.path / "checkpoints").glob(f"*-*/{COMPLETE_MARK}")]
+    for folder in sorted(complete, key=checkpoint_step, reverse=True):
+        if not (damaged := _damaged_files(folder)):
+            return folder
+        if run.writes:
+            what_next = "The run goes on from the one before it, or begins anew where there is none."
+            logger.warning("%s: the checkpoint is damaged (%s). %s", folder, ", ".join(damaged), what_next)
+    return None
 
 
 def checkpoint_step(path: Path) -> int:
@@ -198,12 +206,27 @@ def checkpoint_step(path: Path) -> int:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Written last: a checkpoint without the mark was cut off and is not used. Syncs the files before it."""
+    """Writes the mark and in it the files' sizes, once these are on disk: a checkpoint without it is not used."""
+    sizes = {}
     for file in checkpoint.rglob("*"):
-        if file.is_file():
+        if file.is_file() and file.name != COMPLETE_MARK:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-    write_text(checkpoint / COMPLETE_MARK, "")
+            sizes[file.relative_to(checkpoint).as_posix()] = file.stat().st_size
+    write_json(checkpoint / COMPLETE_MARK, sizes)
+
+
+def _damaged_files(checkpoint: Path) -> list[str]:
+    """The files of a complete checkpoint that are gone or have another size than when its mark was written."""
+    mark = checkpoint / COMPLETE_MARK
+    if not mark.stat().st_size:  # of an earlier version, which wrote no sizes
+        return []
+    try:
+        sizes = read_object(mark)
+    except RunError:
+        return [COMPLETE_MARK]
+    files = {name: checkpoint / name for name in sizes}
+    return [name for name, file in files.items() if not file.is_file() or file.stat().st_size != sizes[name]]
 
 
 def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
@@ -214,13 +237,20 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
         _clear(path)
     for leftover in path.glob("*.tmp"):
         _remove(leftover)
+    known = None if _has_nothing(path) else read_manifest(path)
     first = {"stage": config.stage, "status": RUNNING, "id": uuid.uuid4().hex, "settings": settings(config)}
     process = f"{os.getpid()} on {platform.node()}"
     # The first file, so that whatever a killed run leaves is known to be a run.
-    write_json(path / "manifest.json", {**(read_manifest(path) or first), "process": process})
+    write_json(path / "manifest.json", {**(known or first), "process": process})
     # Whoever runs the file again wants another run, not this one gone.
     kept = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
     write_text(path / "config.yaml", to_yaml(kept))
+
+
+def _has_nothing(path: Path) -> bool:
+    """Whether a run was stopped before it had made anything: no figures, rows or checkpoints. It begins anew."""
+    made = (entry for entry in path.iterdir() if entry.name not in ("manifest.json", "config.yaml", LOCK))
+    return all(entry.suffix == ".tmp" or (entry.is_dir() and not any(entry.iterdir())) for entry in made)
 
 
 def _clear(path: Path) -> None:
@@ -253,7 +283,8 @@ def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, An
         )
     if not resume:
         raise RunError(f"{path}: holds an unfinished run. Add --resume to go on, or run.overwrite=true to start anew.")
-    if changed := [key for key in changed_settings(manifest, config) if key not in config.resume_may_change]:
+    changed = [key for key in changed_settings(manifest, config) if key not in config.resume_may_change]
+    if changed and not _has_nothing(path):
         raise RunError(
             f"{path}: the unfinished run has other settings ({', '.join(changed)}). "
             "Resume with the same, or start anew: run.overwrite=true, in a pipeline --from STAGE."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
@@ -12,7 +13,7 @@ from alignment.chat import ChatFormat
 from alignment.config import PromptSection
 from alignment.dialogue import Candidate, Messages, Prompt
 from alignment.distributed import for_all, shares
-from alignment.line_log import append_lines, whole_lines
+from alignment.line_log import append_lines, as_object, whole_lines
 from alignment.models import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import Run
@@ -68,8 +69,7 @@ def read_candidates(folder: Path) -> dict[tuple[Messages, float | None], list[Ca
     """Candidates by prompt and temperature, of all processes' files; a line that was being written is not there."""
     found = {}
     for path in sorted(folder.glob("sampled.*.jsonl")):
-        for rows, _ in whole_lines(path):
-            candidates = [Candidate.from_json(row) for row in rows]
+        for candidates, _ in whole_lines(path, _of_a_prompt):
             found[candidates[0].prompt.messages, candidates[0].temperature] = candidates
     return found
 
@@ -78,6 +78,12 @@ def remove_candidates(folder: Path) -> None:
     """Removes these files, once their candidates stand elsewhere."""
     for path in folder.glob("sampled.*.jsonl"):
         path.unlink()
+
+
+def _of_a_prompt(rows: Any) -> list[Candidate]:
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("no list of candidates")
+    return [Candidate.from_json(as_object(row)) for row in rows]
 
 
 def _sample(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -17,6 +16,7 @@ from alignment.data import Loaded, load_prompts, write_rows
 from alignment.dialogue import Candidate, Prompt
 from alignment.hardware import process_state
 from alignment.isolation import isolated
+from alignment.line_log import all_lines, as_object
 from alignment.metrics import Interval, mean_interval, paired_rate_interval, show, wilson_interval
 from alignment.models import check_is_chat_model, load_chat_of
 from alignment.prefix_batch import Branch, Tree
@@ -56,7 +56,7 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     for name in config.policies:
         done = run_dir.path / f"answers-{name}.jsonl"
         if resume and done.exists():
-            answers[name] = [Candidate.from_json(json.loads(line)) for line in done.open(encoding="utf-8")]
+            answers[name] = all_lines(done, len(prompts), lambda row: Candidate.from_json(as_object(row)))
             continue
         answers[name] = _sample_answers(config, name, chats, prompts, state, room=room)
         if state.is_main_process:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from alignment.chat import ChatFormat, decode_response, fit_prompt
 from alignment.data import write_rows
 from alignment.dialogue import Dialogue
 from alignment.distributed import equal_passes, for_all, gather_objects
+from alignment.line_log import all_lines
 from alignment.logprobs import response_logprobs, unwrap
 from alignment.models import context_length
 from alignment.progress import ProgressBar
@@ -118,8 +118,7 @@ def sample_answers(
         drawn = sampler.sample([prompts[index] for index in fitting], params, on_progress=bar.advance)
     texts = {index: decode_response(chat, sample.token_ids) for index, [sample] in zip(fitting, drawn, strict=True)}
     if path.exists():
-        with path.open(encoding="utf-8") as file:
-            rows = list(map(json.loads, file))
+        rows = all_lines(path, len(dialogues))
     else:
         rows = [
             {

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from alignment.dialogue import Candidate, Message, Prompt
+from alignment.errors import RunError
 from alignment.hardware import process_state
 from alignment.models import load_chat_of
 from alignment.runs import open_run
@@ -55,6 +56,13 @@ def test_a_half_written_line_is_not_there(tmp_path):
     }
     remove_candidates(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", ["{}", "[]", "[1]", '[{"prompt": "a"}]'])
+def test_a_line_that_holds_no_candidates_is_named(tmp_path, bad):
+    (tmp_path / "sampled.0.jsonl").write_text(line("a", "1") + f"{bad}\n")
+    with pytest.raises(RunError, match=r"sampled\.0\.jsonl:2: damaged, on a line that is whole"):
+        read_candidates(tmp_path)
 
 
 def test_a_prompt_whose_candidates_are_on_disk_is_not_sampled_again(tmp_path):

@@ -254,6 +254,8 @@ TEMPLATE_ERRORS = {
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role, please') }}{% endif %}" + CHATML,
         "refuses this dialogue: no system role, please",
     ),
+    "is no Jinja": ("\n{% for m in", r"is no valid Jinja \(line 2: .+\)\. Mend it, or set model\.chat_template"),
+    "computes what cannot be": ("{{ messages + 1 }}", "refuses this dialogue: can only concatenate list"),
     "turns the dialogue round": (
         "{% for m in messages | reverse %}" + TURN + "{% endfor %}" + GENERATION,
         "changes the order of the turns",
@@ -345,6 +347,9 @@ def test_a_template_file_is_read_and_stays_on_the_tokenizer(tokenizer, write_fil
     assert chat.tokenizer.chat_template == path.read_text()
     assert spans(chat, encode_dialogue(chat, dialogue("a", "b")))[1] == ("b<|endoftext|>", True)
     assert chat.end_of_turn_id == 0
+    path.write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"own\.jinja: not UTF-8 at byte 0\. Save the chat template as UTF-8"):
+        chat_format(tokenizer, str(path))
     with pytest.raises(ModelError, match=r"no such\.jinja is no file"):
         chat_format(tokenizer, "no such.jinja")
 

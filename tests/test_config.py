@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -33,7 +34,7 @@ from alignment.config import (
     read_yaml,
     to_yaml,
 )
-from alignment.errors import ConfigError, ModelError
+from alignment.errors import ConfigError, ModelError, RunError
 from alignment.hardware import process_state
 from alignment.sources import find_model
 from reward_models.config import RewardModelConfig
@@ -417,6 +418,25 @@ def test_a_full_disk_is_told_whoever_meets_it(monkeypatch, capsys, message):
     with pytest.raises(SystemExit):
         command_line.main()
     assert capsys.readouterr().err.startswith("error: No space left on device. Free space or name another place.")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for encoding in ("ascii", "cp1252")]
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+
+    def show(**_: Any) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            print("né → 日本", file=stream)
+        raise RunError("日本: is a file.")
+
+    monkeypatch.setattr(command_line, "app", show)
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 2
+    out, err = (stream.buffer.getvalue() for stream in streams if not stream.flush())
+    assert out == rb"n\xe9 \u2192 \u65e5\u672c" + b"\n"
+    assert err.decode("cp1252") == "né \\u2192 \\u65e5\\u672c\nerror: \\u65e5\\u672c: is a file.\n"
 
 
 def test_too_little_memory_of_a_device_is_no_bug(monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,10 @@ from rich.console import Console
 from alignment.cli.main import run_stage
 from alignment.config import ModelSection
 from alignment.dialogue import Candidate, Message, Prompt
+from alignment.errors import RunError
+from alignment.files import write_json
 from alignment.headlines import one_line
+from alignment.manifests import read_manifest
 from alignment.metrics import wilson_interval
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
@@ -173,6 +177,20 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(evaluated,
     files = [path / "answers-other.jsonl" for path in (evaluated, tmp_path / "same", tmp_path / "else")]
     first, same, other = (file.read_text() for file in files)
     assert first == same != other
+
+
+def test_damaged_answers_of_an_unfinished_evaluation_are_named(evaluated):
+    write_json(evaluated / "manifest.json", read_manifest(evaluated) | {"status": "running"})
+    file = evaluated / "answers-other.jsonl"
+    whole = file.read_bytes()
+    for damaged, problem in (
+        (b"[1]\n", ":1: damaged"),
+        (b"\xff\n", ":1: damaged"),
+        (whole[:-9], ": 39 whole lines inst"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(RunError, match=re.escape(f"{file}{problem}")):
+            run_stage("eval", [str(evaluated / "config.yaml")], resume=True)
 
 
 def test_a_prompt_that_one_policys_format_makes_too_long_is_left_out_for_all(evaluated, tmp_path):

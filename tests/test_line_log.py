@@ -6,11 +6,12 @@ import datetime
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignment.errors import RunError
-from alignment.line_log import append_lines, whole_lines
+from alignment.line_log import all_lines, append_lines, whole_lines
 
 VALUES = [{"answer": "日本 and\u2028 a separator"}, [1, None], {"answer": "two\nlines"}, "text"]
 
@@ -21,7 +22,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def values_of(path: Path) -> list:
-    return [value for value, _ in whole_lines(path)]
+    return [value for value, _ in whole_lines(path, any_value)]
+
+
+def any_value(value: Any) -> Any:
+    return value
 
 
 def test_lines_are_added_to_those_that_are_there(path):
@@ -46,7 +51,7 @@ def test_a_log_cut_anywhere_by_a_kill_goes_on(path):
 
 def test_a_file_can_be_cut_behind_any_line(path):
     append_lines(path, VALUES)
-    ends = [end for _, end in whole_lines(path)]
+    ends = [end for _, end in whole_lines(path, any_value)]
     for count in (3, 2, 1):
         os.truncate(path, ends[count - 1])
         assert values_of(path) == VALUES[:count]
@@ -64,15 +69,24 @@ def test_a_file_that_is_not_there_has_no_lines(path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("bad", ['{"cut', "", "\x00\x00"])
-def test_a_line_that_is_whole_and_no_json_is_named(path, bad):
-    path.write_text(f"[1]\n{bad}\n[3]\n")
+@pytest.mark.parametrize("bad", [b'{"cut', b"", b"\x00\x00", b'"\xe9"', b"[1]", b"[" * 100_000])
+def test_a_line_that_is_whole_and_no_object_is_named(path, bad):
+    path.write_bytes(b'{"a": 1}\n' + bad + b'\n{"a": 3}\n')
     lines = whole_lines(path)
-    assert next(lines) == ([1], 4)
+    assert next(lines) == ({"a": 1}, 9)
     with pytest.raises(
-        RunError, match=r"log\.jsonl:2: no JSON, on a line that is whole\. The file is damaged: remove it"
+        RunError, match=r"log\.jsonl:2: damaged, on a line that is whole \(.+\)\. Remove the file, or start anew"
     ):
         next(lines)
+
+
+def test_a_file_that_was_written_at_once_and_was_cut_off_since_is_named(path):
+    append_lines(path, VALUES)
+    assert all_lines(path, len(VALUES), any_value) == VALUES
+    for cut in (1, len('"text"')):
+        path.write_bytes(path.read_bytes()[:-cut])
+        with pytest.raises(RunError, match=r"log\.jsonl: 3 whole lines instead of 4\. The file is damaged: remove it"):
+            all_lines(path, len(VALUES), any_value)
 
 
 def test_values_that_json_cannot_hold_leave_the_log_as_it_was(path):

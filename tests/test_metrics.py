@@ -144,12 +144,13 @@ def test_a_half_written_last_row_is_in_no_column_and_gone_with_the_next_row(tmp_
     assert log.column("rm/loss") == [3.0, 1.0] and log.path.read_text().count("\n") == 2
 
 
-def test_a_damaged_row_is_named_and_not_dropped(tmp_path):
+@pytest.mark.parametrize("bad", ['{"step": 2, "sta', '{"step": 2, "é": 1}', "[2]"])
+def test_a_damaged_row_is_named_and_not_dropped(tmp_path, bad):
     log = MetricsLog(tmp_path / "metrics.jsonl", "rm")
-    log.path.write_text('{"step": 1}\n{"step": 2, "sta\n{"step": 3}\n')
+    log.path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n', encoding="latin-1")
     before = log.path.read_bytes()
     for use in (lambda: log.truncate_after(3), lambda: log.column("rm/loss")):
-        with pytest.raises(RunError, match=r"metrics\.jsonl:2: no JSON"):
+        with pytest.raises(RunError, match=r"metrics\.jsonl:2: damaged"):
             use()
     assert log.path.read_bytes() == before
 

@@ -27,7 +27,15 @@ from alignment.config import LoraSection
 from alignment.errors import ModelError
 from alignment.logprobs import branch_scores, response_logprobs
 from alignment.manifests import weights_sha256
-from alignment.models import add_lora, load_chat, load_chat_model, load_reward_model, rounded_copy, save_model
+from alignment.models import (
+    add_lora,
+    check_is_chat_model,
+    load_chat,
+    load_chat_model,
+    load_reward_model,
+    rounded_copy,
+    save_model,
+)
 from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.score import Scorer
 
@@ -146,6 +154,38 @@ def test_weights_that_cannot_be_read_are_named(damage, tmp_path):
         save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="rm: its weights cannot be read"):
         load_reward_model(str(tmp_path / "rm"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b'{"a": "', b'{"a": "\xe9"}', b"[1]"])
+def test_a_damaged_json_file_is_told_with_its_model(name, content, tmp_path):
+    file = saved_chat_model(tmp_path / "m").with_name(name)
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"m: its tokenizer cannot be loaded \(.+\)\. If a file is damaged, copy the"):
+        load_chat_model(str(file.parent))
+    if name == "config.json":
+        with pytest.raises(ModelError, match=r"m: its config\.json cannot be read \(.+\)\. If a file is damaged, copy"):
+            check_is_chat_model(str(file.parent))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{}"])
+def test_a_damaged_list_of_the_files_of_a_model_is_told(content, tmp_path):
+    loaded = load_chat_model("toy")
+    loaded.model.save_pretrained(tmp_path / "m", max_shard_size="200KB")
+    loaded.tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(ModelError, match="m: its weights cannot be read"):
+        load_chat_model(str(tmp_path / "m"))
+
+
+def test_a_damaged_adapter_is_named(save_tuned, tmp_path):
+    folder = save_tuned(load_chat_model("toy"), tmp_path / "m", rank=2, seed=1)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(
+        ModelError, match=r"adapter_model\.safetensors: cannot be read .+ Copy the model's folder again"
+    ):
+        load_chat_model(str(folder), dtype=torch.bfloat16, keep_adapter=True)
 
 
 def test_a_copy_to_sample_from_rounds_weights_and_not_positions():

@@ -244,6 +244,26 @@ def test_what_an_earlier_stage_made_may_be_removed_once_it_was_read(trial):
     assert trial.run() == []
 
 
+@pytest.mark.parametrize(
+    ("gone", "reader", "key"),
+    [
+        ("sft/model", "reject", "model"),
+        ("rm/model/model.safetensors", "reject", "rewards.helpfulness"),
+        ("reject/sft.jsonl", "rs", "data.train"),
+    ],
+)
+def test_what_a_stage_to_come_reads_and_was_removed_is_found_before_any_stage_runs(trial, gone, reader, key):
+    trial.fails_in = reader
+    with pytest.raises(KeyboardInterrupt):
+        trial.run()
+    trial.fails_in, maker = "", gone.partition("/")[0]
+    (trial.runs / gone).rename(trial.folder / "elsewhere")
+    with pytest.raises(RunError, match=rf"{maker}: finished, but what {reader} reads of it \({key}: .+--from {maker} "):
+        trial.run()
+    assert trial.log == []
+    assert trial.run(from_stage=maker) == ALL[ALL.index(maker) :]
+
+
 @pytest.mark.parametrize("from_stage", [None, "rs"])
 def test_a_folder_that_no_run_made_is_found_before_the_first_stage(trial, from_stage):
     (trial.runs / "rs").mkdir(parents=True)
@@ -281,6 +301,17 @@ def test_a_second_align_run_beside_the_first_is_refused_and_changes_nothing(tria
     with held, pytest.raises(RunError, match=r"rm: another process .* is working here"):
         trial.run(from_stage=from_stage)
     assert statuses(trial) == before and trial.log == []
+
+
+@pytest.mark.parametrize(("stage", "error"), [("sft", DataError), ("rm", RunError)])
+def test_a_refused_from_changes_nothing(trial, stage, error):
+    trial.run()
+    (trial.folder / "rows.jsonl").write_text("no row\n")  # which sft reads again, or which it did not read
+    before = {path: path.read_bytes() for path in trial.runs.rglob("*") if path.is_file()}
+    with pytest.raises(error):
+        trial.run(from_stage=stage)
+    assert {path: path.read_bytes() for path in trial.runs.rglob("*") if path.is_file()} == before
+    assert trial.log == []
 
 
 def test_a_home_folder_is_found(trial, monkeypatch):

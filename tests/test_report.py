@@ -142,7 +142,7 @@ def test_a_folder_that_is_no_run_is_the_users_mistake(tmp_path):
     write_run(tmp_path / "pipelines" / "one" / "sft", "sft")
     with pytest.raises(RunError, match=r"no manifest.json here.*folders of runs: one"):
         read_runs([tmp_path / "pipelines"])
-    (tmp_path / "pipelines" / "one" / "sft" / "manifest.json").write_text('{"sta')
+    (tmp_path / "pipelines" / "one" / "sft" / "manifest.json").unlink()
     with pytest.raises(RunError, match="no run and no folder of runs"):
         read_runs([tmp_path / "pipelines" / "one"])
 
@@ -171,10 +171,12 @@ def test_damaged_files_are_named_with_their_line(tmp_path):
     assert read_rows(path, may_be_cut=True) == [{"a": 1}, {"a": "\u2028"}]
     with pytest.raises(DataError, match=r"rows.jsonl:3"):
         read_rows(path)
-    run = write_run(tmp_path / "run", "sft", SFT)
-    (run / "result.json").write_text("{")
-    with pytest.raises(RunError, match=r"result.json: no JSON object"):
-        write_report([run])
+    run = write_run(tmp_path / "runs" / "sft", "sft", SFT)
+    for name, content in (("result.json", b"{"), ("manifest.json", b'{"stage": "\xe9"}'), ("manifest.json", b"[1]")):
+        (run / name).write_bytes(content)
+        for folder in (run, run.parent):
+            with pytest.raises(RunError, match=rf"{name}: no JSON object"):
+                write_report([folder])
 
 
 def test_a_file_that_is_no_report_is_not_written_over(tmp_path):

@@ -68,6 +68,13 @@ def with_run(config: SmallConfig, **changes: object) -> SmallConfig:
     return config.model_copy(update={"run": config.run.model_copy(update=changes)})
 
 
+def begin(config: StageConfig, **options: object) -> Run:
+    """A run that has something to lose."""
+    run = open_run(config, **options)
+    run.log(1, {"small/loss": 2.0})
+    return run
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the code under test may run after it."""
 
@@ -195,7 +202,7 @@ def test_the_manifest_has_hashes_and_counts_of_every_input(config, tmp_path):
 
 
 def test_notes_are_on_disk_at_once_and_are_found_on_resuming(config):
-    run = open_run(config)
+    run = begin(config)
     run.note(before={"loss": 2.5})
     assert json.loads((run.path / "manifest.json").read_text())["before"] == {"loss": 2.5}
     again = open_run(config, resume=True)
@@ -209,7 +216,7 @@ def test_a_resumed_run_computes_in_the_type_it_began_with_and_a_named_type_stays
     for prefers_bf16, resume in ((True, False), (False, True)):
         hardware.unsettle_auto()
         monkeypatch.setattr(hardware, "_cpu_prefers_bf16", lambda: prefers_bf16)  # noqa: B023, used within the loop
-        open_run(config, resume=resume, state=process_state("cpu"))
+        begin(config, resume=resume, state=process_state("cpu"))
         assert hardware.compute_dtype(cpu) == torch.bfloat16
         assert hardware.compute_dtype(cpu, "float32") == torch.float32
     hardware.unsettle_auto()
@@ -256,14 +263,14 @@ def test_a_finished_run_is_not_touched(config, resume):
 
 
 def test_an_unfinished_run_goes_on_only_when_asked_to(config):
-    open_run(config).note(before=1)
+    begin(config).note(before=1)
     with pytest.raises(RunError, match=r"holds an unfinished run\. Add --resume"):
         open_run(config)
     assert open_run(config, resume=True).noted("before") == 1
 
 
 def test_a_run_does_not_go_on_with_other_settings(config):
-    open_run(config)
+    begin(config)
     for changed, key in ((config.model_copy(update={"steps": 5}), "steps"), (with_run(config, seed=5), "run.seed")):
         with pytest.raises(RunError, match=rf"other settings \({key}\)\. Resume with the same"):
             open_run(changed, resume=True)
@@ -276,16 +283,52 @@ def test_a_run_does_not_go_on_from_another_model(config, tmp_path):
     weights = model / "model.safetensors"
     weights.write_bytes(b"one")
     config = config.model_copy(update={"model": ModelSection(path=str(model))})
-    open_run(config)
+    begin(config)
     open_run(config, resume=True)
     weights.write_bytes(b"two")
     with pytest.raises(RunError, match="model changed since the unfinished run began"):
         open_run(config, resume=True)
 
 
+@pytest.mark.parametrize("leaves_a_folder", [False, True])
+def test_a_run_stopped_before_it_had_made_anything_begins_anew_with_what_was_corrected(
+    config, tmp_path, leaves_a_folder
+):
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    config = config.model_copy(update={"model": ModelSection(path=str(model)), "data": DataSection(train=[str(rows)])})
+
+    def opened(steps: int, **options: bool) -> Run:
+        (model / "model.safetensors").write_text(f"weights {steps}")
+        rows.write_text(f'{{"prompt": [{{"role": "user", "content": "{steps}"}}]}}\n')
+        run = open_run(config.model_copy(update={"steps": steps}), **options)
+        run.note_sources(load_prompts([str(rows)]).sources)
+        return run
+
+    first = opened(3)
+    first.note(before=1)
+    if leaves_a_folder:
+        (first.path / "checkpoints").mkdir()
+    again = opened(5, resume=True)
+    assert again.noted("before") is None and again.noted("settings")["steps"] == 5
+    with pytest.raises(RunError, match="holds an unfinished run"):
+        opened(7)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "answers.jsonl", "sampled.0.jsonl", "checkpoints/checkpoint-3/x"])
+def test_whatever_a_run_has_made_is_not_gone_on_with_by_other_settings(config, left):
+    file = open_run(config).path / left
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    for ask in (check_run_dir, open_run):
+        with pytest.raises(RunError, match=r"other settings \(steps\)"):
+            ask(config.model_copy(update={"steps": 5}), resume=True)
+
+
 def test_a_run_goes_on_with_another_tracker_or_from_another_place(config, tmp_path):
     """The folder and what is reported decide nothing about the outcome."""
-    open_run(config).note(before=1)
+    begin(config).note(before=1)
     release_locks()
     Path(config.run.dir).rename(tmp_path / "moved")
     moved = with_run(config, dir=str(tmp_path / "moved"), report_to=["tensorboard"])
@@ -303,15 +346,38 @@ def test_a_folder_that_no_run_made_is_never_touched(config, overwrite, resume):
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("manifest", ['{"name": "app", "version": 3}', "[1]", "not json"])
+NO_OBJECT = "manifest.json: no JSON object. The file is damaged: remove the folder and run its stage again, or, if it"
+OTHER_MANIFESTS = {
+    b'{"name": "app", "version": 3}': "not empty and not a run directory",
+    **dict.fromkeys((b"[1]", b"not json", b'{"stage": "\xe9"}', b""), NO_OBJECT),
+}
+
+
+@pytest.mark.parametrize("manifest", OTHER_MANIFESTS)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_manifest_of_something_else_makes_no_run_directory(config, manifest, overwrite):
     folder = Path(config.run.dir)
     folder.mkdir()
-    (folder / "manifest.json").write_text(manifest)
-    with pytest.raises(RunError, match="not empty and not a run directory"):
+    (folder / "manifest.json").write_bytes(manifest)
+    with pytest.raises(RunError, match=OTHER_MANIFESTS[manifest]):
         open_run(with_run(config, overwrite=overwrite))
-    assert (folder / "manifest.json").read_text() == manifest
+    assert (folder / "manifest.json").read_bytes() == manifest
+
+
+def test_data_may_lie_below_a_manifest_of_another_program(config, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"audio": 1}\n{"audio": 2}\n')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": [{"role": "user", "content": "q"}]}\n')
+    reader = config.model_copy(update={"data": DataSection(train=[str(tmp_path / "rows.jsonl")])})
+    assert open_run(reader).writes
+
+
+@pytest.mark.parametrize("content", [b'{"accuracy": ', b'{"accuracy": "\xe9"}', b"[1]"])
+def test_a_damaged_result_is_named(config, content):
+    run = open_run(config)
+    run.finish({})
+    (run.path / "result.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"result\.json: no JSON object\. The file is damaged: run the stage again\."):
+        read_result(run.path)
 
 
 def test_a_file_is_no_run_directory(config):
@@ -380,7 +446,7 @@ def test_an_overwriting_that_was_interrupted_leaves_a_run_that_is_not_taken_for_
 def test_overwrite_with_resume_keeps_what_there_is(config):
     """So that the command that started a run with run.overwrite=true can be given again with --resume."""
     overwriting = with_run(config, overwrite=True)
-    open_run(overwriting).note(before=1)
+    begin(overwriting).note(before=1)
     assert open_run(overwriting, resume=True).noted("before") == 1
 
 
@@ -410,7 +476,7 @@ def test_leftovers_of_a_killed_write_are_removed(config):
 def test_a_run_directory_is_checked_without_touching_it(config, resume):
     check_run_dir(config, resume=resume)
     assert not Path(config.run.dir).exists()
-    run = open_run(config)
+    run = begin(config)
     before = {file.name: file.stat().st_mtime_ns for file in run.path.iterdir()}
     other = config.model_copy(update={"steps": 5})
     with pytest.raises(RunError, match=r"other settings \(steps\)" if resume else "holds an unfinished run"):
@@ -452,7 +518,7 @@ def reject_config(tmp_path: Path, **changes: object) -> RejectionSamplingConfig:
     ids=str,
 )
 def test_a_round_goes_on_with_other_settings_of_what_comes_after_sampling(tmp_path, change):
-    open_run(reject_config(tmp_path))
+    begin(reject_config(tmp_path))
     changed = reject_config(tmp_path, **change)
     [key] = changed_settings(read_manifest(tmp_path / "reject"), changed)
     assert key in RejectionSamplingConfig.resume_may_change
@@ -467,7 +533,7 @@ def test_a_resumed_run_may_read_one_more_file_but_not_other_contents_of_those_it
     (tmp_path / "one.jsonl").write_text(row % "one")
     (tmp_path / "two.jsonl").write_text(row % "two")
     one, two = (str(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
-    open_run(config).note_sources(load_prompts([one]).sources)
+    begin(config).note_sources(load_prompts([one]).sources)
     open_run(config, resume=True).note_sources(load_prompts([one, two]).sources)
     (tmp_path / "two.jsonl").write_text(row % "three")
     with pytest.raises(RunError, match=r"two\.jsonl changed since the unfinished run began"):
@@ -476,7 +542,7 @@ def test_a_resumed_run_may_read_one_more_file_but_not_other_contents_of_those_it
 
 def test_checkpoints_may_come_more_often_after_a_resume_but_batches_stay(tmp_path):
     values = {"model": "toy", "data": {"train": "toy:sft.train"}, "run": {"dir": str(tmp_path / "sft")}}
-    open_run(SFTConfig.model_validate(values))
+    begin(SFTConfig.model_validate(values))
     open_run(SFTConfig.model_validate({**values, "train": {"save_every": 7}}), resume=True)
     for key in ("batch_size", "max_tokens_per_batch"):
         with pytest.raises(RunError, match=rf"other settings \(train\.{key}\)"):
@@ -591,7 +657,7 @@ def test_only_the_main_process_writes(config):
 
 
 def test_every_process_finds_the_notes_of_the_run_it_resumes(config):
-    open_run(config).note(before=1)
+    begin(config).note(before=1)
     assert [open_run(config, resume=True, state=process(index)).noted("before") for index in (0, 1)] == [1, 1]
 
 
@@ -601,7 +667,7 @@ def test_every_process_finds_the_notes_of_the_run_it_resumes(config):
 def checkpoint(run: Run, step: int, *, complete: bool) -> Path:
     folder = run.path / "checkpoints" / f"checkpoint-{step}"
     (folder / "deep").mkdir(parents=True)
-    (folder / "deep" / "weights").write_text("x")
+    (folder / "deep" / "weights").write_text("weights")
     if complete:
         mark_complete(folder)
     return folder
@@ -624,6 +690,35 @@ def test_a_checkpoint_killed_before_its_mark_is_not_used(config, monkeypatch):
     with pytest.raises(Killed):
         mark_complete(ten)
     assert newest_checkpoint(run) == five
+
+
+def cut_off(file: Path) -> None:
+    os.truncate(file, 3)
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("damage", [cut_off, emptied, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(config, damage, caplog):
+    run = open_run(config)
+    five, ten = (checkpoint(run, step, complete=True) for step in (5, 10))
+    damage(ten / "deep" / "weights")
+    assert newest_checkpoint(run) == five
+    assert f"{ten}: the checkpoint is damaged (deep/weights). The run goes on from the one before it" in caplog.text
+    (ten / "deep" / "weights").write_text("again")
+    mark_complete(ten)
+    assert newest_checkpoint(run) == ten
+
+
+def test_a_checkpoint_with_a_damaged_mark_is_not_used_but_one_of_an_earlier_version_is(config, caplog):
+    run = open_run(config)
+    five, ten = (checkpoint(run, step, complete=True) for step in (5, 10))
+    os.truncate(ten / "complete", 4)
+    assert newest_checkpoint(run) == five and "damaged (complete)" in caplog.text
+    os.truncate(ten / "complete", 0)
+    assert newest_checkpoint(run) == ten
 
 
 def test_checkpoints_of_a_finished_run_are_cleared(config):

@@ -146,8 +146,18 @@ def test_unfinished_rows_that_are_damaged_are_named_and_left_as_they_are(tmp_pat
     before = data.read_bytes()
     with pytest.raises(RunError) as caught:
         scoring.PartialFile.open(tmp_path / "out.jsonl", {"model": "any"}, resume=True)
-    assert f"{data}:3: no JSON" in str(caught.value) and f"With it {about}." in str(caught.value)
+    assert f"{data}:3: damaged" in str(caught.value) and f"With it {about}." in str(caught.value)
     assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b'{"model": "a', b'{"model": "\xe9"}', b"[1]", b""])
+def test_a_damaged_note_of_what_unfinished_rows_were_made_from_is_named(tmp_path, content):
+    data, about = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.partial.json"
+    data.touch()
+    about.write_bytes(content)
+    with pytest.raises(RunError) as caught:
+        scoring.PartialFile.open(tmp_path / "out.jsonl", {"model": "any"}, resume=True)
+    assert str(caught.value) == f"{about}: no JSON object. The file is damaged: remove it and {data}."
 
 
 def test_a_file_that_is_there_is_not_written_over(reward_folder, responses, tmp_path):

@@ -13,7 +13,7 @@ from alignment.cli.summary import print_result
 from alignment.config import load_config
 from alignment.data import load_dialogues
 from alignment.dialogue import Dialogue, Message, PreferencePair
-from alignment.errors import DataError, ModelError
+from alignment.errors import DataError, ModelError, RunError
 from alignment.headlines import one_line
 from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_of
@@ -266,6 +266,10 @@ def test_answers_before_and_after_stand_beside_the_reference(make_llama, chat, t
     again = list(map(json.loads, (tmp_path / "answers.jsonl").open()))
     assert [row["before"] for row in rows] == [row["after"] for row in again], "a resumed run keeps what was before"
     assert [row["after"] for row in rows] != [row["after"] for row in again]
+    for damaged in ("[1]\n[2]\n", json.dumps(rows[0]) + "\n"):
+        (tmp_path / "answers.jsonl").write_text(damaged)
+        with pytest.raises(RunError, match=r"answers\.jsonl.+(damaged, on a line that is whole|1 whole lines instead)"):
+            sample_answers(first, chat, asked, settings, run, dtype=torch.float32, part="after")
 
 
 def test_the_result_shows_loss_and_perplexity_of_every_source(tmp_path, capsys):

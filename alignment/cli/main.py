@@ -316,7 +316,12 @@ def report(
 
 
 def main() -> None:
-    """Entry point: the user's mistakes, and what a file system refuses, end with a message and exit code 2."""
+    """Entry point: the user's mistakes, and what a file system refuses, end with a message and exit code 2.
+
+    Characters that the terminal cannot show are written as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except AlignError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from alignment.data import write_rows
 from alignment.errors import RunError
-from alignment.files import check_new_file, file_sha256, write_json
+from alignment.files import check_new_file, file_sha256, read_object, write_json
 from alignment.line_log import append_lines, whole_lines
 from alignment.locks import lock_file, unlock_file
 from alignment.manifests import weights_sha256
@@ -47,7 +46,7 @@ class PartialFile:
         if not resume:
             raise _unfinished(data, about)
         lock_file(data)
-        known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+        known = read_object(about, what_to_do=f"remove it and {data}.") if about.exists() else {}
         dtype = known.pop("dtype", None)
         if dtype is None or known != made_from:
             raise RunError(f"{data}: was made with another model, other data or settings. Remove it and {about}.")

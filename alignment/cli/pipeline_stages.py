@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.config import StageConfig
+from alignment.config.sections import InputKind
 from alignment.errors import AlignError, RunError
 from alignment.files import file_sha256
 from alignment.manifests import OUTDATED, changed_settings, is_finished, read_manifest, upstream_runs, weights_sha256
@@ -60,7 +61,7 @@ def check_runs(plan: Pipeline) -> None:
     """Raises RunError where what is in the run directories is not of this plan. Call before any stage; it only reads.
 
     A finished stage must have the plan's settings and be made from the runs, data and models that are there now; where
-    another stage runs, `open_run` must accept its directory.
+    another stage runs, `open_run` must accept its directory, and what it reads of a finished one must be there.
     """
     digest = functools.cache(_digest)  # many stages read the same file
     for stage in plan.stages:
@@ -71,6 +72,27 @@ def check_runs(plan: Pipeline) -> None:
         else:
             config, resume = stage.call()
             check_run_dir(config, resume=resume)
+    for stage in plan.to_run:
+        _check_inputs(stage, [each for each in plan.stages if each.is_done])
+
+
+def _check_inputs(stage: PlannedStage, done: Sequence[PlannedStage]) -> None:
+    """Raises RunError where a stage that is to run reads what a finished one made and what was removed since."""
+    for key, name, kind in stage.config.input_names():
+        maker = next((each for each in done if Path(name).is_relative_to(each.path)), None)
+        if maker is not None and not _is_there(name, kind):
+            raise RunError(
+                f"{maker.path}: finished, but what {stage.name} reads of it ({key}: {name}) was removed since. Put it "
+                f"back, or add --from {maker.name} to run it and the later stages again."
+            )
+
+
+def _is_there(name: str, kind: InputKind) -> bool:
+    try:
+        found = find_model(name) if kind == "model" else find_data(name)
+    except AlignError:
+        return False
+    return kind != "model" or any(Path(found).glob("*.safetensors"))
 
 
 def _check_unchanged(stage: PlannedStage) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import DataError, RunError
+from alignment.files import read_object
 from alignment.manifests import FINISHED, read_manifest
 
 Row = Mapping[str, Any]
@@ -125,17 +126,6 @@ def read_rows(path: Path, *, may_be_cut: bool = False) -> list[Row]:
         elif not (may_be_cut and number == len(lines)):
             raise DataError(f"{path}:{number}: no JSON object. The file is damaged: remove it, or run the stage again.")
     return rows
-
-
-def read_object(path: Path) -> Row:
-    """The object of a JSON file. Raises RunError where it is damaged."""
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: no JSON object. The file is damaged: run the stage again.")
-    return found
 
 
 def is_number(value: Any) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from alignment.files import read_object
 from alignment.report.charts import Curve, curve_chart
 from alignment.report.drawing import Chart, style_of
 from alignment.report.elements import Section, Table, interval, number, present, text
-from alignment.report.reading import RunFolder, is_number, read_object
+from alignment.report.reading import RunFolder, is_number
 
 
 def section(runs: Sequence[RunFolder]) -> Section:
