@@ -643,12 +643,35 @@ def test_a_file_that_is_missing_or_no_mapping_is_named(tmp_path):
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("train:\n  epochs: 1\n  batch_size: 2\n  epochs: 3\n")
-    with pytest.raises(ConfigError, match=r'a\.yaml:4: not YAML: "epochs" is there twice in one mapping: keep one\.'):
+    with pytest.raises(ConfigError, match=r'a\.yaml:4: "epochs" is there twice in one mapping: keep one\.'):
         read_yaml(path)
     path.write_text("base: &base {lr: 1, eps: 2}\nfirst: {<<: *base, lr: 3}\nsecond: {lr: 4}\n")
     assert read_yaml(path)["first"] == {"lr": 3, "eps": 2}  # a merged mapping's key may be replaced
     (line,) = problems(*GOOD, "sampling.vllm={seed: 1, seed: 2}")
     assert line == 'command line: sampling.vllm: "seed" is there twice in one mapping: keep one.'
+
+
+@pytest.mark.parametrize(("key", "kind"), [("3", "int"), ("yes", "bool"), ("", "null"), ("1.5", "float")])
+def test_a_key_that_is_no_text_is_refused_with_its_line(tmp_path, key, kind):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"train:\n  epochs: 1\n  ? {key}\n  : 2\n")
+    problem = f"the key {key or 'null'} is read as {kind}, and keys are text: put it in quotes."
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert str(caught.value) == f"{path}:3: {problem}"
+    assert problems(*GOOD, f"optim={{? {key} : 2}}") == [f"command line: optim: {problem}"]
+    assert problems(*GOOD, "3=x")[0].startswith("command line: 3: unknown key.")
+
+
+@pytest.mark.parametrize("setting", ["run.dir", "data.train", "model.path"])
+def test_a_name_that_is_not_utf8_is_refused(tmp_path, monkeypatch, setting):
+    """Bytes in Latin-1 come as halves of characters, which the saved settings could not hold."""
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode("für".encode("latin-1"))
+    Path(name).write_text("{}\n")
+    assert f"command line: {setting}: 'f\\udcfcr' is not UTF-8. Rename the file or folder, or correct the text." in (
+        problems(*GOOD, f"{setting}={name}")
+    )
 
 
 @pytest.mark.parametrize("text", ["2024-10-01", "2024-02-30"])

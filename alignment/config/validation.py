@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -105,6 +105,21 @@ def input_problems(cls: type[BaseModel], values: Any, made_earlier: Sequence[str
         except AlignError as error:
             problems.append(f"{key}: {error}")
     return problems
+
+
+def text_problems(values: Any, key: str = "") -> Iterator[str]:
+    """Where a text is no UTF-8, such as a file's name in another encoding: the saved settings could not hold it."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from text_problems(value, f"{key}.{name}" if key else name)
+    elif isinstance(values, list):
+        for value in values:
+            yield from text_problems(value, key)
+    elif isinstance(values, str):
+        try:
+            values.encode()
+        except UnicodeEncodeError:
+            yield f"{key}: {values!r} is not UTF-8. Rename the file or folder, or correct the text."
 
 
 def _without(values: Any, location: tuple[Any, ...]) -> Any:
