@@ -274,6 +274,28 @@ def test_inputs_that_an_earlier_stage_makes_need_not_exist(tmp_path):
         build_config(SmallConfig, values, "test", made_earlier=made[1:])
 
 
+def test_rows_that_are_trained_on_are_not_held_out(tmp_path, monkeypatch):
+    """By name, by another name of the same file, and where an earlier stage is still to make it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
+    words = "is in data.train too. Hold other rows out: align data split."
+    for valid in ("a.jsonl", "./a.jsonl", f"{tmp_path}/a.jsonl", "a", "link.jsonl"):
+        lines = problems("model=toy", "data.train=[org/rows, a.jsonl]", f"data.valid=[org/more, {valid}]", "run.dir=r")
+        assert lines == [f"command line: data.valid: {valid} {words}"]
+    with pytest.raises(ConfigError, match=f"data.valid: runs/x/d.jsonl {words}"):
+        made = {"data": {"train": "runs/x/d.jsonl", "valid": "runs/x/d.jsonl"}}
+        build_config(SmallConfig, {**NEEDED, **made}, "test", made_earlier=["runs/x"])
+    pairs = ["kind=safety", "data.train=org/rows", "data.mix_in=org/more", "data.valid=org/more"]
+    [line] = problems("model=toy", "run.dir=r", *pairs, cls=RewardModelConfig)
+    assert line.startswith("command line: data.valid: org/more is in data.mix_in too.")
+    judges = ["rewards={helpfulness: toy, safety: toy}", "model=toy", "run.dir=r"]
+    prompts = [f"{key}=toy:prompts.train" for key in ("prompts.prompts", "evaluation.prompts")]
+    [line] = problems(*judges, *prompts, cls=PPOConfig)
+    assert line.startswith("command line: evaluation.prompts: toy:prompts.train is in prompts.prompts too.")
+
+
 def test_a_path_with_one_slash_is_no_hub_id_where_its_folder_is_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ALIGN_DATA_DIR", raising=False)
@@ -721,6 +743,16 @@ def test_settings_that_cannot_work_are_refused_before_anything_loads(stage, over
     needed = [setting for setting in needed if not setting.startswith(override.split("=")[0])]
     with pytest.raises(ConfigError, match=re.escape(problem)):
         load_config(STAGES[stage].config_class(), None, [*needed, *rewards, "run.dir=r", override])
+
+
+def test_few_layers_are_adapted_by_a_rank(tmp_path):
+    settings = ["model=toy", "data.train=toy:sft.train", "run.dir=r", "lora.last_layers=3"]
+    with pytest.raises(ConfigError, match=r"lora\.last_layers = 3 has no effect without adapters\. Set lora\.r, or"):
+        load_config(SFTConfig, None, settings)
+    assert load_config(SFTConfig, None, [*settings, "lora.r=4"]).lora.last_layers == 3
+    in_full = load_config(SFTConfig, None, [*settings, "lora.r=0"])
+    (tmp_path / "config.yaml").write_text(to_yaml(in_full))
+    assert load_config(SFTConfig, tmp_path / "config.yaml") == in_full
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

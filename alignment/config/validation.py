@@ -18,6 +18,8 @@ from alignment.sources import find_data, find_model, find_template
 
 SectionT = TypeVar("SectionT", bound=Section)
 
+HELD_OUT = ("data.valid", "evaluation.prompts")
+
 
 def validate(cls: type[SectionT], values: Mapping[str, Any]) -> tuple[SectionT | None, list[str]]:
     """The configuration, or None, with every problem found.
@@ -104,7 +106,24 @@ def input_problems(cls: type[BaseModel], values: Any, made_earlier: Sequence[str
             find[kind](name)
         except AlignError as error:
             problems.append(f"{key}: {error}")
-    return problems
+    return [*problems, *_not_held_out(cls, values)]
+
+
+def _not_held_out(cls: type[BaseModel], values: Any) -> Iterator[str]:
+    """Files to measure on that are trained on too."""
+    named = [(key, name) for key, name, kind in named_inputs(cls, values) if kind == "data"]
+    trained = {_place(name): key for key, name in named if key not in HELD_OUT}
+    for key, name in named:
+        if key in HELD_OUT and (other := trained.get(_place(name))):
+            yield f"{key}: {name} is in {other} too. Hold other rows out: align data split."
+
+
+def _place(name: str) -> Path:
+    """Where a data set is, or would be."""
+    try:
+        return Path(find_data(name)).resolve()
+    except AlignError:
+        return Path(name).expanduser().resolve()
 
 
 def text_problems(values: Any, key: str = "") -> Iterator[str]:
