@@ -14,6 +14,7 @@ from alignment import toy
 from alignment.chat import ChatFormat
 from alignment.data import Loaded, load_prompts, write_rows
 from alignment.dialogue import Candidate, Prompt
+from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.metrics import Interval, mean_interval, paired_rate_interval, show, wilson_interval
@@ -102,6 +103,12 @@ def check(config: EvalConfig) -> str:
 def _read(config: EvalConfig) -> tuple[Loaded[Prompt], int]:
     """The prompts, and the tokens that every judge can read; raises what can be known before anything is sampled."""
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    others = [prompt for prompt in data.rows if config.truth == "toy" and not toy.is_asked(prompt.messages)]
+    if others:
+        raise DataError(
+            f"{others[0].where}: no prompt of the toy task, as are {len(others):,} of {len(data.rows):,}. truth=toy "
+            "knows the truth of no others: leave it out."
+        )
     for policy in config.policies.values():
         check_is_chat_model(policy.path)
     return data, judges_context(judges_of(config.rewards, guard=config.guard))
