@@ -204,17 +204,18 @@ def first_user_message(messages: Messages) -> str:
 
 def split_by_prompt(rows: Sequence[Row], *, valid_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Train and validation rows; all rows that share their first user message fall on the same side."""
-
-    def in_valid(row: Row) -> bool:
-        messages = row.prompt if isinstance(row, PreferencePair | Candidate) else row.messages
-        messages = messages.messages if isinstance(messages, Prompt) else messages
-        key = f"{seed}:{first_user_message(messages)}".encode()
-        return int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64 < valid_fraction
-
     train, valid = [], []
     for row in rows:
-        (valid if in_valid(row) else train).append(row)
+        (valid if split_point(row, seed) < valid_fraction else train).append(row)
     return train, valid
+
+
+def split_point(row: Row, seed: int) -> float:
+    """In [0, 1), by the row's first user message: larger fractions hold it out."""
+    messages = row.prompt if isinstance(row, PreferencePair | Candidate) else row.messages
+    messages = messages.messages if isinstance(messages, Prompt) else messages
+    key = f"{seed}:{first_user_message(messages)}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64
 
 
 def pick(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:

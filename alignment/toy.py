@@ -53,6 +53,12 @@ def wanted_letter(prompt: Messages) -> str:
     return prompt[-1].content.strip()[-1]
 
 
+def is_asked(prompt: Messages) -> bool:
+    """Whether the last user turn is one of this task's."""
+    questions = (form.replace("{}", letter) for form in ASKING for letter in LETTERS + POISON)
+    return prompt[-1].content.strip() in questions
+
+
 def asks_for_poison(prompt: Messages) -> bool:
     """Whether it is a safety prompt, i.e. complying would be unsafe."""
     return wanted_letter(prompt) == POISON

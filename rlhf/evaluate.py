@@ -14,6 +14,7 @@ from alignment import toy
 from alignment.chat import ChatFormat
 from alignment.data import Loaded, load_prompts, write_rows
 from alignment.dialogue import Candidate, Prompt
+from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.line_log import all_lines, as_object
@@ -108,6 +109,12 @@ def _read(config: EvalConfig, untrained: Collection[str] = ()) -> tuple[Loaded[P
     Raises what can be known before anything is sampled.
     """
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    others = [prompt for prompt in data.rows if config.truth == "toy" and not toy.is_asked(prompt.messages)]
+    if others:
+        raise DataError(
+            f"{others[0].where}: no prompt of the toy task, as are {len(others):,} of {len(data.rows):,}. truth=toy "
+            "knows the truth of no others: leave it out."
+        )
     for policy in config.policies.values():
         check_is_chat_model(policy.path)
     formats = {name: load_chat_of(policy.path, policy.chat_template) for name, policy in config.policies.items()}

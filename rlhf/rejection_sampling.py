@@ -17,6 +17,7 @@ from alignment.dialogue import Candidate, Messages, Prompt, RowError, as_respons
 from alignment.errors import DataError
 from alignment.files import write_json
 from alignment.hardware import process_state
+from alignment.headlines import counted
 from alignment.isolation import isolated
 from alignment.metrics import mean_interval
 from alignment.models import check_is_chat_model, load_chat_of
@@ -57,9 +58,9 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     pool = [*(rescored if config.rescore_earlier else before), *scored, *others]
     selection = select_best(pool, accumulate=config.accumulate, min_gain=config.min_gain, baseline=known)
     if not selection.best:
+        left_out = counted({reason: count for reason, count in selection.left_out.items() if count})
         raise DataError(
-            f"no candidate can be trained on: {selection.left_out}. Lower min_gain, or let answers end "
-            "(sampling.max_new_tokens)."
+            f"no candidate can be trained on: {left_out}. Lower min_gain, or draw more (sampling.num_candidates)."
         )
     if state.is_main_process:
         write_rows(run_dir.path / "candidates.jsonl", (candidate.to_json() for candidate in [*scored, *others]))

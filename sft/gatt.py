@@ -9,6 +9,7 @@ from typing import Any
 from alignment.data import SourceReport, write_rows
 from alignment.errors import DataError
 from alignment.hardware import process_state
+from alignment.headlines import counted
 from alignment.isolation import isolated
 from alignment.metrics import wilson_interval
 from alignment.models import check_is_chat_model, load_chat_of
@@ -19,6 +20,18 @@ from sft.answer_log import Answering, RowLog
 from sft.config import GattConfig
 from sft.conversation import Plan, Speaker, load_own, load_seeds, make_plans
 from sft.ghost_attention import choose_answer, context, every_turn, first_turn, training_dialogue
+
+# What helps where no dialogue was finished, by the reason.
+_REMEDIES = {
+    "too_long": (
+        "lower prompts.turns or sampling.max_new_tokens, or raise prompts.max_prompt_length where the model's context "
+        "has room"
+    ),
+    "refused": 'the chat format refuses turns or answers, see "align data preview"; set another model.chat_template',
+    "empty": "raise sampling.num_candidates, or take another model",
+    "cut_off": "raise sampling.max_new_tokens",
+    "instruction_not_kept": "raise sampling.num_candidates or prompts.max_prompts, or name other instructions.kinds",
+}
 
 
 @isolated()
@@ -57,8 +70,9 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
     dropped = dict(Counter(row["dropped"] for row in log.rows if row["dropped"]))
     if not kept:
         raise DataError(
-            f"no dialogue was finished ({dropped}). Raise sampling.num_candidates, sampling.max_new_tokens, "
-            "prompts.max_prompt_length or prompts.max_prompts."
+            "no dialogue was finished: "
+            + "; ".join(f"{counted({reason: count})}: {_REMEDIES[reason]}" for reason, count in dropped.items())
+            + "."
         )
     run_dir.note(dropped=dropped)
     if state.is_main_process:

@@ -275,6 +275,28 @@ def test_inputs_that_an_earlier_stage_makes_need_not_exist(tmp_path):
         build_config(SmallConfig, values, "test", made_earlier=made[1:])
 
 
+def test_rows_that_are_trained_on_are_not_held_out(tmp_path, monkeypatch):
+    """By name, by another name of the same file, and where an earlier stage is still to make it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    monkeypatch.setenv("ALIGN_DATA_DIR", str(tmp_path))
+    words = "is in data.train too. Hold other rows out: align data split."
+    for valid in ("a.jsonl", "./a.jsonl", f"{tmp_path}/a.jsonl", "a", "link.jsonl"):
+        lines = problems("model=toy", "data.train=[org/rows, a.jsonl]", f"data.valid=[org/more, {valid}]", "run.dir=r")
+        assert lines == [f"command line: data.valid: {valid} {words}"]
+    with pytest.raises(ConfigError, match=f"data.valid: runs/x/d.jsonl {words}"):
+        made = {"data": {"train": "runs/x/d.jsonl", "valid": "runs/x/d.jsonl"}}
+        build_config(SmallConfig, {**NEEDED, **made}, "test", made_earlier=["runs/x"])
+    pairs = ["kind=safety", "data.train=org/rows", "data.mix_in=org/more", "data.valid=org/more"]
+    [line] = problems("model=toy", "run.dir=r", *pairs, cls=RewardModelConfig)
+    assert line.startswith("command line: data.valid: org/more is in data.mix_in too.")
+    judges = ["rewards={helpfulness: toy, safety: toy}", "model=toy", "run.dir=r"]
+    prompts = [f"{key}=toy:prompts.train" for key in ("prompts.prompts", "evaluation.prompts")]
+    [line] = problems(*judges, *prompts, cls=PPOConfig)
+    assert line.startswith("command line: evaluation.prompts: toy:prompts.train is in prompts.prompts too.")
+
+
 def test_a_path_with_one_slash_is_no_hub_id_where_its_folder_is_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ALIGN_DATA_DIR", raising=False)
@@ -663,12 +685,35 @@ def test_a_file_that_is_missing_or_no_mapping_is_named(tmp_path):
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("train:\n  epochs: 1\n  batch_size: 2\n  epochs: 3\n")
-    with pytest.raises(ConfigError, match=r'a\.yaml:4: not YAML: "epochs" is there twice in one mapping: keep one\.'):
+    with pytest.raises(ConfigError, match=r'a\.yaml:4: "epochs" is there twice in one mapping: keep one\.'):
         read_yaml(path)
     path.write_text("base: &base {lr: 1, eps: 2}\nfirst: {<<: *base, lr: 3}\nsecond: {lr: 4}\n")
     assert read_yaml(path)["first"] == {"lr": 3, "eps": 2}  # a merged mapping's key may be replaced
     (line,) = problems(*GOOD, "sampling.vllm={seed: 1, seed: 2}")
     assert line == 'command line: sampling.vllm: "seed" is there twice in one mapping: keep one.'
+
+
+@pytest.mark.parametrize(("key", "kind"), [("3", "int"), ("yes", "bool"), ("", "null"), ("1.5", "float")])
+def test_a_key_that_is_no_text_is_refused_with_its_line(tmp_path, key, kind):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"train:\n  epochs: 1\n  ? {key}\n  : 2\n")
+    problem = f"the key {key or 'null'} is read as {kind}, and keys are text: put it in quotes."
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert str(caught.value) == f"{path}:3: {problem}"
+    assert problems(*GOOD, f"optim={{? {key} : 2}}") == [f"command line: optim: {problem}"]
+    assert problems(*GOOD, "3=x")[0].startswith("command line: 3: unknown key.")
+
+
+@pytest.mark.parametrize("setting", ["run.dir", "data.train", "model.path"])
+def test_a_name_that_is_not_utf8_is_refused(tmp_path, monkeypatch, setting):
+    """Bytes in Latin-1 come as halves of characters, which the saved settings could not hold."""
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode("für".encode("latin-1"))
+    Path(name).write_text("{}\n")
+    assert f"command line: {setting}: 'f\\udcfcr' is not UTF-8. Rename the file or folder, or correct the text." in (
+        problems(*GOOD, f"{setting}={name}")
+    )
 
 
 @pytest.mark.parametrize("text", ["2024-10-01", "2024-02-30"])
@@ -718,6 +763,16 @@ def test_settings_that_cannot_work_are_refused_before_anything_loads(stage, over
     needed = [setting for setting in needed if not setting.startswith(override.split("=")[0])]
     with pytest.raises(ConfigError, match=re.escape(problem)):
         load_config(STAGES[stage].config_class(), None, [*needed, *rewards, "run.dir=r", override])
+
+
+def test_few_layers_are_adapted_by_a_rank(tmp_path):
+    settings = ["model=toy", "data.train=toy:sft.train", "run.dir=r", "lora.last_layers=3"]
+    with pytest.raises(ConfigError, match=r"lora\.last_layers = 3 has no effect without adapters\. Set lora\.r, or"):
+        load_config(SFTConfig, None, settings)
+    assert load_config(SFTConfig, None, [*settings, "lora.r=4"]).lora.last_layers == 3
+    in_full = load_config(SFTConfig, None, [*settings, "lora.r=0"])
+    (tmp_path / "config.yaml").write_text(to_yaml(in_full))
+    assert load_config(SFTConfig, tmp_path / "config.yaml") == in_full
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

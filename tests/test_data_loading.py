@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,33 @@ def test_the_command_splits_a_file_and_writes_over_nothing(write_file: WriteFile
         wrong = CliRunner().invoke(app, ["split", str(source), "--out", folder])
         assert isinstance(wrong.exception, DataError)
         assert str(wrong.exception).startswith(f"{folder}: is a folder. Name the beginning of two files, e.g. --out ")
+
+
+def asking(text: str) -> Row:
+    return {"prompt": [{"role": "user", "content": text}]}
+
+
+@pytest.mark.parametrize(("fraction", "part"), [("0.001", "train"), ("0.999", "valid")])
+def test_a_split_with_an_empty_part_is_refused_and_the_fraction_that_is_told_does(
+    write_file: WriteFile, tmp_path: Path, fraction: str, part: str
+) -> None:
+    source = write_file("all.jsonl", lines(*(asking(f"q{number // 2}") for number in range(6))))
+    arguments = ["split", str(source), "--out", str(tmp_path / "mine"), "--valid-fraction"]
+    refused = CliRunner().invoke(app, [*arguments, fraction])
+    assert isinstance(refused.exception, DataError)
+    text = f"{source}: its 6 rows open with 3 user messages, all of which fall into {part}. Give --valid-fraction "
+    assert str(refused.exception).startswith(text) and not list(tmp_path.glob("mine*"))
+    [better] = re.findall(r"--valid-fraction ([\d.]+), or another --seed\.", str(refused.exception))
+    assert CliRunner().invoke(app, [*arguments, better]).exit_code == 0
+    sizes = {name: len(load_prompts([str(tmp_path / f"mine.{name}.jsonl")]).rows) for name in ("train", "valid")}
+    assert sizes[part] == 4 and sum(sizes.values()) == 6
+
+
+def test_rows_that_all_open_alike_cannot_be_split(write_file: WriteFile, tmp_path: Path) -> None:
+    source = write_file("all.jsonl", lines(asking("q"), asking("q")))
+    refused = CliRunner().invoke(app, ["split", str(source), "--out", str(tmp_path / "mine")])
+    assert isinstance(refused.exception, DataError) and not list(tmp_path.glob("mine*"))
+    assert str(refused.exception).startswith(f"{source}: its 2 rows open with the same user message, so they stay tog")
 
 
 def test_split_by_prompt_depends_on_the_seed_but_not_on_the_order() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from alignment.cli.main import run_stage
 from alignment.config import ModelSection
 from alignment.dialogue import Candidate, Message, Prompt
-from alignment.errors import RunError
+from alignment.errors import DataError, RunError
 from alignment.files import write_json
 from alignment.headlines import one_line
 from alignment.manifests import read_manifest
@@ -168,6 +168,16 @@ def test_both_refusal_rates_are_printed_together(evaluated):
     console.print(report_table(result))
     shown = console.export_text()
     assert "refusals: safety, others" in shown and "75%, 25%" in shown
+
+
+def test_other_prompts_have_no_toy_truth(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("give x", "How do I relax?")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["policies.a=toy", "rewards={helpfulness: toy, safety: toy}", f"run.dir={tmp_path / 'run'}", "truth=toy"]
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: no prompt of the toy task, as are 1 of 202\. truth=toy"):
+        run_stage("eval", [*settings, f"prompts.prompts=[toy:prompts.heldout, {prompts}]"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_seed_gives_the_same_answers_and_another_seed_others(evaluated, tmp_path):

@@ -4,6 +4,7 @@ import json
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import score
 from rlhf.config import EvalConfig
 from sft import context_distillation, conversation, gatt, gatt_evaluation
-from sft.answer_log import Turn
+from sft.answer_log import NoAnswer, Turn
 from sft.attention_mass import attention_mass, spans
 from sft.config import DistilConfig, GattConfig, GattEvalConfig
 from sft.context_distillation import summarize, why_not_kept
-from sft.ghost_attention import Answer, context
+from sft.ghost_attention import REASONS, Answer, context
 from sft.safety_preprompts import TEMPLATES, template_of, with_preprompt
 
 COMMON = ["model.path=toy", "run.device=cpu", "run.seed=1"]
@@ -127,9 +128,24 @@ def test_half_of_the_dialogues_state_the_short_form(tmp_path, speak):
 
 
 def test_gatt_says_what_to_do_where_no_dialogue_is_finished(tmp_path, speak):
+    """Each reason has its count and its remedy, and no other reason's."""
     speak(lambda messages: ["no"])
-    with pytest.raises(DataError, match=r"instruction_not_kept.*num_candidates"):
+    with pytest.raises(DataError) as caught:
         gatt.run(gatt_config(tmp_path / "run"))
+    assert str(caught.value) == (
+        "no dialogue was finished: 6 instruction not kept: raise sampling.num_candidates or prompts.max_prompts, or "
+        "name other instructions.kinds."
+    )
+    speak(lambda messages: ["OK"] if len(messages) == 1 else None)
+    with pytest.raises(DataError, match=r"finished: 6 too long: lower prompts\.turns or sampling\.max_new_tokens, or"):
+        gatt.run(gatt_config(tmp_path / "long"))
+    speak(lambda messages: ["OK"], is_finished=False)
+    with pytest.raises(DataError, match=r"finished: 6 cut off: raise sampling\.max_new_tokens\.$"):
+        gatt.run(gatt_config(tmp_path / "cut"))
+
+
+def test_every_reason_for_a_dialogue_that_ended_early_has_a_remedy():
+    assert set(gatt._REMEDIES) == {*REASONS, *get_args(NoAnswer)}
 
 
 class Interrupted(Exception):

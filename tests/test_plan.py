@@ -527,6 +527,7 @@ def test_the_table_says_what_does_not_fit():
         (["plan", "sft", "model=toy", "--utilisation", "2"], "a share"),
         (["plan", "sft", "model=toy", "data.max_lenght=3"], 'Did you mean "max_length"'),
         (["plan", "model=toy", "sampling.max_rows=3"], "Name the stage"),
+        (["plan", "sft", "recipes/toy/pipeline.yaml"], "is a pipeline, of which all stages are planned. Leave sft out"),
         (["plan", "model=toy", "sampling.rows=3"], "No stage has such settings"),
         (["plan", "ppo", "model=toy", "sampling.engine=vllm", "--gpus", "2"], "runs in one process"),
     ],

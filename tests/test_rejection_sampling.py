@@ -267,6 +267,15 @@ def test_an_answer_that_fine_tuning_would_refuse_is_not_chosen(make_tokenizer):
     assert alone.best == [] and alone.left_out["refused"] == 1
 
 
+def test_where_nothing_is_selected_the_reasons_are_counted(tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps(candidate("alpha", 0.0).prompt.to_json()) + "\n")
+    judged_by(monkeypatch, lambda each: 0.0)
+    problem = r"no candidate can be trained on: 1 below min gain\. Lower min_gain, or draw more \(sampling\.num_cand"
+    with pytest.raises(DataError, match=problem):
+        rejection_sampling.run(config_of(tmp_path / "run", prompts, min_gain=1.0))
+
+
 def test_what_would_fail_after_sampling_fails_before(tmp_path):
     """A chat model for a reward model, and candidates without a reward that are not to be scored again."""
     prompts, earlier = tmp_path / "prompts.jsonl", tmp_path / "earlier.jsonl"

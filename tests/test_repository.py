@@ -132,6 +132,13 @@ def test_a_pipeline_reports_the_problems_of_all_stages_together(tmp_path):
          "run.device is auto, cpu in different stages"),
         ("stages: {e: {stage: eval, policies: {a/b: toy}, rewards: {helpfulness: toy, safety: toy}, prompts: {prompts: "
          "'toy:prompts.heldout'}}}", "policies: 'a/b' is no name for a file of answers"),
+        ("stages: {3: {stage: sft}}", "p.yaml:1: the key 3 is read as int"),
+        ("stages: {a: {stage: [sft]}}", "stages.a.stage is ['sft']. Use one of sft, "),
+        ("runs: {a: 1}\nstages: {a: {stage: sft}}", "runs: {'a': 1} is no folder's name. Give text"),
+        *((f"stages: {{'{name}': {{stage: sft}}}}", f"stages: '{name}' is no name for a folder")
+          for name in ("", ".", "..", "a/b")),
+        *((f"stages: {{{name}: {{stage: sft}}}}", f"stages: '{name}' means something else in a pipeline")
+          for name in ("here", "round", "runs", "defaults", "stages")),
     ],
 )  # fmt: skip
 def test_a_pipeline_that_cannot_run_as_written_says_so(tmp_path, text, problem):
@@ -139,6 +146,16 @@ def test_a_pipeline_that_cannot_run_as_written_says_so(tmp_path, text, problem):
     with pytest.raises(ConfigError) as caught:
         load_pipeline(tmp_path / "p.yaml", ["a.run.seed=1"] if "elsewhere" in text else [])
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(("runs", "shown"), [("runs=[a]", "['a']"), ("runs.x=5", "{'x': 5}"), ("runs=", "''")])
+def test_the_parent_of_the_runs_is_a_name(tmp_path, runs, shown):
+    (tmp_path / "p.yaml").write_text("stages: {sft: {model: toy, data: {train: 'toy:sft.train'}}}")
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline(tmp_path / "p.yaml", [runs, "x=3"])
+    first, second = str(caught.value).splitlines()
+    assert first == f"{tmp_path}/p.yaml: runs: {shown} is no folder's name. Give text, e.g. runs/mine."
+    assert "x: unknown key" in second
 
 
 def test_help_is_quick_and_imports_no_torch():

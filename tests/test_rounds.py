@@ -51,6 +51,8 @@ def test_the_command_line_changes_a_block():
         ({"repeat": 0}, "stages.rounds.repeat: 0. It must be a whole number above 0."),
         ({"repeat": True}, "stages.rounds.repeat: True."),
         ({"stages": {}}, "stages.rounds.stages: missing or empty."),
+        ({"stages": {"a/b": {}}}, "stages.rounds.stages: 'a/b' is no name for a folder."),
+        ({"stages": {"here": {}}}, "stages.rounds.stages: 'here' means something else in a pipeline."),
         ({"frist": {}}, "stages.rounds.frist: unknown key. Known in a repeat block: repeat, first, stages."),
         ({"first": {"sr": "x"}}, "stages.rounds.first: must name stages of the block"),
         ({"first": {}}, "stages.rounds.stages.reject.model: ${last.rs} is nothing in round 1. Say what in first.rs."),

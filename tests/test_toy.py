@@ -81,6 +81,12 @@ def test_the_true_reward_is_safety_on_safety_prompts_and_for_unsafe_answers_else
     assert toy.true_reward(user("give c"), "cccccc") == 1.0
 
 
+def test_other_prompts_than_the_toy_tasks_are_known() -> None:
+    assert all(toy.is_asked(prompt.messages) for prompt in toy.toy_prompts(200, 1))
+    for text in ("What is a safe word for x", "give i", "more", "c d", "Give c"):
+        assert not toy.is_asked((Message("user", "give c"), Message("assistant", "c"), Message("user", text)))
+
+
 def test_the_last_user_turn_says_what_is_wanted() -> None:
     history = (Message("user", "give x"), Message("assistant", "no"), Message("user", "c c "))
     assert toy.wanted_letter(history) == "c"

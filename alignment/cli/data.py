@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignment.converters import STRENGTHS, ConversionSummary, convert_file
-from alignment.data import load_dialogues, load_rows, pick, read_lines, split_by_prompt, write_rows
+from alignment.data import load_dialogues, load_rows, pick, read_lines, split_by_prompt, split_point, write_rows
 from alignment.data_report import FileReport, Lengths, Overlap, TypedRow, check_files, parse_row, some
 from alignment.dialogue import Candidate, Dialogue, LayoutError, PreferencePair, RowError
 from alignment.errors import DataError, ModelError
@@ -116,7 +117,10 @@ def split(
     for path in paths:
         check_new_file(path)
     rows = load_rows([file], parse_row).rows
-    for path, part in zip(paths, split_by_prompt(rows, valid_fraction=valid_fraction, seed=seed), strict=True):
+    parts = split_by_prompt(rows, valid_fraction=valid_fraction, seed=seed)
+    if not all(parts):
+        raise DataError(f"{file}: {_why_one_sided(rows, seed, name='train' if parts[0] else 'valid')}")
+    for path, part in zip(paths, parts, strict=True):
         typer.echo(f"{path}: {write_rows(path, (row.to_json() for row in part)):,} rows")
 
 
@@ -147,6 +151,18 @@ def instruct(
     count = write_rows(out, (dialogue.to_json() for dialogue in chain(*made)))
     changed = sum(after is not before for before, after in zip(dialogues * copies, chain(*made), strict=True))
     typer.echo(f"{out}: {count:,} demonstrations, {changed:,} of them with an instruction.")
+
+
+def _why_one_sided(rows: Sequence[TypedRow], seed: int, *, name: str) -> str:
+    """Why all rows are in one part, and the fraction nearest to the one asked for that moves some to the other."""
+    points = {split_point(row, seed) for row in rows}
+    if len(points) == 1:
+        return f"its {len(rows):,} rows open with the same user message, so they stay together. Hold out another file."
+    fraction = math.floor(1000 * min(points) + 1) / 1000 if name == "train" else math.floor(1000 * max(points)) / 1000
+    return (
+        f"its {len(rows):,} rows open with {len(points):,} user messages, all of which fall into {name}. Give "
+        f"--valid-fraction {fraction:g}, or another --seed."
+    )
 
 
 def _longest_answer(dialogue: Dialogue) -> int:

@@ -49,9 +49,12 @@ def load_pipeline(
     if not isinstance(given.get("defaults", {}), Mapping):
         raise ConfigError(f"command line: defaults={given['defaults']}: write defaults.KEY=VALUE.")
     entries, outside, problems = expand_rounds(values.get("stages") or {}, given, str(path))
+    folder = given.get("runs", values.get("runs"))
+    if folder is not None and not (isinstance(folder, str) and folder):
+        problems.append(f"{path}: runs: {folder!r} is no folder's name. Give text, e.g. runs/mine.")
     defaults = merge(values.get("defaults") or {}, given.get("defaults") or {})
     problems += _key_problems(path, values, given, defaults, entries, from_stage)
-    runs = Path(str(given.get("runs") or values.get("runs") or f"runs/{path.stem}")).expanduser()
+    runs = Path(str(folder or f"runs/{path.stem}")).expanduser()
     made = _Stages(path, runs, defaults, check_inputs, problems, places={"here": str(path.parent)})
     again = False
     for name, entry in entries.items():
@@ -124,7 +127,7 @@ class _Stages:
         """
         where, folder = f"{self.path}: stages.{name}", str(self.runs / name)
         kind = entry.get("stage", name) if isinstance(entry, Mapping) else None
-        if kind not in STAGES:
+        if not isinstance(kind, str) or kind not in STAGES:
             self.problems.append(f"{where}.stage is {kind!r}. Use one of {', '.join(STAGES)}.")
             return
         written = {key: value for key, value in entry.items() if key != "stage"}

@@ -79,6 +79,8 @@ def load_stages(
     """
     values = read_yaml(path) if path is not None else {}
     if "stages" in values:
+        if stage:
+            raise ConfigError(f"{path}: is a pipeline, of which all stages are planned. Leave {stage} out.")
         found = load_pipeline(path, overrides, check_inputs=False)
         configs = {each.name: each.config for each in found.stages}
     else:

@@ -17,11 +17,13 @@ This stands for the stages reject-1, rs-1, reject-2, rs-2, ...; after the block,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from alignment.config import merge
 
+# What names mean in references and on the command line.
+_TAKEN = ("here", "round", "runs", "defaults", "stages")
 _NUMBERED = re.compile(r"\$\{(?:(last|earlier)\.)?([^}.]*)\}")
 
 
@@ -41,7 +43,7 @@ def expand_rounds(
     """
     stages: dict[str, Any] = {}
     outside: dict[str, str] = {}
-    problems: list[str] = []
+    problems = [f"{where}: stages: {problem}" for problem in _name_problems(entries)]
     for name, entry in entries.items():
         if not isinstance(entry, Mapping) or "repeat" not in entry:
             found = {name: entry}
@@ -62,6 +64,14 @@ def expand_rounds(
     return stages, outside, problems
 
 
+def _name_problems(names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        if name in _TAKEN:
+            yield f"{name!r} means something else in a pipeline. Choose another name."
+        elif name in ("", ".", "..") or set(name) & set("/\\\0{}"):
+            yield f"{name!r} is no name for a folder. Use letters, digits, - and _."
+
+
 def _problem_of(block: Mapping[str, Any]) -> str | None:
     unknown = sorted(set(block) - {"repeat", "first", "stages"})
     if unknown:
@@ -71,6 +81,8 @@ def _problem_of(block: Mapping[str, Any]) -> str | None:
         return f".repeat: {repeat!r}. It must be a whole number above 0."
     if not isinstance(block.get("stages"), Mapping) or not block["stages"]:
         return ".stages: missing or empty. List the stages of a round."
+    if problem := next(_name_problems(block["stages"]), None):
+        return f".stages: {problem}"
     first = block.get("first", {})
     if not isinstance(first, Mapping) or set(first) - set(block["stages"]):
         return ".first: must name stages of the block, and what each is before round 1."

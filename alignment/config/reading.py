@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from alignment.config.sections import ModelSection, StageConfig
-from alignment.config.validation import SectionT, input_problems, validate
+from alignment.config.validation import SectionT, input_problems, text_problems, validate
 from alignment.errors import ConfigError
 
 Config = TypeVar("Config", bound=StageConfig)
@@ -46,6 +46,7 @@ def build_config(
     Raises ConfigError, each line opening with `where`.
     """
     config, problems = validate(cls, values)
+    problems += text_problems(values)
     if check_inputs:
         problems += input_problems(cls, values, made_earlier)
     if config is None or problems:
@@ -79,12 +80,12 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-class _RepeatedKey(yaml.constructor.ConstructorError):
-    """A key that stands twice in a mapping."""
+class _WrongKey(yaml.constructor.ConstructorError):
+    """A key that stands twice in a mapping, or is no text."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates, which no setting is, and with an error where of two values of a key the last would count."""
+    """YAML without dates, which no setting is, and with errors for keys that are no text, or of which one is lost."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
@@ -99,8 +100,11 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if (name := (key.tag, key.value)) in seen:
                     problem = f'"{key.value}" is there twice in one mapping: keep one'
-                    raise _RepeatedKey(None, None, problem, key.start_mark)
+                    raise _WrongKey(None, None, problem, key.start_mark)
                 seen.add(name)
+                if (kind := key.tag.rpartition(":")[2]) not in ("str", "merge"):
+                    problem = f"the key {key.value or 'null'} is read as {kind}, and keys are text: put it in quotes"
+                    raise _WrongKey(None, None, problem, key.start_mark)
         return node
 
 
@@ -113,6 +117,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start} ({byte:#04x}). Save it as UTF-8.") from error
+    except _WrongKey as error:
+        raise ConfigError(f"{path}:{error.problem_mark.line + 1}: {error.problem}.") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(filter(None, (error.context, error.problem)))
@@ -135,7 +141,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f'command line: "{argument}" is not key=value. Write for example train.epochs=2.')
         try:
             value = yaml.load(text, _Loader) if text else ""
-        except _RepeatedKey as error:
+        except _WrongKey as error:
             raise ConfigError(f"command line: {key}: {error.problem}.") from error
         except (yaml.YAMLError, ValueError):
             value = text

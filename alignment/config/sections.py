@@ -91,6 +91,15 @@ class LoraSection(Section):
     last_layers: PositiveInt | None = None
     """Adapt only this many layers, counted from the last: the backward pass ends there. null adapts all."""
 
+    @model_validator(mode="after")
+    def _layers_are_of_adapters(self) -> LoraSection:
+        """An `r` of 0 that is given is no oversight: one stage of a pipeline may undo its defaults."""
+        if self.last_layers is not None and "r" not in self.model_fields_set:
+            raise ValueError(
+                f"lora.last_layers = {self.last_layers} has no effect without adapters. Set lora.r, or remove it."
+            )
+        return self
+
 
 class OptimSection(Section):
     """AdamW and its schedule (Llama 2 Sec. 3.1, 3.2.2, 3.2.3)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -17,6 +17,8 @@ from alignment.errors import AlignError
 from alignment.sources import find_data, find_model, find_template
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+HELD_OUT = ("data.valid", "evaluation.prompts")
 
 
 def validate(cls: type[SectionT], values: Mapping[str, Any]) -> tuple[SectionT | None, list[str]]:
@@ -104,7 +106,39 @@ def input_problems(cls: type[BaseModel], values: Any, made_earlier: Sequence[str
             find[kind](name)
         except AlignError as error:
             problems.append(f"{key}: {error}")
-    return problems
+    return [*problems, *_not_held_out(cls, values)]
+
+
+def _not_held_out(cls: type[BaseModel], values: Any) -> Iterator[str]:
+    """Files to measure on that are trained on too."""
+    named = [(key, name) for key, name, kind in named_inputs(cls, values) if kind == "data"]
+    trained = {_place(name): key for key, name in named if key not in HELD_OUT}
+    for key, name in named:
+        if key in HELD_OUT and (other := trained.get(_place(name))):
+            yield f"{key}: {name} is in {other} too. Hold other rows out: align data split."
+
+
+def _place(name: str) -> Path:
+    """Where a data set is, or would be."""
+    try:
+        return Path(find_data(name)).resolve()
+    except AlignError:
+        return Path(name).expanduser().resolve()
+
+
+def text_problems(values: Any, key: str = "") -> Iterator[str]:
+    """Where a text is no UTF-8, such as a file's name in another encoding: the saved settings could not hold it."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from text_problems(value, f"{key}.{name}" if key else name)
+    elif isinstance(values, list):
+        for value in values:
+            yield from text_problems(value, key)
+    elif isinstance(values, str):
+        try:
+            values.encode()
+        except UnicodeEncodeError:
+            yield f"{key}: {values!r} is not UTF-8. Rename the file or folder, or correct the text."
 
 
 def _without(values: Any, location: tuple[Any, ...]) -> Any:
