@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import sys
@@ -449,7 +450,7 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
 
     def show(**_: Any) -> None:
         for stream in (sys.stdout, sys.stderr):
-            print("né → 日本", file=stream)
+            print("né → 日本 😀", file=stream)
         raise RunError("日本: is a file.")
 
     monkeypatch.setattr(command_line, "app", show)
@@ -457,8 +458,9 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
         command_line.main()
     assert ended.value.code == 2
     out, err = (stream.buffer.getvalue() for stream in streams if not stream.flush())
-    assert out == rb"n\xe9 \u2192 \u65e5\u672c" + b"\n"
-    assert err.decode("cp1252") == "né \\u2192 \\u65e5\\u672c\nerror: \\u65e5\\u672c: is a file.\n"
+    assert out == rb"n\u00e9 \u2192 \u65e5\u672c \ud83d\ude00" + b"\n"
+    assert json.loads(b'"%s"' % out.strip()) == "né → 日本 😀"
+    assert err.decode("cp1252") == "né \\u2192 \\u65e5\\u672c \\ud83d\\ude00\nerror: \\u65e5\\u672c: is a file.\n"
 
 
 def test_too_little_memory_of_a_device_is_no_bug(monkeypatch, capsys):

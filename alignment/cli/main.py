@@ -6,7 +6,9 @@ import torch.
 
 from __future__ import annotations
 
+import codecs
 import errno
+import json
 import os
 import re
 import sys
@@ -318,10 +320,11 @@ def report(
 def main() -> None:
     """Entry point: the user's mistakes, and what a file system refuses, end with a message and exit code 2.
 
-    Characters that the terminal cannot show are written as escapes.
+    Characters that the terminal cannot show are written as JSON's escapes, so that rows remain JSON.
     """
+    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="json")
     try:
         app(standalone_mode=True)
     except AlignError as error:
