@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,21 +33,25 @@ from alignment.adapters import (
     trained_adapter,
     write_adapter,
 )
-from alignment.chat import ChatFormat, chat_format
+from alignment.chat import ChatFormat
 from alignment.config import LoraSection
-from alignment.demo_model import DEMO_MODEL, make_demo_model
 from alignment.distributed import gets_weights_later, whole, whole_weights
 from alignment.errors import ModelError
 from alignment.files import write_folder
 from alignment.low_rank import use_low_rank_linear
-from alignment.sources import cached_folder, find_model
-from alignment.toy import TOY_VERSION
-from alignment.toy_model import make_toy_model
+from alignment.model_folders import (
+    COPY_AGAIN,
+    check_is_chat_model,
+    check_one_score,
+    is_classifier,
+    load_chat,
+    model_folder,
+    read_config,
+)
 from alignment.tree_attention import TREE_ATTENTION
 from alignment.weight_files import read_weight, weight_files
 
 ADAPTER_FOLDER = "adapter"
-_COPY_AGAIN = "If a file is damaged, copy the folder again."
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ def load_reward_model(
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
     tokenizer = chat.tokenizer
-    config = _read_config(folder, path)
-    is_reward_model = _is_classifier(config)
+    config = read_config(folder, path)
+    is_reward_model = is_classifier(config)
     if new_head_seed is None or is_reward_model:
-        _check_one_score(config, path)
+        check_one_score(config, path)
     empty = for_training and gets_weights_later()
     model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, empty=empty, num_labels=1)
     _check_vocabulary(model.get_input_embeddings(), tokenizer, path)
@@ -129,31 +130,6 @@ def load_reward_model(
     return LoadedModel(model.eval(), tokenizer, chat, folder)
 
 
-def model_context(path: str) -> int:
-    """Tokens that a model's context holds; no weights are loaded."""
-    return context_length(_read_config(model_folder(path), path))
-
-
-def reward_model_context(path: str) -> int:
-    """Tokens that a reward model's context holds; no weights are loaded. Raises ModelError where it is none."""
-    config = _read_config(model_folder(path), path)
-    _check_one_score(config, path)
-    return context_length(config)
-
-
-def check_is_chat_model(path: str) -> None:
-    """Raises ModelError for a reward model, whose backbone transformers would take and tie an output matrix to."""
-    if _is_classifier(_read_config(model_folder(path), path)):
-        raise ModelError(f"{path}: is a reward model. Name a chat model.")
-
-
-def _read_config(folder: Path | str, path: str) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # as in load_chat
-        raise ModelError(f"{path}: its config.json cannot be read ({error}). {_COPY_AGAIN}") from error
-
-
 def _check_vocabulary(embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     if (rows := embeddings.weight.shape[0]) < len(tokenizer):
         raise ModelError(
@@ -162,50 +138,10 @@ def _check_vocabulary(embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def _is_classifier(config: PreTrainedConfig) -> bool:
-    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
-
-
-def _check_one_score(config: PreTrainedConfig, path: str) -> None:
-    if not _is_classifier(config):
-        kind = (config.architectures or [""])[0]
-        raise ModelError(f'{path}: not a reward model ({kind}). Train one with "align rm", or name its run.')
-    if config.num_labels != 1:
-        raise ModelError(f"{path}: a classifier with {config.num_labels} outputs. A reward model has one.")
-
-
 def float32_head(model: PreTrainedModel) -> None:
     """Makes a classifier's head float32, and what it is given: a bfloat16 backbone's output comes in its own type."""
     model.score.float()
     model.score.register_forward_pre_hook(_as_float32)
-
-
-def load_chat(folder: Path | str, chat_template: str = "auto") -> ChatFormat:
-    """The chat format of a model folder; its tokenizer has a pad token that neither a text nor a turn's end has."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # there is no telling what a damaged file has transformers and tokenizers raise
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({error}). {_COPY_AGAIN}") from error
-    tokenizer.padding_side = "right"
-    try:
-        chat = chat_format(tokenizer, chat_template)
-        if not _pads_safely(chat):
-            tokenizer.pad_token = _spare_token(chat)
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from error
-    return chat
-
-
-def load_chat_of(path: str, chat_template: str = "auto") -> tuple[ChatFormat, int]:
-    """The chat format of a model by any of its names, and the tokens its context holds; no weights are loaded."""
-    folder = model_folder(path)
-    chat = load_chat(folder, chat_template)
-    return chat, context_length(_read_config(folder, path))
-
-
-def context_length(config: PreTrainedConfig) -> int:
-    """Tokens a model's context holds; beyond all data where its configuration names no end."""
-    return getattr(config, "max_position_embeddings", sys.maxsize)
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool, seed: int) -> nn.Module:
@@ -298,16 +234,6 @@ def saved_adapter(folder: Path | str) -> Adapter | None:
     return read_adapter(folder / ADAPTER_FOLDER) if isinstance(folder, Path) else None
 
 
-def model_folder(name: str) -> Path | str:
-    """A folder (or Hub id) that `from_pretrained` takes; built-in models are put into the cache first."""
-    found = find_model(name)
-    if found == DEMO_MODEL:
-        return cached_folder(DEMO_MODEL, make_demo_model)
-    if found == "toy":
-        return cached_folder(f"toy-model-{TOY_VERSION}", make_toy_model)
-    return found
-
-
 def _from_pretrained(
     cls: type, folder: Path | str, name: str, dtype: torch.dtype, *, empty: bool = False, **extra: object
 ) -> PreTrainedModel:
@@ -329,7 +255,7 @@ def _from_pretrained(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, SafetensorError, TypeError, LookupError) as error:
-        raise ModelError(f"{name}: its weights cannot be read ({error}). {_COPY_AGAIN}") from error
+        raise ModelError(f"{name}: its weights cannot be read ({error}). {COPY_AGAIN}") from error
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -372,26 +298,3 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = chat.end_of_turn_id
-
-
-def _pads_safely(chat: ChatFormat) -> bool:
-    """Whether the pad token can stand nowhere in a dialogue: a plain classifier reads the last token that is no pad."""
-    tokenizer = chat.tokenizer
-    ends = (tokenizer.eos_token_id, chat.end_of_turn_id)
-    if tokenizer.pad_token is None or tokenizer.pad_token_id in ends:
-        return False
-    return tokenizer.pad_token not in (tokenizer.chat_template or "")
-
-
-def _spare_token(chat: ChatFormat) -> str:
-    """A control token that neither the template nor the end of a response uses."""
-    tokenizer = chat.tokenizer
-    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)}
-    names = [tokenizer.unk_token, *(str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()))]
-    for name in names:
-        if name and name not in used and name not in (tokenizer.chat_template or ""):
-            return name
-    raise ModelError(
-        "the tokenizer has no control token to pad with. Add one, and a row to the model: docs/troubleshooting.md, "
-        "Tokenizer and template."
-    )

@@ -167,7 +167,7 @@ def make_data(folder: Path) -> None:
     from alignment.chat import encode_prompt
     from alignment.data import write_rows
     from alignment.dialogue import Message
-    from alignment.models import load_chat_of
+    from alignment.model_folders import load_chat_of
 
     chat, _ = load_chat_of(MODEL, "chatml")
     rng = random.Random(0)

@@ -124,7 +124,8 @@ def _inputs(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from alignment.chat import encode_prompt
     from alignment.config import LoraSection
     from alignment.data import load_prompts, pick
-    from alignment.models import add_lora, load_reward_model, model_folder, save_model
+    from alignment.model_folders import model_folder
+    from alignment.models import add_lora, load_reward_model, save_model
 
     for seed, name in enumerate(("helpfulness", "safety")):
         loaded = load_reward_model(MODEL, chat_template="chatml", new_head_seed=seed)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from alignment.models import model_folder, saved_adapter
+from alignment.model_folders import model_folder
+from alignment.models import saved_adapter
 from alignment.weight_files import read_weight, weight_files
 
 

@@ -97,7 +97,7 @@ def _inputs(options: argparse.Namespace) -> dict[str, Any]:
     """What all sides get: the model's folder, where a turn ends, what pads, and the prompts' token ids."""
     from alignment.chat import encode_prompt
     from alignment.data import load_prompts, pick
-    from alignment.models import load_chat, model_folder
+    from alignment.model_folders import load_chat, model_folder
 
     folder = model_folder(MODEL)
     chat = load_chat(folder, "chatml")

@@ -16,7 +16,7 @@ from alignment.data import Loaded, SourceReport, load_pairs, pick
 from alignment.dialogue import PreferencePair, safety_bin
 from alignment.errors import DataError
 from alignment.headlines import by_part
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.training import num_steps
 from reward_models.config import MARGIN_TABLES, RewardModelConfig
 from reward_models.mixing import mix_rows, rows_to_mix_in

@@ -14,8 +14,9 @@ from alignment.distributed import equal_passes, holds_parts
 from alignment.errors import AlignError, DataError, ModelError
 from alignment.hardware import compute_dtype
 from alignment.logprobs import branch_scores
+from alignment.model_folders import context_length
 from alignment.model_workers import map_in_workers, num_workers
-from alignment.models import LoadedModel, context_length, load_reward_model
+from alignment.models import LoadedModel, load_reward_model
 from alignment.prefix_batch import Branch, Tree, collate, even_groups, micro_batches
 
 MAX_TOKENS = 8192

@@ -18,7 +18,8 @@ from alignment.errors import TrainingError
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.logprobs import branch_scores
-from alignment.models import add_lora, load_chat_of, load_reward_model, save_model
+from alignment.model_folders import load_chat_of
+from alignment.models import add_lora, load_reward_model, save_model
 from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
 from alignment.runs import newest_checkpoint, open_run

@@ -14,7 +14,7 @@ from alignment.config import PromptSection
 from alignment.dialogue import Candidate, Messages, Prompt
 from alignment.distributed import for_all, shares
 from alignment.line_log import append_lines, as_object, whole_lines
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.engines import open_sampler

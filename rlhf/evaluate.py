@@ -19,7 +19,7 @@ from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.line_log import all_lines, as_object
 from alignment.metrics import Interval, mean_interval, paired_rate_interval, show, wilson_interval
-from alignment.models import check_is_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import open_run
 from alignment.sampling.engines import open_sampler

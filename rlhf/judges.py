@@ -21,7 +21,7 @@ from alignment.distributed import for_all, map_over_processes
 from alignment.errors import ModelError
 from alignment.hardware import compute_dtype, lent
 from alignment.manifests import read_manifest
-from alignment.models import model_context, reward_model_context
+from alignment.model_folders import model_context, reward_model_context
 from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
 from reward_models.score import Scorer

@@ -15,16 +15,9 @@ from alignment.compilation import compile_layers
 from alignment.errors import ModelError
 from alignment.hardware import lent
 from alignment.logprobs import unwrap
+from alignment.model_folders import model_folder
 from alignment.model_workers import sharing_copy
-from alignment.models import (
-    LoadedModel,
-    add_lora,
-    load_chat_model,
-    load_reward_model,
-    model_folder,
-    rounded_copy,
-    saved_adapter,
-)
+from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, rounded_copy, saved_adapter
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.judges import RewardModels, check_same_ids, judges_of

@@ -35,7 +35,7 @@ from alignment.distributed import (
 )
 from alignment.errors import DataError
 from alignment.logprobs import response_logprobs, response_stats, token_values
-from alignment.models import context_length
+from alignment.model_folders import context_length
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
 from alignment.progress import ProgressBar
 from alignment.runs import Run

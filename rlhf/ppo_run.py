@@ -16,7 +16,8 @@ from alignment.distributed import check_split, is_split
 from alignment.errors import ConfigError
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
-from alignment.models import check_is_chat_model, load_chat_of, save_model
+from alignment.model_folders import check_is_chat_model, load_chat_of
+from alignment.models import save_model
 from alignment.progress import ProgressBar, console
 from alignment.runs import newest_checkpoint, open_run
 from alignment.sampling.prompts import choose_prompts, describe_fitting, prompt_room, prompts_left_out

@@ -20,7 +20,7 @@ from alignment.hardware import process_state
 from alignment.headlines import counted
 from alignment.isolation import isolated
 from alignment.metrics import mean_interval
-from alignment.models import check_is_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.runs import Run, open_run
 from alignment.sampling.prompts import Asked, choose_prompts, describe_fitting, prompt_room, prompts_left_out
 from reward_models.score import check_fits

@@ -15,7 +15,7 @@ from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
 from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt
 from alignment.errors import DataError
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import choose_prompts, limit_in_words, prompt_room, sample_shared

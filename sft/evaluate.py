@@ -17,7 +17,7 @@ from alignment.dialogue import Dialogue
 from alignment.distributed import equal_passes, for_all, gather_objects
 from alignment.line_log import all_lines
 from alignment.logprobs import response_logprobs, unwrap
-from alignment.models import context_length
+from alignment.model_folders import context_length
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling import SamplingParams

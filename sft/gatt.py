@@ -12,7 +12,7 @@ from alignment.hardware import process_state
 from alignment.headlines import counted
 from alignment.isolation import isolated
 from alignment.metrics import wilson_interval
-from alignment.models import check_is_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
 from alignment.sampling.prompts import prompt_room

@@ -16,7 +16,8 @@ from alignment.files import save_figure
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.metrics import paired_rate_interval, show, wilson_interval
-from alignment.models import check_is_chat_model, load_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model, load_chat_of
+from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run
 from alignment.sampling.prompts import prompt_room

@@ -10,7 +10,7 @@ from alignment.chat import ChatFormat
 from alignment.data import SourceReport, load_dialogues, pick
 from alignment.errors import DataError
 from alignment.headlines import by_part
-from alignment.models import check_is_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.training import num_steps
 from sft.config import SFTConfig, SFTData
 from sft.examples import Examples, make_examples

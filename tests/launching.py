@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from launched_on_cpu import run_as_launched
 from processes import ROOT, start
 
-from alignment.models import model_folder
+from alignment.model_folders import model_folder
 
 DDP = ("--multi_gpu",)  # gloo, where there is no GPU
 

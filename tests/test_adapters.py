@@ -14,16 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, linear_layers, set_decoder
 from alignment.config import LoraSection
+from alignment.model_folders import model_folder
 from alignment.model_workers import sharing_copy
-from alignment.models import (
-    LoadedModel,
-    add_lora,
-    load_chat_model,
-    load_reward_model,
-    model_folder,
-    save_model,
-    saved_adapter,
-)
+from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, save_model, saved_adapter
 
 IDS = torch.arange(5, 25)[None]
 

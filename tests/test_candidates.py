@@ -9,7 +9,7 @@ import pytest
 from alignment.dialogue import Candidate, Message, Prompt
 from alignment.errors import RunError
 from alignment.hardware import process_state
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.runs import open_run
 from rlhf.candidates import distinct_prompts, read_candidates, remove_candidates, sample_candidates
 from rlhf.config import RejectionSamplingConfig

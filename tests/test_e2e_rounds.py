@@ -18,7 +18,8 @@ from alignment.cli.pipeline import load_pipeline, run_stages
 from alignment.data import load_prompts, write_rows
 from alignment.dialogue import Candidate, Message, Prompt
 from alignment.metrics import Interval, mean_interval
-from alignment.models import load_chat_model, model_folder
+from alignment.model_folders import model_folder
+from alignment.models import load_chat_model
 from alignment.sampling import SamplingParams
 from alignment.sampling.torch_engine import TorchSampler
 from rlhf.potential import best_of

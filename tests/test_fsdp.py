@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from alignment.config import LoraSection
 from alignment.distributed import gets_weights_later, whole_weights
-from alignment.models import add_lora, load_chat_model, load_reward_model, model_folder, save_model
+from alignment.model_folders import model_folder
+from alignment.models import add_lora, load_chat_model, load_reward_model, save_model
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[1]

@@ -27,15 +27,8 @@ from alignment.config import LoraSection
 from alignment.errors import ModelError
 from alignment.logprobs import branch_scores, response_logprobs
 from alignment.manifests import weights_sha256
-from alignment.models import (
-    add_lora,
-    check_is_chat_model,
-    load_chat,
-    load_chat_model,
-    load_reward_model,
-    rounded_copy,
-    save_model,
-)
+from alignment.model_folders import check_is_chat_model, load_chat
+from alignment.models import add_lora, load_chat_model, load_reward_model, rounded_copy, save_model
 from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.score import Scorer
 

@@ -30,7 +30,7 @@ from alignment.errors import ConfigError, DataError, RunError
 from alignment.files import file_sha256
 from alignment.locks import release_locks
 from alignment.manifests import mark_outdated, read_manifest, read_result, upstream_runs
-from alignment.models import model_folder
+from alignment.model_folders import model_folder
 from alignment.runs import open_run
 from alignment.sources import find_data
 from rlhf.config import RejectionSamplingConfig

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from alignment.cli.plan import load_stages
 from alignment.cli.plan_stages import plan_stage
 from alignment.cli.planner import Planner
-from alignment.models import load_chat_model, load_reward_model, model_folder, save_model
+from alignment.model_folders import model_folder
+from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.plan.devices import find_device
 from alignment.plan.origins import known_base, origin_on_disk
 from alignment.plan.training import Setting

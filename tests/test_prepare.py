@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from alignment.cli.main import app
 from alignment.config import load_config
 from alignment.errors import DataError, RunError
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.training import FEW_STEPS, warn_of_few_steps
 from reward_models import trainer
 from reward_models.config import RewardModelConfig

@@ -11,7 +11,7 @@ from alignment.config import PromptSection, SamplingSection
 from alignment.data import Loaded, SourceReport
 from alignment.dialogue import Message, Prompt
 from alignment.errors import ConfigError, DataError
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.sampling.prompts import choose_prompts, fit_all_formats, fit_prompts, prompt_room, prompts_left_out
 
 

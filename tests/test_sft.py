@@ -16,7 +16,7 @@ from alignment.dialogue import Dialogue, Message, PreferencePair
 from alignment.errors import DataError, ModelError, RunError
 from alignment.headlines import one_line
 from alignment.logprobs import response_logprobs
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.prefix_batch import Branch, Tree, collate
 from reward_models.preferences import encode_pairs
 from sft import trainer

@@ -20,7 +20,8 @@ from alignment.chat import ChatFormat, chat_format, decode_response, encode_dial
 from alignment.data import load_dialogues, load_pairs, load_prompts
 from alignment.dialogue import RATINGS, Dialogue, Message, Messages
 from alignment.errors import DataError
-from alignment.models import load_chat_model, model_folder
+from alignment.model_folders import model_folder
+from alignment.models import load_chat_model
 from alignment.sources import cached_folder, find_data
 from alignment.toy_model import make_toy_model, make_toy_tokenizer
 

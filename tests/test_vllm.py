@@ -20,7 +20,8 @@ from alignment.config import LoraSection, ModelSection, SamplingSection
 from alignment.dialogue import Message
 from alignment.errors import SamplerError
 from alignment.logprobs import response_logprobs
-from alignment.models import LoadedModel, add_lora, load_chat_model, model_folder
+from alignment.model_folders import model_folder
+from alignment.models import LoadedModel, add_lora, load_chat_model
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling import Sample, SamplingParams
 from alignment.sampling.engines import open_sampler

@@ -18,7 +18,8 @@ from alignment.chat import ChatFormat, decode_response, fit_prompt
 from alignment.data import write_rows
 from alignment.dialogue import Candidate, Dialogue, Message, Messages, Prompt, RowError, parse_messages
 from alignment.errors import ConfigError, DataError, RunError
-from alignment.models import LoadedModel, context_length
+from alignment.model_folders import context_length
+from alignment.models import LoadedModel
 from alignment.sampling.protocol import SamplingParams
 from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import Scorer

@@ -60,7 +60,7 @@ def preview(
 ) -> None:
     """Show rows as a model sees them, token by token: green carries loss, dim does not."""
     from alignment.chat import preview as token_text
-    from alignment.models import load_chat, model_folder
+    from alignment.model_folders import load_chat, model_folder
 
     shown = list(islice(_typed_rows(file), rows))
     if not shown:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from alignment.data import load_prompts
 from alignment.distributed import for_all, map_over_processes
 from alignment.isolation import isolated
-from alignment.models import check_is_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sampling.prompts import choose_prompts, prompt_room
 from rlhf.judges import judges_context, load_scorer

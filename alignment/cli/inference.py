@@ -17,7 +17,7 @@ from alignment.data import load_prompts
 from alignment.errors import ConfigError, RunError
 from alignment.hardware import compute_dtype
 from alignment.headlines import what_was_left_out
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar, console
 from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import (

@@ -13,7 +13,7 @@ from alignment.files import check_new_file, file_sha256, read_object, write_json
 from alignment.line_log import append_lines, whole_lines
 from alignment.locks import lock_file, unlock_file
 from alignment.manifests import weights_sha256
-from alignment.models import model_folder
+from alignment.model_folders import model_folder
 from alignment.sources import find_data
 
 Row = dict[str, Any]

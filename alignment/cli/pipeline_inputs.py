@@ -113,7 +113,7 @@ def check_stages(plan: Pipeline) -> None:
 
 
 def _check_model(key: str, model: ModelSection, *, untrained: Collection[str]) -> ModelSection:
-    from alignment.models import check_is_chat_model, load_chat_of, reward_model_context
+    from alignment.model_folders import check_is_chat_model, load_chat_of, reward_model_context
 
     try:
         load_chat_of(model.path, model.chat_template)

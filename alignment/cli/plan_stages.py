@@ -13,7 +13,7 @@ from alignment.cli.plan_ppo import plan_ppo
 from alignment.cli.planner import Planner, draws_for, file_bytes, fill, judged, prompt_length, repeated, vllm_share
 from alignment.config import SamplingSection, StageConfig
 from alignment.errors import AlignError
-from alignment.models import context_length
+from alignment.model_folders import context_length
 from alignment.plan.passes import Rows
 from alignment.plan.phases import Phase, StagePlan, Work
 from alignment.plan.sampling import Draws, sampling

@@ -10,7 +10,7 @@ import torch
 
 from alignment.config import LoraSection, ModelSection, SamplingSection, StageConfig
 from alignment.errors import ConfigError
-from alignment.models import context_length
+from alignment.model_folders import context_length
 from alignment.plan.origins import Origin
 from alignment.plan.passes import Pass, Rows, run_pass
 from alignment.plan.phases import Phase, StagePlan, Work, together

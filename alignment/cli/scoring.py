@@ -19,7 +19,7 @@ from alignment.config import build_section
 from alignment.data import load_pairs, load_rows, raise_together, read_lines, stream_rows
 from alignment.dialogue import Candidate, Messages, PreferencePair, RowError, as_response, optional_number
 from alignment.errors import DataError
-from alignment.models import load_chat_of
+from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sources import find_data
 from reward_models.calibration import sigmoid

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from alignment.adapters import fingerprint
 from alignment.demo_model import DEMO_MODEL
 from alignment.errors import ModelError
-from alignment.models import ADAPTER_FOLDER, model_folder
+from alignment.model_folders import model_folder
+from alignment.models import ADAPTER_FOLDER
 from alignment.plan.shapes import meta_model, spec_of
 from alignment.sources import cache_dir, find_model
 from alignment.weight_files import read_weight, weight_files

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from alignment.config import LoraSection
 from alignment.errors import ModelError
-from alignment.models import add_lora, float32_head, model_folder
+from alignment.model_folders import model_folder
+from alignment.models import add_lora, float32_head
 from alignment.tree_attention import TREE_ATTENTION
 
 Head = Literal["lm", "score"]

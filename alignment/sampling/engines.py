@@ -12,7 +12,8 @@ from accelerate import PartialState
 from alignment.config import ModelSection, SamplingSection
 from alignment.errors import ConfigError, SamplerError
 from alignment.hardware import compute_dtype
-from alignment.models import check_is_chat_model, load_chat_model, load_chat_of, model_folder
+from alignment.model_folders import check_is_chat_model, load_chat_of, model_folder
+from alignment.models import load_chat_model
 from alignment.progress import console
 from alignment.sampling.memory import CPU_MAX_ROWS
 from alignment.sampling.protocol import Sampler

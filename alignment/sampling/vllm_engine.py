@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from alignment.errors import SamplerError
-from alignment.models import context_length
+from alignment.model_folders import context_length
 from alignment.sampling.draw import seeds_of
 from alignment.sampling.protocol import Sample, SamplingParams
 
