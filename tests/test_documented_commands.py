@@ -245,13 +245,13 @@ def write_stand_in(path: Path, rows: list[dict]) -> None:
 
 
 def stand_in_rows(name: str) -> list[dict]:
-    """Small rows of the kind that a file's name says; enough for a dialogue of twenty turns, each of another prompt."""
+    """Small rows of the kind that a file's name says; enough for twenty turns of other prompts, and for a split."""
 
     def messages(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
 
     rows = []
-    for number in range(24):
+    for number in range(40):
         prompt = messages("user", f"Say {number}.")
         long, short = messages("assistant", f"{number} it is."), messages("assistant", "No.")
         if "pair" in name or "pref" in name:
