@@ -172,11 +172,9 @@ def check_run_dir(config: StageConfig, *, resume: bool = False) -> None:
     """Raises RunError where `open_run` would refuse the run directory. Call before the work; it only reads.
 
     The directory may hold a finished run, an unfinished one that is not to be resumed, has other settings or is worked
-    on by another process, or files that no run wrote; or it is to be resumed and is not there.
+    on by another process, or files that no run wrote.
     """
     path = Path(config.run.dir)
-    if resume and not path.exists():
-        raise RunError(f"{path}: there is no run to resume. Leave --resume out to begin one.")
     if path.is_file():
         raise RunError(f"{path}: is a file. Give another run.dir.")
     manifest = read_manifest(path)

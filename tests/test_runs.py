@@ -450,12 +450,7 @@ def test_overwrite_with_resume_keeps_what_there_is(config):
     assert open_run(overwriting, resume=True).noted("before") == 1
 
 
-def test_a_run_that_is_not_there_is_not_resumed(config):
-    """A mistyped run.dir would begin another run."""
-    with pytest.raises(RunError, match=r"there is no run to resume\. Leave --resume out to begin one\."):
-        open_run(config, resume=True)
-    assert not Path(config.run.dir).exists()
-    Path(config.run.dir).mkdir(parents=True)  # killed before its first file
+def test_resume_of_a_run_that_has_not_begun_begins_it(config):
     assert open_run(config, resume=True).noted("status") == "running"
 
 
@@ -479,7 +474,7 @@ def test_leftovers_of_a_killed_write_are_removed(config):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_directory_is_checked_without_touching_it(config, resume):
-    check_run_dir(config)
+    check_run_dir(config, resume=resume)
     assert not Path(config.run.dir).exists()
     run = begin(config)
     before = {file.name: file.stat().st_mtime_ns for file in run.path.iterdir()}
