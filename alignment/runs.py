@@ -231,6 +231,8 @@ def _damaged_files(checkpoint: Path) -> list[str]:
 
 def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
     check_run_dir(config, resume=resume)
+    if resume and not path.exists():
+        logger.warning("%s: there is no run to resume, so one begins.", path)
     path.mkdir(parents=True, exist_ok=True)
     lock_folder(path)
     if config.run.overwrite and not resume:

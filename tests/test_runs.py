@@ -450,8 +450,12 @@ def test_overwrite_with_resume_keeps_what_there_is(config):
     assert open_run(overwriting, resume=True).noted("before") == 1
 
 
-def test_resume_of_a_run_that_has_not_begun_begins_it(config):
+def test_resume_of_a_run_that_has_not_begun_begins_it(config, caplog):
+    """A job that is put back into a queue resumes always; who mistypes run.dir is told."""
     assert open_run(config, resume=True).noted("status") == "running"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{config.run.dir}: there is no run to resume, so one begins."
+    ]
 
 
 @pytest.mark.parametrize("victim", ["model_hashes", "to_yaml", "git_commit"])
