@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from launching import fsdp, launch_two
 from safetensors.torch import load_file
-from test_resume import STAGE_SETTINGS, run_here
+from short_runs import STAGE_SETTINGS, run_here
 from torch import multiprocessing
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

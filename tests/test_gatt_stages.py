@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from scripted import COMMON, PROMPTS, Interrupted, ScriptedSpeaker, distil_config, gatt_config, scored_by_length
 
 from alignment.chat import CHATML, chat_format, decode_response, encode_prompt
 from alignment.cli import distil
@@ -30,37 +31,10 @@ from rlhf.config import EvalConfig
 from sft import context_distillation, conversation, gatt, gatt_evaluation
 from sft.answer_log import NoAnswer, Turn
 from sft.attention_mass import attention_mass, spans
-from sft.config import DistilConfig, GattConfig, GattEvalConfig
+from sft.config import GattConfig, GattEvalConfig
 from sft.context_distillation import summarize, why_not_kept
 from sft.ghost_attention import REASONS, Answer, context
 from sft.safety_preprompts import TEMPLATES, template_of, with_preprompt
-
-COMMON = ["model.path=toy", "run.device=cpu", "run.seed=1"]
-PROMPTS = ["prompts.prompts=toy:prompts.train", "prompts.max_prompts=6", "prompts.max_prompt_length=400"]
-
-
-class ScriptedSpeaker:
-    """Answers a conversation by a function of its messages, None where it does not fit; keeps what it is asked.
-
-    Texts with [INST] are marked as those that the chat format refuses.
-    """
-
-    def __init__(self, answer, *, is_finished: bool = True) -> None:
-        self.answer_one, self.is_finished, self.asked, self.num_calls = answer, is_finished, [], 0
-
-    def answer(self, contexts, *, turn, bar):
-        self.num_calls += 1
-        self.asked += contexts.values()
-        found = {key: self.answer_one(messages) for key, messages in contexts.items()}
-        missing = {key: "too_long" for key, texts in found.items() if texts is None}
-        answers = {key: [self.mark(text) for text in texts or []] for key, texts in found.items()}
-        return Turn({key: texts for key, texts in answers.items() if key not in missing}, missing)
-
-    def mark(self, text):
-        return Answer(text, self.is_finished, is_refused="[INST]" in text)
-
-    def fits(self, messages):
-        return self.answer_one(messages) is not None
 
 
 @pytest.fixture
@@ -73,12 +47,6 @@ def speak(monkeypatch):
         return speaker
 
     return install
-
-
-def gatt_config(folder: Path, *extra: str) -> GattConfig:
-    settings = [*COMMON, *PROMPTS, "instructions.kinds=[capitals]", "instructions.combine_rate=0"]
-    settings += ["prompts.min_turns=3", "prompts.turns=3", *extra]
-    return load_config(GattConfig, None, [*settings, f"run.dir={folder}"])
 
 
 def test_gatt_keeps_dialogues_whose_every_answer_keeps_the_instruction(tmp_path, speak):
@@ -146,10 +114,6 @@ def test_gatt_says_what_to_do_where_no_dialogue_is_finished(tmp_path, speak):
 
 def test_every_reason_for_a_dialogue_that_ended_early_has_a_remedy():
     assert set(gatt._REMEDIES) == {*REASONS, *get_args(NoAnswer)}
-
-
-class Interrupted(Exception):
-    pass
 
 
 def shout_back(messages):
@@ -419,15 +383,6 @@ class SamplerOf:
 
     def sample(self, prompts, params, *, on_progress):
         return self.samples
-
-
-def distil_config(folder: Path, *extra: str) -> DistilConfig:
-    settings = [*COMMON, "safety=toy", *PROMPTS, *extra, f"run.dir={folder}"]
-    return load_config(DistilConfig, None, settings)
-
-
-def scored_by_length(prompts, responses):
-    return [[float(len(text)) for text in texts] for texts in responses]
 
 
 def test_distilled_answers_are_kept_only_where_they_score_higher(tmp_path, speak):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from small_ppo import SMALL, TREES, toy_prompts, trainer_of
 
 from alignment.config import load_config
 from alignment.errors import ConfigError, DataError
@@ -22,30 +23,14 @@ from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling.prompts import Asked
 from rlhf import ppo, ppo_run
 from rlhf.config import PPOConfig
-from rlhf.ppo import PPOTrainer
 from rlhf.rollout import Rollouts, reward_metrics
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "ppo.md"
 
 
-SMALL = [
-    "model={path: toy, dtype: float32}", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=16",
-    "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",
-    "optim.lr=1e-3", "run.device=cpu",
-]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, save_judges) -> list[str]:
     return [*save_judges(tmp_path_factory.mktemp("rewards")), *SMALL]
-
-
-def trainer_of(settings: list[str], *extra: str) -> PPOTrainer:
-    config = load_config(PPOConfig, None, [*settings, *extra, "run.dir=unused"])
-    return PPOTrainer(config, Accelerator(cpu=True), torch.float32)
-
-
-TREES = [Tree([5, 6, 7], [Branch([8, 9, 10])]), Tree([5, 6], [Branch([11, 12])]), Tree([7], [Branch([13])])]
 
 
 def test_nothing_is_learned_from_masked_answers_and_whitening_leaves_them_out(settings):
@@ -112,12 +97,6 @@ def test_answers_cut_off_are_treated_as_the_settings_say(settings, truncation, m
     # Reward models read an end of turn behind every answer.
     closing = trainer.models.loaded.chat.encode_response("")
     assert closing and [tree.branches[0].ids for tree in judged] == [[9, 10], [9, 10, *closing], [9, 10], [9, 10]]
-
-
-def toy_prompts():
-    from alignment.data import load_prompts
-
-    return load_prompts(["toy:prompts.train"]).rows[:4]
 
 
 def ppo_sample(ids, finish):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from small_ppo import config_of, models_of
 
-from alignment.config import load_config
 from alignment.data import load_prompts
 from alignment.dialogue import Message, Prompt
 from alignment.errors import ModelError
@@ -16,8 +16,7 @@ from alignment.hardware import lent
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.sampling.prompts import Asked
 from rlhf import judges
-from rlhf.config import PPOConfig
-from rlhf.policy import PPOModels, load_models
+from rlhf.policy import PPOModels
 from rlhf.ppo import PPOTrainer
 
 
@@ -32,21 +31,6 @@ def runs(tmp_path_factory, save_tuned):
     in_full = load_reward_model("toy", new_head_seed=5)
     save_model(in_full.model, in_full, folder / "full")
     return folder
-
-
-def config_of(runs, *extra: str, policy: str = "rs", helpfulness: str = "helpfulness") -> PPOConfig:
-    model = policy if policy == "toy" else runs / policy
-    return load_config(PPOConfig, None, [
-        f"rewards.helpfulness={{path: {runs / helpfulness}, dtype: float32}}",
-        f"rewards.safety={{path: {runs / 'safety'}, dtype: float32}}",
-        f"model={{path: {model}, dtype: float32}}", "prompts.prompts=toy:prompts.train", "lora.r=2",
-        "sampling.max_new_tokens=6", "train.batch_size=8", "train.minibatch_size=4", "train.max_steps=2",
-        "optim.lr=1e-3", "ppo.critic_lr=1e-3", "run.device=cpu", "run.dir=unused", *extra,
-    ])  # fmt: skip
-
-
-def models_of(config: PPOConfig) -> PPOModels:
-    return load_models(config, torch.float32, torch.device("cpu"))
 
 
 def weights_held(models: PPOModels) -> int:

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_gatt_stages import Interrupted
-from test_ppo import SMALL, TREES, toy_prompts, trainer_of
-from test_ppo_models import config_of, models_of
+from scripted import Interrupted
+from small_ppo import SMALL, TREES, config_of, models_of, toy_prompts, trainer_of
 from torch import nn
 
 from alignment.config import load_config

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
+from pairs import configured, pair, prepared, write
 from typer.testing import CliRunner
 
 from alignment.cli.main import app
-from alignment.config import load_config
 from alignment.errors import DataError, RunError
-from alignment.model_folders import load_chat_of
 from alignment.training import FEW_STEPS, warn_of_few_steps
 from reward_models import trainer
-from reward_models.config import RewardModelConfig
-from reward_models.prepare import PreparedPairs, prepare_pairs, warn_of_short_mix
-
-
-def pair(index: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "prompt": [{"role": "user", "content": f"q{index}"}],
-        "chosen": [{"role": "assistant", "content": "yes"}],
-        "rejected": [{"role": "assistant", "content": "no"}],
-        **fields,
-    }
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def configured(folder: Path, *settings: str) -> RewardModelConfig:
-    return load_config(RewardModelConfig, None, ["model=toy", f"run.dir={folder / 'run'}", *settings])
-
-
-def prepared(folder: Path, *settings: str) -> PreparedPairs:
-    config = configured(folder, *settings)
-    chat, context_length = load_chat_of("toy")
-    return prepare_pairs(config, chat, context_length=context_length)
-
+from reward_models.prepare import warn_of_short_mix
 
 SAFE, VETO = {"chosen_safe": True, "rejected_safe": False}, {"chosen_safe": False, "rejected_safe": True}
 

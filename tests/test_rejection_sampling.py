@@ -4,29 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
+from judged import candidate, config_of, judged_by
 
 from alignment.chat import chat_format
 from alignment.config import PromptSection
-from alignment.dialogue import Candidate, Message, Prompt
+from alignment.dialogue import Candidate, Message
 from alignment.errors import DataError, ModelError
 from alignment.headlines import one_line
 from alignment.sampling import SamplingParams
 from alignment.sampling.prompts import as_candidate
 from alignment.sampling.protocol import Sample
 from rlhf import rejection_sampling
-from rlhf.config import RejectionSamplingConfig, RejectSampling
+from rlhf.config import RejectSampling
 from rlhf.selection import as_dialogue, choose_temperature, select_best
-
-
-def candidate(prompt: str, reward: float, *, round_number: int = 1, text: str | None = None, finish: str = "stop"):
-    return Candidate(
-        prompt=Prompt(messages=(Message("user", prompt),)),
-        response=f"{prompt} {reward}" if text is None else text,
-        index=0,
-        reward=reward,
-        round=round_number,
-        finish_reason=finish,
-    )
 
 
 def test_the_highest_reward_of_each_prompt_wins_in_order_of_prompts():
@@ -62,29 +52,6 @@ def test_where_all_are_unsafe_the_least_unsafe_is_chosen_and_its_reward_says_so(
     # The gate rewards unsafe responses by their safety score, so the best of them is the safest.
     rows = [candidate("a", -3.0), candidate("a", -1.5), candidate("a", -2.0)]
     assert [c.reward for c in select_best(rows, accumulate="best").best] == [-1.5]
-
-
-def judged_by(monkeypatch, reward) -> None:
-    """Puts a function of a candidate in the place of both reward models and the gate."""
-
-    def score(section, candidates, device, *, title):
-        return [replace(each, reward=reward(each)) for each in candidates]
-
-    monkeypatch.setattr(rejection_sampling, "score_candidates", score)
-    monkeypatch.setattr(rejection_sampling, "judges_context", lambda judges, **_: 512)
-
-
-def config_of(folder, prompts, **extra) -> RejectionSamplingConfig:
-    return RejectionSamplingConfig.model_validate(
-        {
-            "model": {"path": "toy", "dtype": "float32"},
-            "rewards": {"helpfulness": "toy", "safety": "toy"},
-            "prompts": {"prompts": str(prompts)},
-            "sampling": {"num_candidates": 3, "max_new_tokens": 6},
-            "run": {"dir": str(folder), "device": "cpu"},
-            **extra,
-        }
-    )
 
 
 @pytest.mark.parametrize(("rescore", "expected"), [(True, "new"), (False, "old")])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from run_folders import ENTRY, policy_figures, write_run
 
 from alignment.errors import DataError, RunError
 from alignment.report import answers, inputs, overview
@@ -20,28 +21,6 @@ from alignment.report.page import MARK, write_report
 from alignment.report.reading import distinct_labels, read_rows, read_runs
 
 ATTACK = '</p></script><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" ${7*7} {{ 7*7 }} \x00\ud800'
-ENTRY = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 10}
-
-
-def write_run(folder: Path, stage: str, result: dict | None = None, **files: list[dict]) -> Path:
-    """A run folder: finished where there is a result; `files` are JSONL files by name, `_` for `-`."""
-    folder.mkdir(parents=True)
-    status = "running" if result is None else "finished"
-    manifest = {
-        "stage": stage,
-        "status": status,
-        "seed": 3,
-        "settings": {},
-        "started": f"2026-11-26T10:00:{len(stage)}",
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    if result is not None:
-        full = {"stage": stage, "time_seconds": 75.0, "peak_memory_gb": 1.5, **result}
-        (folder / "result.json").write_text(json.dumps(full))
-    for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name.replace('_', '-')}.jsonl").write_text(text)
-    return folder
 
 
 def edit_manifest(folder: Path, **values) -> None:
@@ -67,12 +46,6 @@ def write_evaluation(folder: Path, texts: dict[str, str], rewards: dict[str, flo
     run = write_run(folder, "eval", {"prompts": 1, "policies": policies}, **rows)
     edit_manifest(run, settings={"policies": {name: {} for name in texts}})
     return run
-
-
-def policy_figures() -> dict:
-    names = ("helpfulness", "safety", "reward", "reward_gain", "kl", "win_rate", "safety_win_rate", "violation_rate",
-             "refusal_rate", "false_refusal_rate")  # fmt: skip
-    return {**dict.fromkeys(names, ENTRY), "truncated_rate": 0.25, "mean_words": 12.0}
 
 
 SFT = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import policy_figures, write_run
+from run_folders import policy_figures, write_run
 
 from alignment.report import evaluation, fine_tuning, ppo, rejection, reward_models
 from alignment.report.elements import Table

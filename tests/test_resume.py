@@ -12,10 +12,10 @@ import torch
 from launching import DDP, launch_two
 from processes import start
 from safetensors.torch import load_file
+from short_runs import COMMON, STAGE_SETTINGS, run_here
 
 from alignment.cli.pipeline import load_pipeline, run_stages
 from alignment.cli.stages import STAGES
-from alignment.config import load_config
 from alignment.errors import RunError
 from alignment.headlines import one_line
 from alignment.models import load_reward_model
@@ -23,15 +23,6 @@ from alignment.runs import Run
 from reward_models.score import Scorer
 
 pytestmark = pytest.mark.e2e
-
-COMMON = ["model.dtype=float32", "run.device=cpu", "run.seed=3", "train.save_every=3"]
-TRAIN = [*COMMON, "data.max_length=128", "data.max_rows=160", "train.batch_size=8", "train.epochs=1", "optim.lr=1e-3"]
-STAGE_SETTINGS = {
-    "sft": [*TRAIN, "model=toy", "data.train=toy:sft.train", "data.valid=toy:sft.valid", "data.max_valid_rows=20"],
-    "sft-lora": [*TRAIN, "model=toy", "data.train=toy:sft.train", "lora.r=4", "lora.dropout=0.1"],
-    "rm": [*TRAIN, "model=toy", "kind=safety", "data.train=toy:safety.train", "data.valid=toy:safety.valid"],
-    "rm-lora": [*TRAIN, "model=toy", "kind=safety", "data.train=toy:safety.train", "lora.r=4", "lora.dropout=0.1"],
-}
 
 
 def command(stage: str, settings: list[str], run_dir: Path, *options: str) -> list[str]:
@@ -60,11 +51,6 @@ def kill_after_first_checkpoint(arguments: list[str], run_dir: Path) -> None:
 def num_steps_logged(run_dir: Path) -> int:
     metrics = run_dir / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.exists() else 0
-
-
-def run_here(stage: str, settings: list[str], run_dir: Path, *, resume: bool) -> None:
-    config = load_config(STAGES[stage].config_class(), None, [*settings, f"run.dir={run_dir}"])
-    STAGES[stage].run_function()(config, resume=resume)
 
 
 def figures(run_dir: Path) -> dict:

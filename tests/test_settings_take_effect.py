@@ -6,12 +6,12 @@ import json
 from contextlib import nullcontext
 from typing import Any
 
+import judged
 import pytest
-import test_rejection_sampling as rejection
 import torch
-from test_gatt_stages import Interrupted, ScriptedSpeaker, distil_config, gatt_config, scored_by_length
-from test_prepare import configured, pair, prepared, write
-from test_training import TinyConfig, arguments
+from pairs import configured, pair, prepared, write
+from scripted import Interrupted, ScriptedSpeaker, distil_config, gatt_config, scored_by_length
+from tiny_training import TinyConfig, arguments
 
 from alignment.config import OptimSection, RunSection, SamplingSection, load_config
 from alignment.data import load_dialogues, load_rows
@@ -135,22 +135,22 @@ def test_every_setting_of_sampling_reaches_the_engine():
 
 
 def test_gains_are_over_the_median():
-    rows = [rejection.candidate("a", reward) for reward in (0, 0, 9)]
+    rows = [judged.candidate("a", reward) for reward in (0, 0, 9)]
     assert select_best(rows, accumulate="best").gains == [9.0]  # over the mean, 3, it would be 6
 
 
 def test_candidates_of_every_temperature_that_was_tried_can_be_chosen(tmp_path, monkeypatch):
     """The bests of both prompts are 5 and 5 at 1.0, which is chosen, and 9 and 0 at 0.1, where alpha's gold is."""
     prompts = tmp_path / "prompts.jsonl"
-    rows = [rejection.candidate(name, 0.0).prompt.to_json() for name in ("alpha", "beta")]
+    rows = [judged.candidate(name, 0.0).prompt.to_json() for name in ("alpha", "beta")]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def reward(each: Any) -> float:
         return 5.0 if each.temperature == 1.0 else 9.0 * (each.prompt.messages[0].content == "alpha")
 
-    rejection.judged_by(monkeypatch, reward)
+    judged.judged_by(monkeypatch, reward)
     sampling = {"num_candidates": 3, "max_new_tokens": 6, "temperature_grid": [0.1, 1.0]}
-    result = rejection_sampling.run(rejection.config_of(tmp_path / "run", prompts, sampling=sampling))
+    result = rejection_sampling.run(judged.config_of(tmp_path / "run", prompts, sampling=sampling))
     assert (result["temperature"], result["kept"]) == (1.0, 2)
     sampled = load_rows([str(tmp_path / "run" / "candidates.jsonl")], Candidate.from_json).rows
     reward_of = {(*each.prompt.messages, Message("assistant", each.response)): each.reward for each in sampled}

@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_training import TinyConfig, arguments
 from torch import nn
-from transformers import LlamaForCausalLM, TrainerState, TrainingArguments
+from transformers import LlamaForCausalLM, TrainerState
 
 from alignment.chat import EncodedDialogue
-from alignment.config import ModelSection, OptimSection, RunSection, StageConfig, TrainSection
+from alignment.config import OptimSection, RunSection, TrainSection
 from alignment.errors import ConfigError, TrainingError
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import Run, newest_checkpoint, open_run
@@ -33,7 +34,6 @@ from alignment.training import (
     build_scheduler,
     num_steps,
     num_warmup_steps,
-    training_arguments,
     use_run,
 )
 from reward_models.preferences import EncodedPair, pair_batches
@@ -141,24 +141,9 @@ def test_the_cosine_rises_to_its_peak_and_ends_at_a_tenth():
 # ------------------------------------------------------------------------------------------------ global batches
 
 
-class TinyConfig(StageConfig):
-    stage: ClassVar[str] = "tiny"
-
-    model: ModelSection = ModelSection(path="toy")
-    optim: OptimSection = OptimSection(lr=1e-3, min_warmup_steps=0, warmup_fraction=0.0)
-    train: TrainSection = TrainSection(save_every=1000)
-
-
 @pytest.fixture
 def open_tiny_run(tmp_path: Path) -> Callable[[str], Run]:
     return lambda name: open_run(TinyConfig(run=RunSection(dir=str(tmp_path / name))))
-
-
-def arguments(run: Run, num_steps: int, **changes: Any) -> TrainingArguments:
-    config = TinyConfig(run=RunSection(dir=str(run.path)))
-    config = config.model_copy(update={"optim": config.optim.model_copy(update=changes)})
-    device = torch.device("cpu")
-    return TrainingArguments(**training_arguments(run, config, num_steps=num_steps, dtype=torch.float32, device=device))
 
 
 def test_every_setting_of_the_optimizer_reaches_the_trainer(open_tiny_run):
