@@ -275,7 +275,7 @@ class PPOConfig(StageConfig):
     train: PPOTrain = PPOTrain()
 
     @model_validator(mode="after")
-    def _sizes_divide(self) -> PPOConfig:
+    def _settings_agree(self) -> PPOConfig:
         train, sampling = self.train, self.sampling
         if train.batch_size % train.minibatch_size:
             raise ValueError(
@@ -286,6 +286,11 @@ class PPOConfig(StageConfig):
             raise ValueError(
                 f"ppo.critic_warmup = {self.ppo.critic_warmup} leaves none of train.max_steps = {train.max_steps} "
                 "iterations to the policy. Lower it."
+            )
+        if self.ppo.share_backbone == "always" and not self.lora.r:
+            raise ValueError(
+                "ppo.share_backbone=always: a policy that is trained in full (lora.r=0) has weights of its own. Set "
+                "lora.r above 0, or ppo.share_backbone=auto."
             )
         if train.minibatch_size % sampling.num_candidates:
             raise ValueError(

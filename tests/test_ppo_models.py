@@ -11,7 +11,7 @@ from small_ppo import config_of, models_of
 
 from alignment.data import load_prompts
 from alignment.dialogue import Message, Prompt
-from alignment.errors import ModelError
+from alignment.errors import AlignError
 from alignment.hardware import lent
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.sampling.prompts import Asked
@@ -82,7 +82,7 @@ def test_what_cannot_share_a_backbone_is_separate_or_refused(runs, options, reas
     options = dict(options)
     extra = options.pop("extra", [])
     assert reason in models_of(config_of(runs, *extra, **options)).separate
-    with pytest.raises(ModelError, match=r"ppo\.share_backbone=always: "):
+    with pytest.raises(AlignError, match=r"ppo\.share_backbone=always: "):
         models_of(config_of(runs, *extra, "ppo.share_backbone=always", **options))
 
 
