@@ -99,7 +99,7 @@ def test_a_run_does_not_go_on_with_changed_data(tmp_path, monkeypatch):
     train = write(tmp_path / "a.jsonl", [pair(index) for index in range(4)])
     config = configured(tmp_path, "kind=helpfulness", f"data.train={train}", "train.batch_size=2")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "load_reward_model", _interrupt)
+        patch.setattr(trainer, "save_model", _interrupt)
         trainer.run(config)
     write(train, [pair(index) for index in range(3)])
     with pytest.raises(RunError, match=r"a\.jsonl changed since the unfinished run began"):
