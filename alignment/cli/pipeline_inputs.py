@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from alignment.cli.pipeline_stages import Pipeline, PlannedStage
+from alignment.cli.pipeline_stages import Pipeline, PlannedStage, maker_of
 from alignment.cli.stages import STAGES, ModelKind
 from alignment.config import ModelSection, Section, StageConfig
 from alignment.data import OnError, load_rows
@@ -22,7 +22,7 @@ JUDGES = ("rewards.helpfulness", "rewards.safety", "safety", "guard", "evaluatio
 def wrong_references(config: StageConfig, earlier: Sequence[PlannedStage]) -> Iterator[str]:
     """Settings that name what an earlier stage does not make: a model of the other kind, a file it does not write."""
     for key, name, kind in config.input_names():
-        found = _maker(name, earlier)
+        found = maker_of(name, earlier)
         if found is None:
             continue
         inside = Path(name).relative_to(found.path)
@@ -50,13 +50,6 @@ def _wanted_models(config: StageConfig, key: str) -> tuple[ModelKind, ...]:
     return ("chat model", "reward model") if config.stage == "rm" else ("chat model",)
 
 
-def _maker(name: str, earlier: Sequence[PlannedStage]) -> PlannedStage | None:
-    """The earlier stage whose run directory a model or file is in, if it is in one."""
-    stages = {stage.path: stage for stage in earlier}
-    place = Path(name)
-    return next((stages[folder] for folder in (place, *place.parents) if folder in stages), None)
-
-
 def check_rows(plan: Pipeline) -> None:
     """Raises DataError with every bad row of the files that the stages to come read and none of them makes.
 
@@ -67,7 +60,7 @@ def check_rows(plan: Pipeline) -> None:
     for stage in plan.to_run:
         kind = STAGES[stage.config.stage].of_kind(getattr(stage.config, "kind", None))
         for key, name, what in stage.config.input_names():
-            if what != "data" or _maker(name, plan.stages):
+            if what != "data" or maker_of(name, plan.stages):
                 continue
             parser, on_error = kind.row_parser(key), _on_error(stage.config, key)
             if (name, parser, on_error) in seen:
@@ -95,7 +88,7 @@ def check_stages(plan: Pipeline) -> None:
     """
     problems: dict[str, list[str]] = {}  # stages by what is wrong: many read the same model
     for stage in plan.to_run:
-        made = {key: kind for key, name, kind in stage.config.input_names() if _maker(name, plan.to_run)}
+        made = {key: kind for key, name, kind in stage.config.input_names() if maker_of(name, plan.to_run)}
         untrained = made.keys() & set(JUDGES)
         config = _each_model(stage.config, lambda _, model: _on_disk(model, plan.to_run))
         check = STAGES[config.stage].of_kind(getattr(config, "kind", None)).check_function()
@@ -128,7 +121,7 @@ def _check_model(key: str, model: ModelSection, *, untrained: Collection[str]) -
 
 def _on_disk(model: ModelSection, stages: Sequence[PlannedStage]) -> ModelSection:
     """The model that is there already of which these stages make a model, or itself."""
-    while (maker := _maker(model.path, stages)) is not None:
+    while (maker := maker_of(model.path, stages)) is not None:
         before = maker.config.model
         template = before.chat_template if model.chat_template == "auto" else model.chat_template
         model = model.model_copy(update={"path": before.path, "chat_template": template})

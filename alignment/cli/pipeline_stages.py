@@ -57,6 +57,13 @@ class Pipeline:
         return [stage for stage in self.stages if not stage.is_done]
 
 
+def maker_of(name: str, earlier: Sequence[PlannedStage]) -> PlannedStage | None:
+    """The earlier stage whose run directory a model or file is in, if it is in one."""
+    stages = {stage.path: stage for stage in earlier}
+    place = Path(name)
+    return next((stages[folder] for folder in (place, *place.parents) if folder in stages), None)
+
+
 def check_runs(plan: Pipeline) -> None:
     """Raises RunError where what is in the run directories is not of this plan. Call before any stage; it only reads.
 
@@ -79,7 +86,7 @@ def check_runs(plan: Pipeline) -> None:
 def _check_inputs(stage: PlannedStage, done: Sequence[PlannedStage]) -> None:
     """Raises RunError where a stage that is to run reads what a finished one made and what was removed since."""
     for key, name, kind in stage.config.input_names():
-        maker = next((each for each in done if Path(name).is_relative_to(each.path)), None)
+        maker = maker_of(name, done)
         if maker is not None and not _is_there(name, kind):
             raise RunError(
                 f"{maker.path}: finished, but what {stage.name} reads of it ({key}: {name}) was removed since. Put it "
