@@ -25,9 +25,9 @@ from sft.config import DistilConfig
 LONG, SHORT = "x" * 100, "hi"
 
 
-def save_judge(folder: Path, *, context: int | None = None) -> Path:
+def save_judge(folder: Path, *, seed: int, context: int | None = None) -> Path:
     """A reward model of the toy's shape; with `context` it reads no more tokens than these."""
-    loaded = load_reward_model("toy", new_head_seed=0)
+    loaded = load_reward_model("toy", new_head_seed=seed)
     save_model(loaded.model, loaded, folder)
     if context is not None:
         path = folder / "config.json"
@@ -37,7 +37,10 @@ def save_judge(folder: Path, *, context: int | None = None) -> Path:
 
 @pytest.fixture
 def judges(tmp_path) -> dict[str, Path]:
-    return {"whole": save_judge(tmp_path / "whole"), "small": save_judge(tmp_path / "small", context=60)}
+    return {
+        "whole": save_judge(tmp_path / "whole", seed=0),
+        "small": save_judge(tmp_path / "small", seed=1, context=60),
+    }
 
 
 def prompts_of(folder: Path, text: str) -> Path:
