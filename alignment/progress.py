@@ -20,7 +20,8 @@ class ProgressBar:
 
     def __init__(self, title: str, total: int, *, shown: bool = True, start: int = 0) -> None:
         self.title, self.total, self.shown, self.done = title, total, shown, start
-        self._started, self._start, self._last_line = time.monotonic(), start, 0.0
+        self._started, self._last_line = time.monotonic(), 0.0
+        self._start = start  # the part of `done` that took no time here
         self._live = shown and sys.stderr.isatty()
 
     def __enter__(self) -> Self:
@@ -46,6 +47,13 @@ class ProgressBar:
             self._progress.stop()
         elif self.shown and kind is None:
             console.print(f"{self.title}: {self.done}/{self.total} in {_clock(time.monotonic() - self._started)}")
+
+    def skip(self, count: int) -> None:
+        """Counts work that an interrupted run had finished: what is left is not reckoned by its speed."""
+        self.done += count
+        self._start += count
+        if self._live:
+            self._progress.reset(self._task, completed=self.done)  # `update` would take it for speed
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Counts finished work; `note` stands at the end of the line."""

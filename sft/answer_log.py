@@ -107,7 +107,7 @@ class _RecordedSpeaker:
             answered = self.speaker.answer(contexts, turn=turn, bar=bar)
             self.log.append_turn(self.lot, turn, answered)
         else:
-            bar.advance(sum(map(len, answered.candidates.values())))
+            bar.skip(sum(map(len, answered.candidates.values())))
         assert {*answered.candidates, *answered.missing} == set(contexts), "the log is of the same dialogues"
         return answered
 
