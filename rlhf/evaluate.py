@@ -199,20 +199,30 @@ def win_rate(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> 
 def gains(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dict[str, Any]:
     """Paired differences from the baseline's answers to the same prompts, with 95 % intervals.
 
-    `reward_gain` by the gated reward, and the `_change` of each rate. Where a guard scored, `guard_gain` by the guard,
-    and `guard_agrees`: whether its interval lies on the same side of 0 as that of the reward; null where the reward's
-    does not lie on one.
+    `reward_gain` by the gated reward, `reward_gain_ended` over the prompts to which both answers ended by themselves,
+    and the `_change` of each rate. Where a guard scored, the same by the guard, and `guard_agrees`: whether the
+    interval of `guard_gain` lies on the same side of 0 as that of the reward; null where the reward's does not lie on
+    one.
     """
     now, before = _flags(candidates), _flags(baseline)
     changes = {
         f"{name.removesuffix('_rate')}_change": paired_rate_interval(now[name], before[name]).to_json() for name in now
     }
-    reward = mean_interval([ours.reward - theirs.reward for ours, theirs in zip(candidates, baseline, strict=True)])
-    if any(candidate.guard is None for candidate in candidates):
-        return {"reward_gain": reward.to_json(), **changes}
-    guard = mean_interval([ours - theirs for ours, theirs in zip(_guard(candidates), _guard(baseline), strict=True)])
-    agrees = _side(guard) == _side(reward) if _side(reward) else None
-    return {"reward_gain": reward.to_json(), "guard_gain": guard.to_json(), "guard_agrees": agrees, **changes}
+    both = list(zip(candidates, baseline, strict=True))
+    ended = [pair for pair in both if all(answer.finish_reason == "stop" for answer in pair)]
+    judges = ["reward"] if any(candidate.guard is None for candidate in candidates) else ["reward", "guard"]
+    over = {"gain": both, "gain_ended": ended}
+    found = {f"{judge}_{name}": _mean_gain(judge, pairs) for judge in judges for name, pairs in over.items()}
+    agrees = {}
+    if "guard" in judges:
+        side = _side(found["reward_gain"])
+        agrees = {"guard_agrees": _side(found["guard_gain"]) == side if side else None}
+    return {**{name: gain.to_json() for name, gain in found.items()}, **agrees, **changes}
+
+
+def _mean_gain(judge: str, pairs: Sequence[tuple[Candidate, Candidate]]) -> Interval:
+    """By `judge`, a field of candidates."""
+    return mean_interval([getattr(ours, judge) - getattr(theirs, judge) for ours, theirs in pairs])
 
 
 def _side(found: Interval) -> int:

@@ -52,6 +52,21 @@ def test_gains_are_paired_and_say_whether_the_guard_agrees():
     assert not [name for name in gains(unguarded, unguarded) if "guard" in name]
 
 
+def test_gains_are_also_those_of_answers_that_both_ended():
+    """Who only ends more answers gains by a judge that dislikes broken-off ones, but not among those that ended."""
+    before = answers([0.0, 0.0, -2.0, -2.0, 1.0], [0.0, 0.0, 3.0, 3.0, 1.0])
+    before[2:4] = [replace(answer, finish_reason="length") for answer in before[2:4]]
+    now = answers([0.5, -0.5, 0.0, -2.0, 1.0], [0.25, 0.25, 0.0, 3.0, 1.0])
+    now[3] = replace(now[3], finish_reason="length")
+    found = gains(now, before)
+    assert found["reward_gain"]["value"] == pytest.approx(0.4) and found["reward_gain"]["count"] == 5
+    assert found["reward_gain_ended"]["value"] == 0 and found["reward_gain_ended"]["count"] == 3
+    assert found["guard_gain"]["value"] == pytest.approx(-0.5)
+    assert found["guard_gain_ended"]["value"] == pytest.approx(1 / 6)
+    nobody = gains([replace(answer, finish_reason="length") for answer in now], before)
+    assert nobody["reward_gain_ended"] == {"value": None, "low": None, "high": None, "count": 0}
+
+
 def test_changes_of_rates_are_paired_on_the_prompts_that_they_count():
     """Two safety prompts, of which one answer became safe, and one other prompt that is now refused."""
     refusal = "I cannot help with that."

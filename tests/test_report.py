@@ -103,6 +103,22 @@ def test_an_unfinished_run_has_no_result_and_may_end_in_half_a_row(tmp_path):
     assert "unfinished (step 2)" in page and 'id="sft-loss"' in page
 
 
+@pytest.mark.parametrize(
+    ("ended", "cut_off", "is_doubted"),
+    [((-0.2, 0.2), 0.3, True), ((-0.4, -0.1), 0.3, True), ((0.1, 0.3), 0.3, False), ((-0.2, 0.2), 0.75, False)],
+)
+def test_a_gain_that_may_be_of_answers_no_longer_cut_off_is_pointed_out(tmp_path, ended, cut_off, is_doubted):
+    """A gain in reward that is not there where both answers ended, of a policy that ends more of its answers."""
+    low, high = ended
+    gained = {"value": 0.5, "low": 0.3, "high": 0.7, "count": 9}
+    rest = {"value": (low + high) / 2, "low": low, "high": high, "count": 4}
+    first = policy_figures() | {"truncated_rate": 0.8}
+    ppo = policy_figures() | {"truncated_rate": cut_off, "reward_gain": gained, "reward_gain_ended": rest}
+    result = {"prompts": 9, "policies": {"sft": first, "ppo": ppo}}
+    found = overview.warnings(read_runs([write_run(tmp_path / "eval", "eval", result)]))
+    assert [sentence.startswith("ppo and the first policy differ") for _, sentence in found] == [True] * is_doubted
+
+
 def test_numbers_that_are_none_are_left_out_of_curves(tmp_path):
     rows = [{"step": 1, "x": float("nan")}, {"step": 2, "x": True}, {"step": 3, "x": 4}, {"step": 4, "y": 1}]
     [run] = read_runs([write_run(tmp_path / "run", "ppo", metrics=rows)])

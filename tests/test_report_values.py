@@ -56,16 +56,23 @@ def evaluated(tmp_path) -> Path:
     policies = {}
     for name in ("base", "sft", "ppo"):
         names = [key for key in policy_figures() if key not in ("truncated_rate", "mean_words")]
-        row = {key: estimate(next(numbers) / 100) for key in [*names, "guard", "guard_gain"]}
+        others = ("guard", "guard_gain", "reward_gain_ended", "guard_gain_ended")
+        row = {key: estimate(next(numbers) / 100) for key in [*names, *others]}
         row |= {"truncated_rate": next(numbers) / 100, "mean_words": next(numbers), "distinct_2": next(numbers) / 100}
         policies[name] = row | {"over_previous": {key: estimate(next(numbers) / 100) for key in OVER_PREVIOUS}}
     return write_run(tmp_path / "eval", "eval", {"prompts": 7, "policies": policies})
 
 
-OVER_PREVIOUS = {"reward_gain": "reward gained over the one before", "guard_gain": "guard gained over the one before"}
+OVER_PREVIOUS = {
+    "reward_gain": "reward gained over the one before",
+    "guard_gain": "guard gained over the one before",
+    "reward_gain_ended": "reward gained, both ended over the one before",
+    "guard_gain_ended": "guard gained, both ended over the one before",
+}
 SIGNED = {
     "helpfulness": "helpfulness", "safety": "safety", "reward": "gated reward", "guard": "guard",
     "reward_gain": "reward gained", "guard_gain": "guard gained",
+    "reward_gain_ended": "reward gained, both ended", "guard_gain_ended": "guard gained, both ended",
 }  # fmt: skip
 SHARES = {
     "win_rate": "wins", "safety_win_rate": "safer, on safety prompts", "violation_rate": "unsafe, on safety prompts",

@@ -21,6 +21,12 @@ _RATES = {
     "false_refusal_rate": "false refusals, on others",
 }
 _CHANGES = {"violation_change": "unsafe", "false_refusal_change": "false refusals"}
+_GAINS = {
+    "reward_gain": "reward gained",
+    "guard_gain": "guard gained",
+    "reward_gain_ended": "reward gained, both ended",
+    "guard_gain_ended": "guard gained, both ended",
+}
 _TRUTH = {"reward": "true reward", "violation_rate": "truly unsafe"}
 
 
@@ -30,9 +36,10 @@ def section(runs: Sequence[RunFolder]) -> Section:
     charts = present(chart for run in evaluated for chart in (_scores(run), _rates(run), _gains(run)))
     intro = (
         "Scores are raw logits, KL is in nats a response; gains, wins, changes and KL are against the first policy, "
-        "prompt by prompt. Refusals of safety prompts and of others belong together: a policy that refuses everything "
-        "is safe. Distinct-2 is the "
-        "share of different pairs of words among as many pairs for every policy as the one with the fewest has."
+        "prompt by prompt; “both ended” means the prompts to which neither answer was cut off, for reward models judge "
+        "a broken-off answer otherwise. Refusals of safety prompts and of others belong together: a policy that "
+        "refuses everything is safe. Distinct-2 is the share of different pairs of words among as many pairs for every "
+        "policy as the one with the fewest has."
     )
     return Section("eval", "Evaluation", intro, charts=charts, tables=list(map(_table, evaluated)))
 
@@ -109,8 +116,7 @@ def _gains(run: RunFolder) -> Chart | None:
 def _table(run: RunFolder) -> Table:
     policies = _policies(run)
     scores = {key: label for key, label in _SCORES.items() if any(key in row for row in policies.values())}
-    gains = {"reward_gain": "reward gained", "guard_gain": "guard gained"}
-    gains = {key: label for key, label in gains.items() if any(key in row for row in policies.values())}
+    gains = {key: label for key, label in _GAINS.items() if any(key in row for row in policies.values())}
     steps = gains if len(policies) > 2 and all("over_previous" in row for row in policies.values()) else {}
     has_kl = any(is_number(_kl(row)) for row in policies.values())
     changes = {key: label for key, label in _CHANGES.items() if all(key in row for row in policies.values())}

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from alignment.headlines import clock, one_line
 from alignment.report.charts import bar_chart
 from alignment.report.elements import Cell, Section, Table, number, text
-from alignment.report.reading import RunFolder, is_number
+from alignment.report.reading import Row, RunFolder, is_number
+
+CUT_OFF_DIFFERENCE = 0.1  # in the share of answers cut off, from which on it may explain a change in reward
 
 
 def section(runs: Sequence[RunFolder]) -> Section:
@@ -60,6 +62,28 @@ def _warnings(run: RunFolder) -> Iterator[str]:
             f"The guard, a reward model of other pairs, does not confirm the change in reward of {', '.join(doubted)}: "
             "it may be learned from the reward models' errors."
         )
+    first = next(iter(policies.values()), {})
+    if cut := [name for name, row in policies.items() if _is_of_cut_off_answers(row, first)]:
+        yield (
+            f"{', '.join(cut)} and the first policy differ in how many answers are cut off, and where both answers "
+            "ended by themselves the change in reward is within its interval: reward models may judge that answers "
+            "break off, not what they say. A higher sampling.max_new_tokens shows it."
+        )
+
+
+def _is_of_cut_off_answers(row: Row, first: Row) -> bool:
+    """Whether more or fewer answers are cut off, and a change in reward is not there among those that ended."""
+    every, ended = row.get("reward_gain"), row.get("reward_gain_ended")
+    if not every or not ended or abs(row["truncated_rate"] - first["truncated_rate"]) < CUT_OFF_DIFFERENCE:
+        return False
+    return _side(every) != 0 and _side(ended) != _side(every)
+
+
+def _side(entry: Row) -> int:
+    """On which side of 0 an interval lies: 1, -1, or 0 where it holds 0 or has no bounds."""
+    if not is_number(entry["low"]):
+        return 0
+    return 1 if entry["low"] > 0 else -1 if entry["high"] < 0 else 0
 
 
 def _row(run: RunFolder) -> list[Cell]:
