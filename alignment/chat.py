@@ -66,6 +66,7 @@ class ChatFormat(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
     end_of_turn_id: int
+    closing: list[int]  # what ends an assistant turn, with `end_of_turn_id` as its last
 
     def check(self, messages: Sequence[Message]) -> None:
         """Raises DataError where a text cannot be written in this format."""
@@ -116,8 +117,13 @@ def encode_dialogue(chat: ChatFormat, dialogue: Dialogue) -> EncodedDialogue:
 
 
 def decode_response(chat: ChatFormat, ids: Sequence[int]) -> str:
-    """The text of a sampled response, without control tokens and surrounding space."""
-    return chat.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    """The text of a sampled response, without its end of turn, special tokens and surrounding space."""
+    text = list(ids)
+    for ending in (chat.closing, [chat.end_of_turn_id]):  # tokenizers need not know it as special
+        if text[-len(ending) :] == ending:
+            text = text[: -len(ending)]
+            break
+    return chat.tokenizer.decode(text, skip_special_tokens=True).strip()
 
 
 def drop_oldest_turns(messages: Messages, *, keep_first: bool = False) -> Messages | None:
@@ -226,14 +232,13 @@ class JinjaFormat:
         self._ids_by_piece: dict[str, list[int]] = {}
         probe = (Message("user", "u"), Message("assistant", "a"), Message("user", "v"), Message("assistant", "b"))
         self._check_prefixes(probe)
-        self._closing = self._pieces(probe[:2], generation=False)[-1]
-        closing = self._split_closing(self._closing)[0]
-        if self._split_closing(self._pieces(probe, generation=False)[2])[0] != closing:
+        self.closing = self._split_closing(self._pieces(probe[:2], generation=False)[-1])[0]
+        if self._split_closing(self._pieces(probe, generation=False)[2])[0] != self.closing:
             raise ModelError(
                 "the chat template ends an earlier assistant turn differently from the last one: a model would learn "
                 "two ways to stop. Set model.chat_template to chatml or to another Jinja file."
             )
-        self.end_of_turn_id = closing[-1]
+        self.end_of_turn_id = self.closing[-1]
         self._typed_control = self._typed_control_pattern(probe)
 
     def check(self, messages: Sequence[Message]) -> None:
@@ -255,7 +260,7 @@ class JinjaFormat:
 
     def encode_response(self, text: str) -> list[int]:
         """See ChatFormat."""
-        return self._encode_text(text) + self._split_closing(self._closing)[0]
+        return self._encode_text(text) + self.closing
 
     def _pieces(self, messages: Sequence[Message], *, generation: bool) -> list[str]:
         """The template's own text before, between and after the messages' texts."""
@@ -341,6 +346,7 @@ class Llama2Format:
         self.tokenizer = tokenizer
         self.tokenizer.chat_template = LLAMA2_JINJA
         self.end_of_turn_id = tokenizer.eos_token_id
+        self.closing = [*self._encode("[/INST] a ")[len(self._encode("[/INST] a")) :], self.end_of_turn_id]
 
     def check(self, messages: Sequence[Message]) -> None:
         """Raises DataError where a text holds one of the layout's tags."""

@@ -89,8 +89,14 @@ def load_pairs(sources: Sequence[str], *, on_error: OnError = "stop") -> Loaded[
 
 
 def load_prompts(sources: Sequence[str], *, on_error: OnError = "stop") -> Loaded[Prompt]:
-    """Prompts from all sources. Raises DataError with every bad row (the first 20 in full)."""
-    return load_rows(sources, Prompt.from_json, on_error=on_error)
+    """Prompts from all sources; one that any row marks as a safety prompt is one wherever it stands.
+
+    Raises DataError with every bad row (the first 20 in full).
+    """
+    data = load_rows(sources, Prompt.from_json, on_error=on_error)
+    marked = {prompt.messages for prompt in data.rows if prompt.is_safety}
+    rows = [replace(row, is_safety=True) if row.messages in marked else row for row in data.rows]
+    return replace(data, rows=rows)
 
 
 def load_rows(

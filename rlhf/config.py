@@ -340,7 +340,8 @@ class EvalConfig(StageConfig):
 
     measure_kl: bool = True
     """Report how far every policy is from the first, in nats an answer; two forward passes a policy. Not where the
-    first has another vocabulary, or the temperature is 0."""
+    first has another vocabulary, nor with temperature 0, top_p or top_k: such answers are not of the policy's own
+    distribution."""
     prompts: PromptSection
     sampling: EvalSampling = EvalSampling()
 

@@ -25,11 +25,12 @@ def answer_logprobs(
     temperature: float,
     max_tokens: int,
     title: str,
+    merged: bool = False,
 ) -> list[float]:
     """Log-probability of each answer under a model at a sampling temperature, in nats.
 
     Less that under another model, and averaged over answers that the first one sampled, it estimates D_KL(first ||
-    other) without bias (k1), where top-p and top-k are off. Every process takes a share.
+    other) without bias (k1). Every process takes a share.
 
     Args:
         section: a chat model.
@@ -38,9 +39,11 @@ def answer_logprobs(
         temperature: that of the sampling, above 0.
         max_tokens: tokens in a micro-batch.
         title: of the progress bar.
+        merged: takes a LoRA model's merged weights, as an engine samples from that cannot keep the adapter apart.
     """
     dtype = compute_dtype(device, section.dtype)
-    loaded = load_chat_model(section.path, dtype=dtype, chat_template=section.chat_template, keep_adapter=True)
+    template = section.chat_template
+    loaded = load_chat_model(section.path, dtype=dtype, chat_template=template, keep_adapter=not merged)
     model = loaded.model.to(device)
 
     def measure(batch: PrefixBatch) -> list[torch.Tensor]:

@@ -146,12 +146,14 @@ def _sample_answers(
         as_candidate(chat, prompt, sample, 0, params) for (prompt, _), [sample] in zip(fitting, samples, strict=True)
     ]
     first, reference = next(iter(config.policies.items()))
-    if name == first or not config.measure_kl or sampling.temperature == 0:
+    whole = sampling.temperature > 0 and sampling.top_p == 1 and not sampling.top_k  # the policy's own distribution
+    if name == first or not config.measure_kl or not whole:
         return answers
     if chats[first].tokenizer.get_vocab() != chat.tokenizer.get_vocab():
         return answers
     trees = [Tree(ids, [Branch(sample.token_ids)]) for (_, ids), [sample] in zip(fitting, samples, strict=True)]
     options = {"temperature": sampling.temperature, "max_tokens": config.rewards.max_tokens_per_batch}
+    options["merged"] = sampling.engine == "vllm"
     own, other = (
         answer_logprobs(model, trees, state.device, **options, title=f"eval: {name} answers under {judge}")
         for judge, model in ((name, section), (first, reference))

@@ -78,7 +78,7 @@ class PPOTrainer:
         compute_in(accelerator, dtype)
         self.models = load_models(config, dtype, accelerator.device, is_split=is_split(accelerator))
         self.rewards = self.models.rewards
-        self.closing = self.models.loaded.chat.encode_response("")
+        self.closing = self.models.loaded.chat.closing
         self.learners = {
             "policy": self._learner(self.models.policy, config.optim.lr, without=config.ppo.critic_warmup),
             "critic": self._learner(self.models.critic, config.ppo.critic_lr),

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from alignment.chat import ChatFormat
 from alignment.data import Loaded, load_prompts, load_rows, write_rows
 from alignment.dialogue import Candidate, Messages, Prompt, RowError, as_response
-from alignment.errors import DataError
+from alignment.errors import ConfigError, DataError
 from alignment.files import write_json
 from alignment.hardware import process_state
 from alignment.headlines import counted
@@ -51,7 +51,7 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     before = earlier.rows if config.accumulate != "last" else []
     asked = {each.prompt.messages: each.prompt for each in [*before, *sampled, *others]}
     of_asked = [replace(r, prompt=asked[r.prompt.messages]) for r in baseline.rows if r.prompt.messages in asked]
-    old = before if config.rescore_earlier else []
+    old = [replace(r, prompt=asked[r.prompt.messages]) for r in before] if config.rescore_earlier else []
     found = iter(score_candidates(config.rewards, [*sampled, *old, *of_asked], state.device, title="reject: scores"))
     scored, rescored = list(islice(found, len(sampled))), list(islice(found, len(old)))
     known = {each.prompt.messages: each.reward for each in found}
@@ -114,6 +114,12 @@ def _read(
     readers = [load_chat_of(model.path, model.chat_template) for model in sections.values()]
     scored_anew = _readable(Candidate.from_json, readers)
     earlier = load_rows(config.earlier_rounds, scored_anew if config.rescore_earlier else _scored_before)
+    latest = max((candidate.round for candidate in earlier.rows), default=0)
+    if latest >= config.round:
+        raise ConfigError(
+            f"round={config.round}: earlier_rounds has candidates of round {latest}, and rounds are told apart by "
+            f"their numbers. Set round={latest + 1}, or name files of earlier rounds only."
+        )
     in_pool = {each.messages for each in (*data.rows, *(candidate.prompt for candidate in earlier.rows))}
     baseline = load_rows(config.baseline, _readable(as_response, readers, among=in_pool))
     judges = judges_context(sections, untrained=untrained)

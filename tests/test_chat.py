@@ -372,6 +372,9 @@ def test_control_tokens_that_the_tokenizer_does_not_call_special_stay_text_when_
     for ids in (honest.input_ids, typed.input_ids):
         assert sum(token in borders for token in ids) == 4  # two turns, each opened and ended by the template
     assert tokenizer.decode(typed.input_ids).count("<|end|>") == 5
+    sampled = chat.encode_response("Hello")
+    assert sampled[-1] == chat.end_of_turn_id and decode_response(chat, sampled) == "Hello"
+    assert decode_response(chat, sampled[:-1]) == "Hello" and decode_response(chat, [chat.end_of_turn_id]) == ""
     # A token that the template does not use is no border: texts may hold it, as models with tags of thought need.
     assert tokenizer.convert_tokens_to_ids("<|free|>") in encode_dialogue(chat, dialogue("a", "b<|free|>")).input_ids
 
@@ -461,6 +464,16 @@ def meta_chat_tokens(sp: sentencepiece.SentencePieceProcessor, messages: Message
     if dialog[-1][0] == "user":
         tokens += [sp.bos_id(), *sp.encode(f"[INST] {dialog[-1][1].strip()} [/INST]")]
     return tokens
+
+
+def test_llama2_closes_an_answer_that_was_cut_off_as_it_closes_any_other(llama2):
+    """One space and `</s>`; an empty answer has two spaces, which are another token where the vocabulary joins them."""
+    for text in ("I am fine.", "The quick brown"):
+        whole = llama2.encode_response(text)
+        sampled = whole[: -len(llama2.closing)]
+        assert sampled + llama2.closing == whole and llama2.closing[-1] == llama2.end_of_turn_id
+        assert len(llama2.closing) == 2 and llama2.tokenizer.decode(sampled) == text
+        assert decode_response(llama2, whole) == decode_response(llama2, sampled) == text
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,17 @@ def test_a_row_without_a_source_gets_the_name_of_its_file(write_file: WriteFile)
     assert [row.source for row in load_dialogues([str(path)]).rows] == ["mine", "lima"]
 
 
+def test_a_prompt_that_one_file_marks_is_a_safety_prompt_in_all(write_file: WriteFile) -> None:
+    """Which reward model speaks depends on the prompt, not on the file that it is read from."""
+    other = {"role": "user", "content": "Something else"}
+    first = write_file("first.jsonl", lines({"prompt": [USER]}, {"prompt": [other]}))
+    second = write_file("second.jsonl", lines({"prompt": [USER], "is_safety": True}, {"prompt": [USER]}))
+    data = load_prompts([str(first), str(second)])
+    assert [row.is_safety for row in data.rows] == [True, False, True, True]
+    assert [source.num_kept for source in data.sources] == [2, 2]
+    assert not load_prompts([str(first)]).rows[0].is_safety
+
+
 def test_a_json_file_may_hold_one_list(write_file: WriteFile) -> None:
     assert len(load_prompts([str(write_file("a.json", json.dumps([{"prompt": [USER]}] * 2)))]).rows) == 2
     with pytest.raises(DataError, match=r"b\.json\[1\]: a int, not an object"):

@@ -7,11 +7,13 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from rich.console import Console
 
 from alignment.cli.main import run_stage
@@ -24,6 +26,9 @@ from alignment.manifests import read_manifest
 from alignment.metrics import wilson_interval
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
+from alignment.sampling.protocol import Sample
+from rlhf import evaluate
+from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
 from rlhf.evaluate import gains, report_table, win_rate
 
@@ -166,6 +171,39 @@ def test_the_evaluation_reports_win_rates_and_diversity(evaluated):
     texts = [row["response"][0]["content"].strip() for row in rows["other"]]
     assert policies["other"]["unique_answers"] == len(set(texts)) / 40
     assert policies["again"]["distinct_1"] == policies["first"]["distinct_1"]
+
+
+@pytest.mark.parametrize("setting", ["top_p=0.9", "top_k=5", "temperature=0"])
+def test_answers_of_a_truncated_distribution_have_no_divergence(tmp_path, setting):
+    """Their log-probabilities under the whole softmax are not an estimate of the KL divergence."""
+    reward = load_reward_model("toy", new_head_seed=0)
+    save_model(reward.model, reward, tmp_path / "judge")
+    settings = [
+        "policies.first=toy", "policies.again=toy", f"rewards.helpfulness={tmp_path / 'judge'}",
+        f"rewards.safety={tmp_path / 'judge'}", "prompts.prompts=toy:prompts.heldout", "prompts.max_prompts=4",
+        "sampling.max_new_tokens=4", "run.device=cpu", f"sampling.{setting}",
+    ]  # fmt: skip
+    run_stage("eval", [*settings, f"run.dir={tmp_path / 'run'}"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["policies"]["again"]["kl"]["count"] == 0
+
+
+@pytest.mark.parametrize(("engine", "merged"), [("torch", False), ("vllm", True)])
+def test_divergence_is_measured_with_the_weights_that_were_sampled_from(monkeypatch, engine, merged):
+    """vLLM samples from a LoRA model's merged weights; bfloat16 rounds these."""
+    asked = []
+    monkeypatch.setattr(evaluate, "answer_logprobs", lambda *_, **options: asked.append(options["merged"]) or [0.0])
+    monkeypatch.setattr(evaluate, "fit_prompts", lambda *_, **__: [(candidate("a", "").prompt, [1])])
+    monkeypatch.setattr(evaluate, "open_sampler", lambda *_, **__: nullcontext())
+    sample = Sample(token_ids=[2], logprobs=[0.0], finish_reason="stop")
+    monkeypatch.setattr(evaluate, "sample_prompts", lambda *_, **__: [[sample]])
+    toy = load_chat_model("toy").chat
+    settings = {"policies": {"a": "toy", "b": "toy"}, "rewards": {"helpfulness": "toy", "safety": "toy"}}
+    config = EvalConfig.model_validate(
+        {**settings, "prompts": {"prompts": "toy:prompts.heldout"}, "sampling": {"engine": engine}, "run": {"dir": "x"}}
+    )
+    evaluate._sample_answers(config, "b", {"a": toy, "b": toy}, [], PartialState(cpu=True), room=9)
+    assert asked == [merged, merged]
 
 
 def test_every_figure_of_a_policy_is_explained(evaluated):

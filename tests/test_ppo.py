@@ -95,7 +95,7 @@ def test_answers_cut_off_are_treated_as_the_settings_say(settings, truncation, m
     torch.testing.assert_close(seen["rewards"], torch.tensor(expected), atol=1e-5, rtol=0)
     assert seen["is_trained"].tolist() == trained
     # Reward models read an end of turn behind every answer.
-    closing = trainer.models.loaded.chat.encode_response("")
+    closing = trainer.models.loaded.chat.closing
     assert closing and [tree.branches[0].ids for tree in judged] == [[9, 10], [9, 10, *closing], [9, 10], [9, 10]]
 
 

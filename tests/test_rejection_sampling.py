@@ -9,7 +9,7 @@ from judged import candidate, config_of, judged_by
 from alignment.chat import chat_format
 from alignment.config import PromptSection
 from alignment.dialogue import Candidate, Message
-from alignment.errors import DataError, ModelError
+from alignment.errors import ConfigError, DataError, ModelError
 from alignment.headlines import one_line
 from alignment.sampling import SamplingParams
 from alignment.sampling.prompts import as_candidate
@@ -74,6 +74,34 @@ def test_candidates_of_earlier_rounds_are_scored_by_the_newest_reward_models(tmp
         "candidates.jsonl", "config.yaml", "manifest.json", "potential.json", "potential.png", "result.json",
         "sft.jsonl",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulate", ["best", "all", "last"])
+def test_a_round_is_numbered_above_the_earlier_ones(tmp_path, accumulate):
+    """`accumulate=all` keeps the best of every round, and a round is known by its number alone."""
+    earlier, prompts = tmp_path / "earlier.jsonl", tmp_path / "prompts.jsonl"
+    earlier.write_text("".join(json.dumps(candidate("a", 1, round_number=n).to_json()) + "\n" for n in (1, 3)))
+    prompts.write_text(json.dumps(candidate("a", 1).prompt.to_json()) + "\n")
+    for number in (1, 3):
+        config = config_of(
+            tmp_path / "run", prompts, round=number, earlier_rounds=[str(earlier)], accumulate=accumulate
+        )
+        with pytest.raises(ConfigError, match=rf"round={number}: earlier_rounds has candidates of round 3.*round=4"):
+            rejection_sampling.check(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_old_candidate_is_rescored_with_the_flag_that_its_prompt_has_now(tmp_path, monkeypatch):
+    """Rewards that are compared come from the same reward model: a prompt is marked in this round, not in the last."""
+    old = candidate("alpha", 50.0, text="old answer", finish="length")
+    now = replace(old.prompt, is_safety=True)
+    earlier, prompts = tmp_path / "earlier.jsonl", tmp_path / "prompts.jsonl"
+    earlier.write_text(json.dumps(old.to_json()) + "\n")
+    prompts.write_text(json.dumps(now.to_json()) + "\n")
+    seen = []
+    judged_by(monkeypatch, lambda each: float(seen.append(each.prompt.is_safety) or 0))
+    rejection_sampling.run(config_of(tmp_path / "run", prompts, round=2, earlier_rounds=[str(earlier)]))
+    assert seen == [True] * 4
 
 
 def test_a_finished_answer_beats_a_better_scored_one_that_was_cut_off():

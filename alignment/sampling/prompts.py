@@ -168,7 +168,7 @@ def prompt_room(
     """
     room = policy_context - sampling.max_new_tokens
     if judge_context is not None:
-        room = min(room, judge_context - sampling.max_new_tokens - len(chat.encode_response("")))
+        room = min(room, judge_context - sampling.max_new_tokens - len(chat.closing))
     if room < 1:
         raise ConfigError(
             f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the models' contexts hold "
