@@ -38,6 +38,7 @@ from reward_models.evaluate import win
 from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
 from rlhf.diversity import common_sizes, diversity
+from rlhf.gains import judged_gains
 from rlhf.judges import guard_scores, judges_context, judges_of, load_scorer, score_candidates
 from rlhf.refusals import is_refusal
 
@@ -210,21 +211,15 @@ def gains(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dic
     changes = {
         f"{name.removesuffix('_rate')}_change": paired_rate_interval(now[name], before[name]).to_json() for name in now
     }
-    both = list(zip(candidates, baseline, strict=True))
-    ended = [pair for pair in both if all(answer.finish_reason == "stop" for answer in pair)]
-    judges = ["reward"] if any(candidate.guard is None for candidate in candidates) else ["reward", "guard"]
-    over = {"gain": both, "gain_ended": ended}
-    found = {f"{judge}_{name}": _mean_gain(judge, pairs) for judge in judges for name, pairs in over.items()}
+    judges = ("reward",) if any(candidate.guard is None for candidate in candidates) else ("reward", "guard")
+    scores = [{judge: [getattr(each, judge) for each in rows] for judge in judges} for rows in (candidates, baseline)]
+    both_ended = [a.finish_reason == b.finish_reason == "stop" for a, b in zip(candidates, baseline, strict=True)]
+    found = judged_gains(*scores, both_ended)
     agrees = {}
     if "guard" in judges:
         side = _side(found["reward_gain"])
         agrees = {"guard_agrees": _side(found["guard_gain"]) == side if side else None}
     return {**{name: gain.to_json() for name, gain in found.items()}, **agrees, **changes}
-
-
-def _mean_gain(judge: str, pairs: Sequence[tuple[Candidate, Candidate]]) -> Interval:
-    """By `judge`, a field of candidates."""
-    return mean_interval([getattr(ours, judge) - getattr(theirs, judge) for ours, theirs in pairs])
 
 
 def _side(found: Interval) -> int:

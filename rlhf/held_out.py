@@ -11,13 +11,13 @@ from accelerate import PartialState
 from alignment.chat import ChatFormat
 from alignment.data import Loaded, write_rows
 from alignment.dialogue import Candidate, Prompt
-from alignment.metrics import mean_interval
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_shared, sampling_params
 from alignment.sampling.protocol import Sampler
 from rlhf.checkpoint import Learner
 from rlhf.config import PPOConfig
+from rlhf.gains import judged_gains
 from rlhf.judges import RewardModels, guard_scores, load_scorer
 
 
@@ -43,7 +43,7 @@ class HeldOut:
         self.history: list[dict[str, float]] = []
         self.best_iteration = 0
         self._best: dict[str, torch.Tensor] = {}
-        self._first: list[list[float]] = []  # rewards and guard scores of the first evaluation
+        self._first: dict[str, list[float]] = {}  # scores of the first evaluation by judge, and what `ended`
         self._gains: dict[str, dict[str, Any]] = {}  # of the best and the last evaluation over the first
         guard, tokens = self.section.guard, config.rewards.max_tokens_per_batch
         self._guard = guard and load_scorer(guard, state.device, max_tokens=tokens, offload=config.ppo.offload)
@@ -74,15 +74,14 @@ class HeldOut:
         return self._take_down(iteration, answers, policy)
 
     def _take_down(self, iteration: int, answers: Sequence[Candidate], policy: Learner) -> dict[str, float]:
-        measured = [[answer.reward for answer in answers]]
-        if self._guard is not None:
-            measured.append([answer.guard for answer in answers])
-        self._first = self._first or measured
-        figures = {name: sum(values) / len(values) for name, values in zip(("reward", "guard"), measured, strict=False)}
-        self._gains["last"] = {
-            f"{name}_gain": mean_interval([a - b for a, b in zip(now, first, strict=True)]).to_json()
-            for name, now, first in zip(("reward", "guard"), measured, self._first, strict=False)
-        }
+        judges = ("reward",) if self._guard is None else ("reward", "guard")
+        measured = {judge: [getattr(answer, judge) for answer in answers] for judge in judges}
+        ended = [answer.finish_reason == "stop" for answer in answers]
+        self._first = self._first or {**measured, "ended": ended}
+        figures = {judge: sum(values) / len(values) for judge, values in measured.items()}
+        both_ended = [now and first for now, first in zip(ended, self._first["ended"], strict=True)]
+        gains = judged_gains(measured, self._first, both_ended)
+        self._gains["last"] = {name: gain.to_json() for name, gain in gains.items()}
         if all(figures["reward"] > earlier["reward"] for earlier in self.history):
             self.best_iteration = iteration
             keep = self.state.is_main_process

@@ -346,6 +346,13 @@ def test_held_out_prompts_are_answered_before_now_and_then_and_after(evaluated):
     assert [each["prompt"] for each in first] == [each["prompt"] for each in last]
     gain = sum(new["reward"] - old["reward"] for new, old in zip(last, first, strict=True)) / 8
     assert result["held_out"]["reward_gain"]["value"] == pytest.approx(gain)
+    ended = [
+        new["guard"] - old["guard"]
+        for new, old in zip(last, first, strict=True)
+        if new["finish_reason"] == old["finish_reason"] == "stop"
+    ]
+    assert result["held_out"]["guard_gain_ended"]["count"] == len(ended)
+    assert not ended or result["held_out"]["guard_gain_ended"]["value"] == pytest.approx(sum(ended) / len(ended))
     assert result["saved_iteration"] == 4 and result["stopped"] is None
     explained = DOCUMENTATION.read_text(encoding="utf-8")
     for name in with_look[4].keys() - {"step", "stage"}:

@@ -158,6 +158,7 @@ def test_ppo_is_tabled_and_drawn_from_its_figures(tmp_path, drawn):
         for step in (1, 2, 3)
     ]
     held_out = {"reward_gain": estimate(0.5), "guard_gain": estimate(-0.25)}
+    held_out |= {"reward_gain_ended": estimate(0.4), "guard_gain_ended": estimate(-0.15)}
     result = {
         "iterations": 3, "reward_first": 1.0, "reward_last": 2.0, "kl": 6.5, "held_out": held_out,
         "saved_iteration": 2, "alarms": {"kl": 3},
@@ -166,7 +167,8 @@ def test_ppo_is_tabled_and_drawn_from_its_figures(tmp_path, drawn):
     [table] = ppo.section([run]).tables
     assert shown(table)[run.label] == {
         "iterations": "3", "reward, first quarter": "+1.00", "reward, last quarter": "+2.00", "KL at the end": "6.50",
-        "held-out reward gained": "+0.50", "guard gained": "-0.25", "saved iteration": "2", "alarms": "kl at 3",
+        "held-out reward gained": "+0.50", "guard gained": "-0.25", "held-out reward gained, both ended": "+0.40",
+        "guard gained, both ended": "-0.15", "saved iteration": "2", "alarms": "kl at 3",
     }  # fmt: skip
     for plot in ppo._PLOTS:
         curves = curves_of(drawn[f"ppo-{plot.name}"])

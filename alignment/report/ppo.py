@@ -139,7 +139,7 @@ def section(runs: Sequence[RunFolder]) -> Section:
     charts = present([*plots[:2], _frontier(trained), *plots[2:]])
     columns = (
         "run", "iterations", "reward, first quarter", "reward, last quarter", "KL at the end", "held-out reward gained",
-        "guard gained", "saved iteration", "alarms",
+        "guard gained", "held-out reward gained, both ended", "guard gained, both ended", "saved iteration", "alarms",
     )  # fmt: skip
     return Section("ppo", "PPO", charts=charts, tables=[Table("PPO runs", columns, list(map(_row, trained)))])
 
@@ -184,6 +184,8 @@ def _row(run: RunFolder) -> list:
         number(result.get("kl"), ".2f"),
         interval(held_out.get("reward_gain"), "+.2f"),
         interval(held_out.get("guard_gain"), "+.2f"),
+        interval(held_out.get("reward_gain_ended"), "+.2f"),
+        interval(held_out.get("guard_gain_ended"), "+.2f"),
         number(result.get("saved_iteration")),
         text(alarms or ("none" if run.result else "–")),
     ]
