@@ -28,6 +28,7 @@ from alignment.weight_files import read_weight
 # The name of the frozen adapter; the trained one has peft's own, "default".
 FROZEN_ADAPTER = "frozen"
 _FILE, _BACKBONE = "adapter_model.safetensors", "backbone"
+_DECODER = "model."
 
 LowRank = tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]
 
@@ -115,17 +116,23 @@ def fingerprint(decoder: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def write_adapter(adapter: Adapter, folder: Path, *, base: str, score: Tensor | None = None) -> None:
-    """Writes a folder that peft loads on the model `base`; `score` is a reward model's head."""
+def write_adapter(
+    adapter: Adapter, folder: Path, *, base: str, score: Tensor | None = None, decoder: str = _DECODER
+) -> None:
+    """Writes a folder that peft loads on the model `base`; `score` is a reward model's head.
+
+    `decoder` is what stands before the names of the decoder's layers in those of the model.
+    """
     folder.mkdir()
     task = TaskType.CAUSAL_LM if score is None else TaskType.SEQ_CLS
-    config = adapter.config("model.", task_type=task, base_model_name_or_path=base, inference_mode=True)
+    config = adapter.config(decoder, task_type=task, base_model_name_or_path=base, inference_mode=True)
     config.save_pretrained(str(folder))
     tensors = {} if score is None else {"base_model.model.score.weight": score.detach().float().cpu().contiguous()}
     for layer, factors in adapter.layers.items():
         for name, values in zip(("lora_A", "lora_B"), factors, strict=True):
-            tensors[f"base_model.model.model.{layer}.{name}.weight"] = values.contiguous()
-    save_file(tensors, folder / _FILE, metadata={_BACKBONE: adapter.backbone, "format": "pt"})
+            tensors[f"base_model.model.{decoder}{layer}.{name}.weight"] = values.contiguous()
+    metadata = {_BACKBONE: adapter.backbone, "decoder": decoder, "format": "pt"}
+    save_file(tensors, folder / _FILE, metadata=metadata)
 
 
 def read_adapter(folder: Path) -> Adapter | None:
@@ -138,10 +145,11 @@ def read_adapter(folder: Path) -> Adapter | None:
     factors: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(folder / _FILE, framework="pt") as file:
-            backbone = (file.metadata() or {}).get(_BACKBONE)
+            metadata = file.metadata() or {}
+            backbone, decoder = metadata.get(_BACKBONE), metadata.get("decoder", _DECODER)
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 if ".lora_" in key:
-                    layer, name, _ = key.removeprefix("base_model.model.model.").rsplit(".", 2)
+                    layer, name, _ = key.removeprefix(f"base_model.model.{decoder}").rsplit(".", 2)
                     factors.setdefault(layer, {})[name] = file.get_tensor(key)
     except SafetensorError as error:
         raise ModelError(f"{folder / _FILE}: cannot be read ({error}). Copy the model's folder again.") from error
@@ -201,6 +209,11 @@ def linear_layers(decoder: nn.Module) -> Iterator[str]:
             inside = f"{name}."
         if isinstance(module, nn.Linear | LoraLayer):
             yield name
+
+
+def decoder_prefix(model: nn.Module) -> str:
+    """What stands before the names of the decoder's weights in those of a plain model: `model.` in most."""
+    return _prefix(model, model.get_decoder())
 
 
 def _prefix(model: nn.Module, part: nn.Module) -> str:

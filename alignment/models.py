@@ -25,6 +25,7 @@ from alignment.adapters import (
     Adapter,
     attach_frozen,
     backbone_weights,
+    decoder_prefix,
     fingerprint,
     linear_layers,
     merged_weights,
@@ -215,7 +216,8 @@ def save_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
         if adapter is not None:
             base, changes = adapter
-            write_adapter(changes, folder / ADAPTER_FOLDER, base=base, score=score)
+            place = folder / ADAPTER_FOLDER
+            write_adapter(changes, place, base=base, score=score, decoder=decoder_prefix(model))
 
     write_folder(path, fill)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from alignment.chat import drop_oldest_turns
-from alignment.data import load_prompts, write_rows
+from alignment.chat import ChatFormat, drop_oldest_turns
+from alignment.data import Loaded, load_prompts, write_rows
 from alignment.dialogue import Dialogue, Message, Messages, Prompt, parse_messages
 from alignment.errors import DataError
 from alignment.hardware import process_state
@@ -23,9 +23,9 @@ from alignment.metrics import mean_interval, wilson_interval
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
 from alignment.sampling.prompts import choose_prompts
-from sft.answer_log import RowLog
+from sft.answer_log import NoAnswer, RowLog
 from sft.config import DistilConfig
-from sft.conversation import Speaker, why_unanswered
+from sft.conversation import Speaker, encode_within, why_unanswered
 from sft.safety_preprompts import PREPROMPTS, TEMPLATES, template_of, with_preprompt
 
 # Scores of K responses to each prompt; what `reward_models.score.Scorer.score` does.
@@ -68,10 +68,8 @@ def run(
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
-    prompts = choose_prompts(data, config.prompts, config.run.seed)
-    rng = random.Random(config.run.seed)
-    preprompts = [rng.choice(config.preprompts or PREPROMPTS) for _ in prompts]
-    templates = TEMPLATES if config.templates is None else config.templates
+    drawn = _drawn(config, data)
+    prompts = [prompt for prompt, _, _ in drawn]
 
     sizes = {"max_rows": config.sampling.max_rows, "answers_a_row": 2}
     path = run_dir.path / "answers.jsonl"
@@ -86,8 +84,7 @@ def run(
             ProgressBar("distil: answers", 2 * sum(map(len, missing)), shown=run_dir.writes) as bar,
         ):
             for lot in missing:
-                given = [(prompts[i], preprompts[i], template_of(prompts[i].category, templates)) for i in lot]
-                log.append(_answers(speaker, given, bar))
+                log.append(_answers(speaker, [drawn[index] for index in lot], bar))
 
     answered = [
         (replace(prompt, messages=parse_messages(row["prompt"], "prompt", last_role="user")), row)
@@ -121,6 +118,35 @@ def run(
     return run_dir.finish({"stage": "distil", "prompts": len(answered), **result})
 
 
+def count_fitting(
+    config: DistilConfig, data: Loaded[Prompt], chat: ChatFormat, *, limit: int
+) -> tuple[int, dict[str, int]]:
+    """For `--dry-run`: prompts that can be asked in `limit` tokens, with and without preprompt, and the others."""
+
+    def why_not(messages: Messages) -> NoAnswer | None:
+        return encode_within(chat, messages, limit)[1]
+
+    reasons: Counter[str] = Counter()
+    drawn = _drawn(config, data)
+    for prompt, preprompt, template in drawn:
+        preprompt = f"{preprompt} {template}".strip()
+        asked = _shortened(lambda messages: why_not(messages) is None, prompt.messages, preprompt)
+        if reason := why_not(asked) or why_not(with_preprompt(asked, preprompt)):
+            reasons[reason] += 1
+    return len(drawn) - reasons.total(), dict(reasons)
+
+
+def _drawn(config: DistilConfig, data: Loaded[Prompt]) -> list[tuple[Prompt, str, str]]:
+    """The prompts that the seed chooses, each with its preprompt and its template, which may be empty."""
+    prompts = choose_prompts(data, config.prompts, config.run.seed)
+    rng = random.Random(config.run.seed)
+    templates = TEMPLATES if config.templates is None else config.templates
+    return [
+        (prompt, rng.choice(config.preprompts or PREPROMPTS), template_of(prompt.category, templates))
+        for prompt in prompts
+    ]
+
+
 def summarize(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The share of prompts whose distilled answer is kept, overall and by category, and the scores of both answers.
 
@@ -147,10 +173,10 @@ def summarize(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _shortened(speaker: Speaker, prompt: Messages, preprompt: str) -> Messages:
+def _shortened(fits: Callable[[Messages], bool], prompt: Messages, preprompt: str) -> Messages:
     """The prompt with as many of its turns as fit behind the preprompt; the whole where not even the last one does."""
     shorter: Messages | None = prompt
-    while shorter is not None and not speaker.fits(with_preprompt(shorter, preprompt)):
+    while shorter is not None and not fits(with_preprompt(shorter, preprompt)):
         shorter = drop_oldest_turns(shorter)
     return shorter or prompt
 
@@ -162,7 +188,9 @@ def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, str]], bar: Pr
     the answers; null otherwise.
     """
     preprompts = [f"{preprompt} {template}".strip() for _, preprompt, template in given]
-    asked = [_shortened(speaker, prompt.messages, text) for (prompt, _, _), text in zip(given, preprompts, strict=True)]
+    asked = [
+        _shortened(speaker.fits, prompt.messages, text) for (prompt, _, _), text in zip(given, preprompts, strict=True)
+    ]
     contexts = {}
     for index, (messages, preprompt) in enumerate(zip(asked, preprompts, strict=True)):
         contexts[2 * index] = messages

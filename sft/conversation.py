@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
 from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt
 from alignment.errors import DataError
+from alignment.headlines import by_part
 from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sampling.engines import open_sampler
@@ -22,7 +24,7 @@ from alignment.sampling.prompts import choose_prompts, limit_in_words, prompt_ro
 from alignment.sampling.protocol import Sample, Sampler
 from sft.answer_log import NoAnswer, Turn
 from sft.config import GattInstructions
-from sft.ghost_attention import Answer, seed_turns
+from sft.ghost_attention import Answer, context, seed_turns
 from sft.instructions import Instruction, PoolRow, built_in_pool, draw_instruction, own_pool
 
 
@@ -151,11 +153,32 @@ class Speaker:
         return Answer(text, sample.finish_reason == "stop", is_refused=not can_be_a_turn(self.chat, text))
 
     def _encode(self, messages: Messages) -> tuple[list[int], NoAnswer | None]:
-        try:
-            ids = encode_prompt(self.chat, messages)
-        except DataError:
-            return [], "refused"
-        return ids, None if len(ids) <= self.max_prompt_length else "too_long"
+        return encode_within(self.chat, messages, self.max_prompt_length)
+
+
+def describe_openings(
+    model: ModelSection, prompts: PromptSection, sampling: SamplingSection, turns: Sequence[Sequence[str]]
+) -> tuple[int, str]:
+    """For `--dry-run`: of how many dialogues the first user turn can be answered, and ` opening turns: 2 too_long.`
+
+    Raises DataError where none can.
+    """
+    chat, context_length = load_chat_of(model.path, model.chat_template)
+    limit = min(prompts.max_prompt_length, prompt_room(chat, sampling, policy_context=context_length))
+    found = (encode_within(chat, context(user_turns, []), limit)[1] for user_turns in turns)
+    others = Counter(reason for reason in found if reason)
+    if others.total() == len(turns):
+        raise DataError(f"prompts: {why_unanswered(others, model, prompts, sampling)}.")
+    return len(turns) - others.total(), by_part({"opening turns": others})
+
+
+def encode_within(chat: ChatFormat, messages: Messages, limit: int) -> tuple[list[int], NoAnswer | None]:
+    """Ids of a context of at most `limit` tokens, or why it cannot be answered."""
+    try:
+        ids = encode_prompt(chat, messages)
+    except DataError:
+        return [], "refused"
+    return ids, None if len(ids) <= limit else "too_long"
 
 
 def as_prompt(row: Mapping[str, Any]) -> Prompt:

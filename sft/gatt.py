@@ -12,13 +12,12 @@ from alignment.hardware import process_state
 from alignment.headlines import counted
 from alignment.isolation import isolated
 from alignment.metrics import wilson_interval
-from alignment.model_folders import check_is_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import open_run
-from alignment.sampling.prompts import prompt_room
 from sft.answer_log import Answering, RowLog
 from sft.config import GattConfig
-from sft.conversation import Plan, Speaker, load_own, load_seeds, make_plans
+from sft.conversation import Plan, Speaker, describe_openings, load_own, load_seeds, make_plans
 from sft.ghost_attention import choose_answer, context, every_turn, first_turn, training_dialogue
 
 # What helps where no dialogue was finished, by the reason.
@@ -92,9 +91,9 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
 def check(config: GattConfig) -> str:
     """What `align gatt --dry-run` says: reads rows and the chat format, loads no weights, writes nothing."""
     plans, _ = _plan(config)
-    chat, context = load_chat_of(config.model.path, config.model.chat_template)
-    prompt_room(chat, config.sampling, policy_context=context)
-    return f"{len(plans)} dialogues."
+    turns = [every_turn(plan.instruction.full, plan.user_turns) for plan in plans]
+    count, others = describe_openings(config.model, config.prompts, config.sampling, turns)
+    return f"{count} dialogues.{others}"
 
 
 def _plan(config: GattConfig) -> tuple[list[Plan], list[SourceReport]]:

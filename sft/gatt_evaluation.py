@@ -16,16 +16,23 @@ from alignment.files import save_figure
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.metrics import paired_rate_interval, show, wilson_interval
-from alignment.model_folders import check_is_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model
 from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run
-from alignment.sampling.prompts import prompt_room
 from sft.answer_log import Answering, NoAnswer, RowLog
 from sft.attention_mass import attention_picture
 from sft.checkers import CHECKERS
 from sft.config import GattEvalConfig
-from sft.conversation import Plan, Speaker, load_own, load_seeds, make_plans, why_unanswered
+from sft.conversation import (
+    Plan,
+    Speaker,
+    describe_openings,
+    load_own,
+    load_seeds,
+    make_plans,
+    why_unanswered,
+)
 from sft.ghost_attention import Answer, context, first_turn
 
 Row = Mapping[str, Any]
@@ -84,9 +91,12 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
 def check(config: GattEvalConfig) -> str:
     """What `align eval kind=gatt --dry-run` says: reads rows and chat formats, loads no weights, writes nothing."""
     plans, _ = _plan(config)
-    for policy in config.policies.values():
-        chat, context = load_chat_of(policy.path, policy.chat_template)
-        prompt_room(chat, config.sampling, policy_context=context)
+    turns = [first_turn(plan.stated, plan.user_turns) for plan in plans]
+    for name, policy in config.policies.items():
+        try:
+            describe_openings(policy, config.prompts, config.sampling, turns)
+        except DataError as error:
+            raise DataError(f"policies.{name}: {error}") from None
     return f"{len(plans)} dialogues, {len(config.policies)} policies."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +11,19 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from alignment.adapters import Adapter, attach_frozen, fingerprint, keep_frozen_active, linear_layers, set_decoder
+from alignment.adapters import (
+    Adapter,
+    attach_frozen,
+    decoder_prefix,
+    fingerprint,
+    keep_frozen_active,
+    linear_layers,
+    read_adapter,
+    set_decoder,
+    write_adapter,
+)
 from alignment.config import LoraSection
 from alignment.model_folders import model_folder
 from alignment.model_workers import sharing_copy
@@ -65,6 +76,27 @@ def test_peft_loads_a_reward_models_adapter_of_two_stages_with_its_head(runs):
     found.config.pad_token_id = 0
     expected = load_reward_model(str(runs["reward"])).model
     torch.testing.assert_close(found(IDS).logits, expected(IDS).logits, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_peft_loads_the_adapter_where_the_decoder_has_another_name(tmp_path):
+    """GPT-NeoX calls it `gpt_neox`, most models `model`."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    base = GPTNeoXForCausalLM(config).eval()
+    layer = "layers.1.attention.query_key_value"
+    change = Adapter("b", {layer: (torch.randn(2, 16), torch.randn(48, 2))})
+    assert decoder_prefix(base) == "gpt_neox."
+    write_adapter(change, tmp_path / "adapter", base="base", decoder=decoder_prefix(base))
+    read = read_adapter(tmp_path / "adapter")
+    assert read.backbone == "b" and list(read.layers) == [layer]
+    expected = copy.deepcopy(base)
+    first, second = change.layers[layer]
+    expected.gpt_neox.get_submodule(layer).weight += second @ first
+    found = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(found(IDS).logits, expected(IDS).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_trained_in_full_has_no_adapter(runs, tmp_path):

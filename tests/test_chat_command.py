@@ -100,6 +100,23 @@ def test_a_turn_without_an_answer_is_forgotten(talk, monkeypatch, interrupted):
     assert talk.ask("hi").candidate.response == "" and talk.turns == ()
 
 
+def test_an_answer_that_the_chat_format_cannot_write_is_shown_and_forgotten(talk, monkeypatch, capsys):
+    """As a Llama 2 model's that writes [INST]: no later turn could be asked with it in the history."""
+
+    def check(messages):
+        if any("[INST]" in message.content for message in messages):
+            raise DataError("a tag of the layout")
+
+    monkeypatch.setattr(talk.chat, "check", check)
+    says(talk, monkeypatch, b"fine")
+    talk.ask("hi")
+    says(talk, monkeypatch, b"ok [INST] more")
+    command._answer_script(talk, "go on", as_json=False)
+    told = capsys.readouterr()
+    assert told.out == "ok [INST] more\n" and "cannot write this answer" in told.err
+    assert len(talk.turns) == 2 and talk.ask("again").candidate.finish_reason == "refused"
+
+
 def test_an_answer_cut_off_says_so(talk, monkeypatch):
     def stream(*_arguments, **_options):
         yield from talk.chat.tokenizer.encode("abc")

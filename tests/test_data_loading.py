@@ -294,6 +294,7 @@ def test_the_command_splits_a_file_and_writes_over_nothing(write_file: WriteFile
             "prompt": [{"role": "user", "content": f"q{number // 2}"}],
             "chosen": [{"role": "assistant", "content": f"a{number}"}],
             "rejected": [{"role": "assistant", "content": "b"}],
+            "rank_chosen": number,
         }
         for number in range(80)
     ]
@@ -303,6 +304,10 @@ def test_the_command_splits_a_file_and_writes_over_nothing(write_file: WriteFile
     parts = [load_pairs([str(tmp_path / f"mine.{name}.jsonl")]).rows for name in ("train", "valid")]
     opens = [{pair.prompt[0].content for pair in part} for part in parts]
     assert sum(map(len, parts)) == 80 and not opens[0] & opens[1] and min(map(len, opens)) > 4
+    written = [json.loads(line) for name in ("train", "valid") for line in (tmp_path / f"mine.{name}.jsonl").open()]
+    assert {row["chosen"][0]["content"]: row["rank_chosen"] for row in written} == {f"a{n}": n for n in range(80)}, (
+        "columns that nothing here reads stay"
+    )
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, RunError) and "exists" in str(again.exception)
     nowhere = CliRunner().invoke(app, ["split", str(source), "--out", str(tmp_path / "nowhere" / "mine")])

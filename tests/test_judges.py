@@ -122,6 +122,18 @@ def test_swapped_judges_are_remarked_upon(judges, caplog):
     assert "rewards.safety is" in record.getMessage() and "a reward model of helpfulness" in record.getMessage()
 
 
+def test_a_dry_run_of_context_distillation_encodes_the_prompts_behind_their_preprompts(tmp_path, judges, capsys):
+    prompts = tmp_path / "both.jsonl"
+    prompts.write_text(prompts_of(tmp_path, SHORT).read_text() + prompts_of(tmp_path, LONG).read_text())
+    words = ["model=toy", f"safety={judges['whole']}", f"prompts.prompts={prompts}", f"run.dir={tmp_path / 'run'}"]
+    words += ["preprompts=[Be safe.]", "sampling.max_new_tokens=8"]
+    run_stage("distil", [*words, "prompts.max_prompt_length=60"], dry_run=True)
+    assert "in order: 1 prompts. prompts: 1 too_long." in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"prompts: none fits into 12 tokens \(prompts\.max_prompt_length\)"):
+        run_stage("distil", [*words, "prompts.max_prompt_length=12"], dry_run=True)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("stage", "found"),
     [

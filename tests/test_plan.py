@@ -564,6 +564,50 @@ def test_steps_are_of_the_rows_that_are_trained_on(tmp_path):
         assert planned("rm", "kind=helpfulness", *data, *one_by_one).units == pairs, mix
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_is_planned_by_its_rows_not_its_lines(tmp_path, indent):
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": []}] * 7, indent=indent))
+    plan = planned("sft", f"data.train={tmp_path / 'a.json'}", "train.batch_size=1", "train.epochs=1")
+    assert plan.units == 7
+
+
+@pytest.mark.parametrize("device", ["cpu", "h100-80gb"])
+def test_dialogues_take_as_long_as_their_turns(device):
+    """Reading the weights for every token counts in every turn, too: on a GPU it is what decides."""
+    lengths = ["prompts.max_prompt_length=256", "sampling.max_new_tokens=64", "sampling.max_rows=8"]
+    at_work = CPU if device == "cpu" else find_device(device)
+    for stage, model in (("gatt", ["model=llama-2-7b"]), ("eval", ["kind=gatt", "policies.a=llama-2-7b"])):
+        seconds = []
+        for turns in (2, 20):
+            configs, origins = load_stages(None, stage, [*model, *lengths, f"prompts.turns={turns}"])
+            [(name, config)] = configs.items()
+            seconds.append(plan_stage(config, name, Planner(Setting(at_work, 1, False), origins)).unit_seconds)
+        assert seconds[1] == pytest.approx(10 * seconds[0]), stage
+
+
+def test_ppo_draws_all_rollouts_of_a_prompt_however_many_go_side_by_side():
+    settings = ["sampling.num_candidates=16", "train.batch_size=64", "train.minibatch_size=64", "lora.r=4"]
+    few, many = (
+        planned("ppo", "model=llama-2-7b", *settings, f"sampling.max_rows={rows}", device=find_device("h100-80gb"))
+        for rows in (4, 16)
+    )
+    assert few.unit_seconds > 1.5 * many.unit_seconds, "the weights are read four times as often"
+
+
+def test_a_round_is_planned_with_its_trials_and_the_candidates_of_earlier_rounds(tmp_path):
+    prompts, earlier = tmp_path / "prompts.jsonl", tmp_path / "candidates.jsonl"
+    prompts.write_text("{}\n" * 100)
+    earlier.write_text("{}\n" * 400)
+    base = [f"prompts.prompts={prompts}", "sampling.num_candidates=4", "sampling.max_rows=8"]
+    plain = planned("reject", *base).seconds
+    tried = planned("reject", *base, "sampling.temperature_grid=[0.6,1.0]", "sampling.temperature_prompts=50").seconds
+    assert tried == pytest.approx(2 * plain)
+    again = planned("reject", *base, "round=2", f"earlier_rounds=[{earlier}]").seconds
+    to_come = planned("reject", *base, "round=2", f"earlier_rounds=[{tmp_path / 'no.jsonl'}]").seconds
+    assert plain < again < 2 * plain and to_come == again, "as many as this round draws"
+    assert planned("reject", *base, "round=2", f"earlier_rounds=[{earlier}]", "rescore_earlier=false").seconds == plain
+
+
 def test_held_adds_up():
     spec = spec_of("toy")
     assert held(spec, spec) == {"weights": 2 * weights(spec).base}

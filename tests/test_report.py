@@ -103,6 +103,17 @@ def test_an_unfinished_run_has_no_result_and_may_end_in_half_a_row(tmp_path):
     assert "unfinished (step 2)" in page and 'id="sft-loss"' in page
 
 
+def test_only_paths_below_the_runs_folder_lose_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs/sft"), "sft", SFT)
+    [run] = read_runs([Path("runs/sft")])
+    shown = {
+        "runs/rm/model": "rm/model", '["runs/a.jsonl", "b"]': '["a.jsonl", "b"]', "my-runs/a.jsonl": "my-runs/a.jsonl",
+        "/data/runs/other/rm": "/data/runs/other/rm", f"{tmp_path}/runs/rm": "rm",
+    }  # fmt: skip
+    assert {value: inputs._relative(value, run) for value in shown} == shown
+
+
 @pytest.mark.parametrize(
     ("ended", "cut_off", "is_doubted"),
     [((-0.2, 0.2), 0.3, True), ((-0.4, -0.1), 0.3, True), ((0.1, 0.3), 0.3, False), ((-0.2, 0.2), 0.75, False)],

@@ -15,7 +15,7 @@ from alignment.cli.main import app, run_stage
 from alignment.cli.pipeline import load_pipeline
 from alignment.cli.stages import STAGES
 from alignment.config import describe, load_config
-from alignment.errors import ConfigError, ModelError, RunError
+from alignment.errors import ConfigError, DataError, ModelError, RunError
 from alignment.models import load_reward_model, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +250,10 @@ def test_a_pipeline_names_sections_that_no_stage_has_and_settings_that_are_none(
 def test_a_dry_run_reads_the_rows_and_refuses_a_model_that_cannot_chat(tmp_path, capsys, stage, settings, found):
     run_stage(stage, [*settings, f"run.dir={tmp_path / 'run'}"], dry_run=True)
     assert f"{stage}: settings and rows are in order: {found}" in capsys.readouterr().err
+    if stage != "sft":
+        with pytest.raises(DataError, match=r"prompts: none fits into 5 tokens \(prompts\.max_prompt_length\)"):
+            short = [*settings, "prompts.max_prompt_length=5", f"run.dir={tmp_path / 'run'}"]
+            run_stage(stage, short, dry_run=True)
     judge = load_reward_model("toy", new_head_seed=0)
     save_model(judge.model, judge, tmp_path / "judge")
     key = "policies.a" if stage == "eval" else "model"

@@ -155,6 +155,7 @@ def _remark(conversation: Conversation, answer: Answer, *, with_scores: bool = T
     notes = {
         "length": f"cut off at {conversation.params.max_new_tokens} tokens (--max-new-tokens)",
         INTERRUPTED: "stopped",
+        "refused": "the chat format cannot write this answer, which holds one of its tags, so the turn is forgotten",
     }
     remarks = [notes[candidate.finish_reason]] if candidate.finish_reason in notes else []
     if not candidate.response:

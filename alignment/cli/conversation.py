@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignment.chat import ChatFormat, decode_response, fit_prompt
+from alignment.chat import ChatFormat, can_be_a_turn, decode_response, fit_prompt
 from alignment.data import write_rows
 from alignment.dialogue import Candidate, Dialogue, Message, Messages, Prompt, RowError, parse_messages
 from alignment.errors import ConfigError, DataError, RunError
@@ -72,8 +72,8 @@ class Conversation:
     def ask(self, text: str, show: Callable[[str], None] = lambda _piece: None) -> Answer:
         """The answer to one more user turn; `show` gets it piece by piece, in whole characters.
 
-        KeyboardInterrupt ends the answer there. It is kept, as any other that has text; without text the turn is
-        forgotten, since no dialogue can have an empty turn.
+        KeyboardInterrupt ends the answer there. It is kept, as any other that has text; without text, or with text that
+        the chat format cannot write (`finish_reason` is "refused"), the turn is forgotten: no dialogue can have it.
 
         Raises DataError where the turn does not fit into the context, is empty, or the chat format refuses it, and
         ModelError where the template does; the conversation is then as it was.
@@ -88,7 +88,10 @@ class Conversation:
         index = self._times_asked[asked]
         self._times_asked[asked] += 1
         response, finish_reason = self._draw(ids, index, show)
-        if response:
+        is_turn = can_be_a_turn(self.chat, response)
+        if not is_turn and finish_reason != INTERRUPTED:
+            finish_reason = "refused"
+        if response and is_turn:
             self.turns = (*self.turns, Message("user", text), Message("assistant", response))
         candidate = Candidate(
             prompt=Prompt(messages=messages),

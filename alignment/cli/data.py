@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -116,12 +116,21 @@ def split(
     paths = [out.with_name(f"{out.name}.{part}.jsonl") for part in ("train", "valid")]
     for path in paths:
         check_new_file(path)
-    rows = load_rows([file], parse_row).rows
+    raws: list[Mapping[str, Any]] = []
+
+    def parse(raw: Mapping[str, Any]) -> TypedRow:
+        row = parse_row(raw)
+        raws.append(raw)
+        return row
+
+    rows = load_rows([file], parse).rows
+    columns = {id(row): raw for row, raw in zip(rows, raws, strict=True)}  # those that nothing here reads stay too
     parts = split_by_prompt(rows, valid_fraction=valid_fraction, seed=seed)
     if not all(parts):
         raise DataError(f"{file}: {_why_one_sided(rows, seed, name='train' if parts[0] else 'valid')}")
     for path, part in zip(paths, parts, strict=True):
-        typer.echo(f"{path}: {write_rows(path, (row.to_json() for row in part)):,} rows")
+        whole = ({**columns[id(row)], **row.to_json()} for row in part)
+        typer.echo(f"{path}: {write_rows(path, whole):,} rows")
 
 
 @app.command()

@@ -97,7 +97,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
 
     trees = per_process / rows.count
     work = [
-        repeated(samples, per_process / draws.prompts),
+        repeated(samples, per_process * draw.num_candidates / draws.rows),
         *(Work(each.flops * per_process * draw.num_candidates / (rewarded.count * len(rewarded.branches)))
           for each in scoring),
         Work((measuring.flops * 3 + sum(each.flops for each in passes) * train.epochs) * trees),

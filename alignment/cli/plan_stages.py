@@ -12,6 +12,7 @@ from typing import Any
 from alignment.cli.plan_ppo import plan_ppo
 from alignment.cli.planner import Planner, draws_for, file_bytes, fill, judged, prompt_length, repeated, vllm_share
 from alignment.config import SamplingSection, StageConfig
+from alignment.data import read_lines
 from alignment.errors import AlignError
 from alignment.model_folders import context_length
 from alignment.plan.passes import Rows
@@ -96,6 +97,17 @@ def _reject(config: Any, name: str, planner: Planner) -> StagePlan:
     judges = [planner.frozen(config.rewards.helpfulness, "score"), planner.frozen(config.rewards.safety, "score")]
     score, judging = _score(planner, judges, draws, config.sampling, config.rewards.max_tokens_per_batch, count)
     phases = [*load_phases(planner.setting, held(policy), file_bytes(planner, config.model)), draw, score]
+    # Temperatures are tried on a few prompts more, and what earlier rounds drew is scored again.
+    section, processes = config.sampling, planner.setting.processes
+    few = len(section.temperature_grid) * min(count, section.temperature_prompts / processes)
+    drawn = count * section.num_candidates
+    again = config.earlier_rounds if config.rescore_earlier and config.accumulate != "last" else []
+    responses = sum(
+        drawn * len(files) if (sizes := _sizes(files)) is None else sum(sizes.values()) / processes
+        for files in (again, config.baseline)
+    )  # files that are still to be made are taken to be of this size
+    work = [each.times(1 + few / count) for each in work]
+    judging = [each.times(1 + few / count + responses / drawn) for each in judging]
     notes = (f"{draws.rows} responses side by side, prompts of {draws.prompt_tokens} tokens",)
     return planner.plan(config, name, phases, unit, [*work, *judging], units=units, responses=draws.rows, notes=notes)
 
@@ -105,8 +117,7 @@ def _gatt(config: Any, name: str, planner: Planner) -> StagePlan:
     count, unit, units = _prompt_unit(config.prompts, planner.setting)
     draws, draw, work = _draw(planner, policy, config.sampling, config.prompts, count)
     phases = [*load_phases(planner.setting, held(policy), file_bytes(planner, config.model)), draw]
-    work = [replace(each, flops=each.flops * config.prompts.turns, bytes_read=each.bytes_read * config.prompts.turns)
-            for each in work]  # fmt: skip
+    work = [each.times(config.prompts.turns) for each in work]
     notes = (f"{draws.rows} responses side by side, dialogues of {draws.prompt_tokens} tokens",)
     return planner.plan(config, name, phases, unit, work, units=units, responses=draws.rows, notes=notes)
 
@@ -157,7 +168,7 @@ def _eval_gatt(config: Any, name: str, planner: Planner) -> StagePlan:
         policy = planner.frozen(section, "lm")
         draws, draw, drawing = _draw(planner, policy, config.sampling, config.prompts, count)
         phases.append(replace(draw, name=f"sample {policy_name}"))
-        work += [replace(each, flops=each.flops * config.prompts.turns) for each in drawing]
+        work += [each.times(config.prompts.turns) for each in drawing]
         if config.num_attention_dialogues:
             # All probabilities of a layer at a time: scores, their softmax in float32, that in the model's type.
             length, heads = draws.prompt_tokens + draws.new_tokens, policy.shape.num_attention_heads
@@ -248,8 +259,11 @@ def _sizes(sources: Sequence[str], at_most: Mapping[str, int] | None = None) -> 
             return None
         if not isinstance(path, Path):
             return None
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            count = sum(1 for line in file if line.strip())
+        if path.suffix == ".json":  # one list, however it is broken into lines
+            count = sum(1 for _ in read_lines(path))
+        else:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                count = sum(1 for line in file if line.strip())
         found[name] = min(count, (at_most or {}).get(name, count))
     return found
 

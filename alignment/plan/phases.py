@@ -32,6 +32,10 @@ class Work:
     flops: float
     bytes_read: float = 0.0
 
+    def times(self, factor: float) -> Work:
+        """So many times as much."""
+        return Work(self.flops * factor, self.bytes_read * factor)
+
     def seconds(self, device: Device, utilisation: float) -> float:
         """On a device that reaches this share of its peak throughput and bandwidth."""
         return max(self.flops / device.flops, self.bytes_read / device.bandwidth) / utilisation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _relative(value: str, run: RunFolder) -> str:
     """Paths of runs beside this one without their folder, which says nothing about the settings."""
     folders = {str(run.path.parent), str(run.path.resolve().parent), *_recorded_folders(run)}
     for folder in sorted(folders - {".", "/"}, key=len, reverse=True):
-        value = value.replace(f"{folder}/", "")
+        value = re.sub(rf"(?<![\w./-]){re.escape(folder)}/", "", value)  # a path that begins so, not one with it inside
     return value
 
 
