@@ -14,7 +14,7 @@ from alignment.data_report import parse_row
 from alignment.dialogue import RowError
 from alignment.errors import DataError
 from alignment.files import check_new_file
-from alignment.layouts import CONVERTERS, Aim, Options, RatingBins, Strength
+from alignment.layouts import CONVERTERS, Aim, Options, RatingBins, Strength, measures_of
 from alignment.sources import find_data
 
 # The measures of strength that a layout's rows can have.
@@ -76,7 +76,7 @@ def convert_file(
                         drop(error, line.where)
                     else:
                         counts["written"] += 1
-                        yield typed.to_json()
+                        yield typed.to_json() | measures_of(row)
             except RowError as error:
                 drop(error, line.where)
         if not counts["written"]:

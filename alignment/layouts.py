@@ -101,6 +101,7 @@ def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 
     Every two replies to one user message with different ranks make a pair; its prompt is the path from the root.
     Replies that were deleted or turned down in review are left out; all languages and synthetic replies are kept.
+    Rows keep the ranks, which `graded` reads.
     """
     root = raw.get("prompt")
     if not isinstance(root, Mapping):
@@ -116,7 +117,8 @@ def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
             if better.get("role") == "assistant" and worse_rank > rank:
                 num_pairs += 1
                 sides = {"chosen": _turns(better, "text", "assistant"), "rejected": _turns(worse, "text", "assistant")}
-                yield {"prompt": path, **sides, **_rated("ranks", worse_rank - rank, options)}
+                ranks = {"rank_chosen": rank, "rank_rejected": worse_rank}
+                yield {"prompt": path, **sides, **ranks, **_rated("ranks", worse_rank - rank, options)}
     if not num_pairs:
         raise RowError("no two replies of the tree have different ranks.")
 
@@ -142,7 +144,8 @@ def from_alpaca(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 def from_pandalm(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """`{"instruction", "input", "response1", "response2", "annotator1": 0 | 1 | 2, ...}`; 0 is a tie.
 
-    The response that more of the annotators picked is the chosen one. Raises RowError where none is.
+    The response that more of the annotators picked is the chosen one; rows keep the votes, which `graded` reads.
+    Raises RowError where none is.
     """
     votes = [_number(raw, f"annotator{number}") for number in (1, 2, 3)]
     if not all(vote in (0, 1, 2) for vote in votes):
@@ -155,6 +158,8 @@ def from_pandalm(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
         "prompt": [_turn(_question(raw), "user")],
         "chosen": _turns(raw, chosen, "assistant"),
         "rejected": _turns(raw, rejected, "assistant"),
+        "votes_chosen": max(counts),
+        "votes_rejected": min(counts),
     }
     yield row | _rated("votes", abs(counts[0] - counts[1]), options)
 
@@ -174,6 +179,12 @@ def from_graded(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
             yield {**raw, **_pair_turns(raw), **_rated(strength, difference, options)}
             return
     raise RowError('no measure of strength ("rank_chosen", "votes_chosen" or "score_chosen", with "..._rejected").')
+
+
+def measures_of(row: Raw) -> dict[str, Any]:
+    """The fields of a pair that `from_graded` reads, which no stage does: they stay, so that it can be rated anew."""
+    names = [f"{name}_{side}" for _, name, _ in _MEASURES for side in ("chosen", "rejected")]
+    return {name: row[name] for name in names if row.get(name) is not None}
 
 
 CONVERTERS: dict[str, Converter] = {

@@ -558,3 +558,14 @@ def test_a_json_list_is_converted_too(write_file: WriteFile, tmp_path: Path) -> 
     source = write_file("alpaca.json", json.dumps([EXAMPLES["alpaca"]] * 2))
     assert convert_file(str(source), "alpaca", tmp_path / "out.jsonl").num_written == 2
     assert load_dialogues([str(tmp_path / "out.jsonl")]).rows[0].messages[0] == Message("user", "a")
+
+
+@pytest.mark.parametrize(("layout", "raw", "bins"), [("pandalm", PANDA, "votes"), ("oasst", TREE, "ranks")])
+def test_what_a_pair_was_judged_by_stays_so_that_it_can_be_rated_later(write_file, tmp_path, layout, raw, bins) -> None:
+    """As the graded pairs of the recipes: converted and split first, rated by `graded` afterwards."""
+    source = write_file("raw.jsonl", lines(raw))
+    plain, later, at_once = (tmp_path / f"{name}.jsonl" for name in ("plain", "later", "at-once"))
+    convert_file(str(source), layout, plain)
+    convert_file(str(plain), "graded", later, rating_bins={bins: (1, 2, 3)})
+    convert_file(str(source), layout, at_once, rating_bins={bins: (1, 2, 3)})
+    assert later.read_text() == at_once.read_text() and '"rating"' in later.read_text()
