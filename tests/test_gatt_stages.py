@@ -55,7 +55,7 @@ def test_gatt_keeps_dialogues_whose_every_answer_keeps_the_instruction(tmp_path,
     result = gatt.run(gatt_config(tmp_path / "run"))
     rows = [json.loads(line) for line in (tmp_path / "run" / "sampled.jsonl").read_text().splitlines()]
     rejected = [row for row in rows if row["dropped"]]
-    assert [row["dropped"] for row in rejected] == ["instruction_not_kept"] * len(rejected)
+    assert rejected and [row["dropped"] for row in rejected] == ["instruction_not_kept"] * len(rejected)
     assert all(len(row["answers"]) == 1 and row["user_turns"][0].endswith("c") for row in rejected)
     assert result["dialogues"] == 6 - len(rejected) > 0
     kept = load_dialogues([str(tmp_path / "run" / "dialogues.jsonl")]).rows

@@ -152,7 +152,7 @@ class TrainSection(Section):
 
     compile: bool = False
     """Fuse norms, MLPs and adapters with torch.compile: half a minute at the first step, then an SFT update with LoRA
-    takes about three quarters of the time; a PPO update with LoRA gains nothing. For long runs. A resumed run equals an
+    takes about four fifths of the time; what PPO gains has not been measured. For long runs. A resumed run equals an
     uninterrupted one to rounding only."""
 
 
