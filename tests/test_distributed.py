@@ -23,6 +23,7 @@ from alignment.distributed import (
 )
 from alignment.errors import DataError
 from alignment.tensor_ops import whiten
+from sft import gatt_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +134,13 @@ def test_commands_leave_the_process_group_when_their_work_is_done(command, tmp_p
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("command", ["eval", "run"])
-def test_after_an_error_the_process_group_stays_for_the_launcher_to_end(command, tmp_path):
+def test_after_an_error_the_process_group_stays_for_the_launcher_to_end(command, tmp_path, monkeypatch):
     """The other processes may be in a collective, and to leave would wait for them."""
-    with pytest.raises(DataError):
-        evaluate_with(command, WORK.replace("turns: 2", "turns: 2, max_prompt_length: 1"), tmp_path)
+
+    def fail(*_arguments):
+        raise DataError("found while it runs")
+
+    monkeypatch.setattr(gatt_evaluation, "hold_dialogues", fail)
+    with pytest.raises(DataError, match="found while it runs"):
+        evaluate_with(command, WORK, tmp_path)
     assert dist.is_initialized()
