@@ -27,8 +27,7 @@ from alignment.weight_files import read_weight
 
 # The name of the frozen adapter; the trained one has peft's own, "default".
 FROZEN_ADAPTER = "frozen"
-_FILE, _BACKBONE = "adapter_model.safetensors", "backbone"
-_DECODER = "model."
+_FILE, _BACKBONE, _DECODER = "adapter_model.safetensors", "backbone", "decoder"
 
 LowRank = tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]
 
@@ -116,9 +115,7 @@ def fingerprint(decoder: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def write_adapter(
-    adapter: Adapter, folder: Path, *, base: str, score: Tensor | None = None, decoder: str = _DECODER
-) -> None:
+def write_adapter(adapter: Adapter, folder: Path, *, base: str, decoder: str, score: Tensor | None = None) -> None:
     """Writes a folder that peft loads on the model `base`; `score` is a reward model's head.
 
     `decoder` is what stands before the names of the decoder's layers in those of the model.
@@ -131,7 +128,7 @@ def write_adapter(
     for layer, factors in adapter.layers.items():
         for name, values in zip(("lora_A", "lora_B"), factors, strict=True):
             tensors[f"base_model.model.{decoder}{layer}.{name}.weight"] = values.contiguous()
-    metadata = {_BACKBONE: adapter.backbone, "decoder": decoder, "format": "pt"}
+    metadata = {_BACKBONE: adapter.backbone, _DECODER: decoder, "format": "pt"}
     save_file(tensors, folder / _FILE, metadata=metadata)
 
 
@@ -146,7 +143,7 @@ def read_adapter(folder: Path) -> Adapter | None:
     try:
         with safe_open(folder / _FILE, framework="pt") as file:
             metadata = file.metadata() or {}
-            backbone, decoder = metadata.get(_BACKBONE), metadata.get("decoder", _DECODER)
+            backbone, decoder = metadata.get(_BACKBONE), metadata.get(_DECODER, "model.")
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 if ".lora_" in key:
                     layer, name, _ = key.removeprefix(f"base_model.model.{decoder}").rsplit(".", 2)

@@ -95,7 +95,7 @@ def load_prompts(sources: Sequence[str], *, on_error: OnError = "stop") -> Loade
     """
     data = load_rows(sources, Prompt.from_json, on_error=on_error)
     marked = {prompt.messages for prompt in data.rows if prompt.is_safety}
-    rows = [replace(row, is_safety=True) if row.messages in marked else row for row in data.rows]
+    rows = [replace(row, is_safety=True) if row.messages in marked and not row.is_safety else row for row in data.rows]
     return replace(data, rows=rows)
 
 

@@ -29,6 +29,11 @@ class Interval:
             "count": self.count
         }
 
+    @property
+    def side(self) -> int:
+        """See `side_of_zero`."""
+        return side_of_zero(self.low, self.high)
+
     def __format__(self, spec: str) -> str:
         spec = spec or ".3f"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
@@ -40,6 +45,11 @@ def show(entry: Mapping[str, float | None], spec: str = ".3f", *, bounds: bool =
         "-" if (number := entry[name]) is None else format(number, spec) for name in ("value", "low", "high")
     )
     return f"{value} [{low}, {high}]" if bounds else value
+
+
+def side_of_zero(low: float | None, high: float | None) -> int:
+    """On which side of 0 an interval lies: 1, -1, or 0 where it holds 0 or has no bounds."""
+    return 1 if low is not None and low > 0 else -1 if high is not None and high < 0 else 0
 
 
 def wilson_interval(num_successes: float, count: int) -> Interval:

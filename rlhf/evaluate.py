@@ -18,7 +18,7 @@ from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.line_log import all_lines, as_object
-from alignment.metrics import Interval, mean_interval, paired_rate_interval, show, wilson_interval
+from alignment.metrics import mean_interval, paired_rate_interval, show, wilson_interval
 from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import open_run
@@ -147,14 +147,16 @@ def _sample_answers(
         as_candidate(chat, prompt, sample, 0, params) for (prompt, _), [sample] in zip(fitting, samples, strict=True)
     ]
     first, reference = next(iter(config.policies.items()))
-    whole = sampling.temperature > 0 and sampling.top_p == 1 and not sampling.top_k  # the policy's own distribution
-    if name == first or not config.measure_kl or not whole:
+    if name == first or not config.measure_kl or not sampling.is_whole:
         return answers
     if chats[first].tokenizer.get_vocab() != chat.tokenizer.get_vocab():
         return answers
     trees = [Tree(ids, [Branch(sample.token_ids)]) for (_, ids), [sample] in zip(fitting, samples, strict=True)]
-    options = {"temperature": sampling.temperature, "max_tokens": config.rewards.max_tokens_per_batch}
-    options["merged"] = sampling.engine == "vllm"
+    options = {
+        "temperature": sampling.temperature,
+        "max_tokens": config.rewards.max_tokens_per_batch,
+        "merged": sampling.engine == "vllm",
+    }
     own, other = (
         answer_logprobs(model, trees, state.device, **options, title=f"eval: {name} answers under {judge}")
         for judge, model in ((name, section), (first, reference))
@@ -217,14 +219,9 @@ def gains(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dic
     found = judged_gains(*scores, both_ended)
     agrees = {}
     if "guard" in judges:
-        side = _side(found["reward_gain"])
-        agrees = {"guard_agrees": _side(found["guard_gain"]) == side if side else None}
+        side = found["reward_gain"].side
+        agrees = {"guard_agrees": found["guard_gain"].side == side if side else None}
     return {**{name: gain.to_json() for name, gain in found.items()}, **agrees, **changes}
-
-
-def _side(found: Interval) -> int:
-    """On which side of 0 an interval lies: 1, -1, or 0 where it holds 0 or cannot be given."""
-    return 1 if found.low > 0 else -1 if found.high < 0 else 0
 
 
 def _texts(candidates: Sequence[Candidate]) -> list[str]:

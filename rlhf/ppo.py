@@ -78,7 +78,6 @@ class PPOTrainer:
         compute_in(accelerator, dtype)
         self.models = load_models(config, dtype, accelerator.device, is_split=is_split(accelerator))
         self.rewards = self.models.rewards
-        self.closing = self.models.loaded.chat.closing
         self.learners = {
             "policy": self._learner(self.models.policy, config.optim.lr, without=config.ppo.critic_warmup),
             "critic": self._learner(self.models.critic, config.ppo.critic_lr),
@@ -147,7 +146,7 @@ class PPOTrainer:
         clock.lap("sample")
 
         # 2. Score them with both reward models; the gate chooses which one speaks.
-        helpfulness, safety = self.rewards.score_trees(as_judged(trees, drawn, self.closing))
+        helpfulness, safety = self.rewards.score_trees(as_judged(trees, drawn, self.models.loaded.chat.closing))
         for name, scores in (("helpfulness", helpfulness), ("safety", safety)):
             if not torch.isfinite(scores).all():
                 raise DataError(f"rewards.{name}: gave a score that is not a number. Look at its training run.")

@@ -118,33 +118,28 @@ def run(
     return run_dir.finish({"stage": "distil", "prompts": len(answered), **result})
 
 
-def count_fitting(
-    config: DistilConfig, data: Loaded[Prompt], chat: ChatFormat, *, limit: int
-) -> tuple[int, dict[str, int]]:
-    """For `--dry-run`: prompts that can be asked in `limit` tokens, with and without preprompt, and the others."""
+def why_not_asked(config: DistilConfig, data: Loaded[Prompt], chat: ChatFormat, *, limit: int) -> list[NoAnswer | None]:
+    """For `--dry-run`: why each prompt cannot be asked, plain or behind its preprompt; None where both fit `limit`."""
 
     def why_not(messages: Messages) -> NoAnswer | None:
         return encode_within(chat, messages, limit)[1]
 
-    reasons: Counter[str] = Counter()
-    drawn = _drawn(config, data)
-    for prompt, preprompt, template in drawn:
-        preprompt = f"{preprompt} {template}".strip()
+    found = []
+    for prompt, preprompt, _ in _drawn(config, data):
         asked = _shortened(lambda messages: why_not(messages) is None, prompt.messages, preprompt)
-        if reason := why_not(asked) or why_not(with_preprompt(asked, preprompt)):
-            reasons[reason] += 1
-    return len(drawn) - reasons.total(), dict(reasons)
+        found.append(why_not(asked) or why_not(with_preprompt(asked, preprompt)))
+    return found
 
 
-def _drawn(config: DistilConfig, data: Loaded[Prompt]) -> list[tuple[Prompt, str, str]]:
-    """The prompts that the seed chooses, each with its preprompt and its template, which may be empty."""
-    prompts = choose_prompts(data, config.prompts, config.run.seed)
+def _drawn(config: DistilConfig, data: Loaded[Prompt]) -> list[tuple[Prompt, str, bool]]:
+    """The prompts that the seed chooses, each with what is put before it, and whether a template is part of that."""
     rng = random.Random(config.run.seed)
     templates = TEMPLATES if config.templates is None else config.templates
-    return [
-        (prompt, rng.choice(config.preprompts or PREPROMPTS), template_of(prompt.category, templates))
-        for prompt in prompts
-    ]
+    found = []
+    for prompt in choose_prompts(data, config.prompts, config.run.seed):
+        preprompt, template = rng.choice(config.preprompts or PREPROMPTS), template_of(prompt.category, templates)
+        found.append((prompt, f"{preprompt} {template}".strip(), bool(template)))
+    return found
 
 
 def summarize(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,23 +176,20 @@ def _shortened(fits: Callable[[Messages], bool], prompt: Messages, preprompt: st
     return shorter or prompt
 
 
-def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, str]], bar: ProgressBar) -> list[dict[str, Any]]:
-    """Both answers of each prompt behind its preprompt and template, without its oldest turns where need be.
+def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, bool]], bar: ProgressBar) -> list[dict[str, Any]]:
+    """Both answers of each prompt of `_drawn`, without its oldest turns where need be.
 
     `dropped` says why there are none: `too_long`, or `refused` where the chat format cannot write the prompt or one of
     the answers; null otherwise.
     """
-    preprompts = [f"{preprompt} {template}".strip() for _, preprompt, template in given]
-    asked = [
-        _shortened(speaker.fits, prompt.messages, text) for (prompt, _, _), text in zip(given, preprompts, strict=True)
-    ]
+    asked = [_shortened(speaker.fits, prompt.messages, preprompt) for prompt, preprompt, _ in given]
     contexts = {}
-    for index, (messages, preprompt) in enumerate(zip(asked, preprompts, strict=True)):
+    for index, (messages, (_, preprompt, _)) in enumerate(zip(asked, given, strict=True)):
         contexts[2 * index] = messages
         contexts[2 * index + 1] = with_preprompt(messages, preprompt)
     answered = speaker.answer(contexts, turn=0, bar=bar)
     rows = []
-    for index, (prompt, _, template) in enumerate(given):
+    for index, (prompt, preprompt, has_template) in enumerate(given):
         places = (2 * index, 2 * index + 1)
         reasons = [answered.missing[place] for place in places if place in answered.missing]
         answers = [answered.candidates[place][0] for place in places if place in answered.candidates]
@@ -207,8 +199,8 @@ def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, str]], bar: Pr
         rows.append(
             {
                 "prompt": [message.to_json() for message in asked[index]],
-                "preprompt": preprompts[index],
-                "has_template": bool(template),
+                "preprompt": preprompt,
+                "has_template": has_template,
                 "is_history_cut": asked[index] is not prompt.messages,
                 "plain": plain.text if plain else None,
                 "distilled": distilled.text if distilled else None,

@@ -123,9 +123,7 @@ class Speaker:
 
         `judge_context`: tokens that a reward model can read, where one is to judge the answers.
         """
-        chat, context = load_chat_of(model.path, model.chat_template)
-        room = prompt_room(chat, sampling, policy_context=context, judge_context=judge_context)
-        length = min(max_prompt_length, room)
+        chat, length = format_and_limit(model, max_prompt_length, sampling, judge_context)
         with open_sampler(model, sampling, device, max_prompt_length=length) as sampler:
             yield cls(sampler, chat, sampling, max_prompt_length=length, seed=seed)
 
@@ -156,20 +154,40 @@ class Speaker:
         return encode_within(self.chat, messages, self.max_prompt_length)
 
 
-def describe_openings(
-    model: ModelSection, prompts: PromptSection, sampling: SamplingSection, turns: Sequence[Sequence[str]]
+def format_and_limit(
+    model: ModelSection, max_prompt_length: int, sampling: SamplingSection, judge_context: int | None = None
+) -> tuple[ChatFormat, int]:
+    """A model's chat format, and the tokens of a context at most that it can answer and a reward model can read."""
+    chat, context_length = load_chat_of(model.path, model.chat_template)
+    room = prompt_room(chat, sampling, policy_context=context_length, judge_context=judge_context)
+    return chat, min(max_prompt_length, room)
+
+
+def describe_asked(
+    found: Sequence[NoAnswer | None],
+    part: str,
+    model: ModelSection,
+    prompts: PromptSection,
+    sampling: SamplingSection,
+    judge_context: int | None = None,
 ) -> tuple[int, str]:
-    """For `--dry-run`: of how many dialogues the first user turn can be answered, and ` opening turns: 2 too_long.`
+    """For `--dry-run`: how many contexts can be answered, and ` PART: 2 too_long.`, or nothing, of the others.
 
     Raises DataError where none can.
     """
-    chat, context_length = load_chat_of(model.path, model.chat_template)
-    limit = min(prompts.max_prompt_length, prompt_room(chat, sampling, policy_context=context_length))
-    found = (encode_within(chat, context(user_turns, []), limit)[1] for user_turns in turns)
     others = Counter(reason for reason in found if reason)
-    if others.total() == len(turns):
-        raise DataError(f"prompts: {why_unanswered(others, model, prompts, sampling)}.")
-    return len(turns) - others.total(), by_part({"opening turns": others})
+    if others.total() == len(found):
+        raise DataError(f"prompts: {why_unanswered(others, model, prompts, sampling, judge_context)}.")
+    return len(found) - others.total(), by_part({part: others})
+
+
+def describe_openings(
+    model: ModelSection, prompts: PromptSection, sampling: SamplingSection, turns: Sequence[Sequence[str]]
+) -> tuple[int, str]:
+    """`describe_asked` of the first user turns of dialogues."""
+    chat, limit = format_and_limit(model, prompts.max_prompt_length, sampling)
+    found = [encode_within(chat, context(user_turns, []), limit)[1] for user_turns in turns]
+    return describe_asked(found, "opening turns", model, prompts, sampling)
 
 
 def encode_within(chat: ChatFormat, messages: Messages, limit: int) -> tuple[list[int], NoAnswer | None]:

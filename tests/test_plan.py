@@ -1,5 +1,6 @@
 """`align plan`: counts against real models, the tracker against real storages, plans that grow where they should."""
 
+import gzip
 import json
 from dataclasses import replace
 from operator import attrgetter
@@ -564,10 +565,12 @@ def test_steps_are_of_the_rows_that_are_trained_on(tmp_path):
         assert planned("rm", "kind=helpfulness", *data, *one_by_one).units == pairs, mix
 
 
+@pytest.mark.parametrize(("name", "opener"), [("a.json", open), ("a.json.gz", gzip.open)])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_file_is_planned_by_its_rows_not_its_lines(tmp_path, indent):
-    (tmp_path / "a.json").write_text(json.dumps([{"messages": []}] * 7, indent=indent))
-    plan = planned("sft", f"data.train={tmp_path / 'a.json'}", "train.batch_size=1", "train.epochs=1")
+def test_a_json_file_is_planned_by_its_rows_not_its_lines(tmp_path, indent, name, opener):
+    with opener(tmp_path / name, "wt") as file:
+        json.dump([{"messages": []}] * 7, file, indent=indent)
+    plan = planned("sft", f"data.train={tmp_path / name}", "train.batch_size=1", "train.epochs=1")
     assert plan.units == 7
 
 
@@ -592,6 +595,19 @@ def test_ppo_draws_all_rollouts_of_a_prompt_however_many_go_side_by_side():
         for rows in (4, 16)
     )
     assert few.unit_seconds > 1.5 * many.unit_seconds, "the weights are read four times as often"
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_measured"),
+    [("top_p=1.0", True), ("top_p=0.9", False), ("top_k=5", False), ("temperature=0", False)],
+)
+def test_an_evaluations_divergence_is_planned_where_it_is_measured(setting, is_measured):
+    rewards = ["rewards.helpfulness=toy", "rewards.safety=toy"]
+    settings = ["policies.a=toy", "policies.b=toy", *rewards, f"sampling.{setting}"]
+    configs, origins = load_stages(None, "eval", settings)
+    [(name, config)] = configs.items()
+    plan = plan_stage(config, name, Planner(Setting(CPU, 1, False), origins))
+    assert ("KL of b" in [phase.name for phase in plan.phases]) == is_measured
 
 
 def test_a_round_is_planned_with_its_trials_and_the_candidates_of_earlier_rounds(tmp_path):

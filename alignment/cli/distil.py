@@ -10,16 +10,13 @@ from accelerate import PartialState
 
 from alignment.data import load_prompts
 from alignment.distributed import for_all, map_over_processes
-from alignment.errors import DataError
-from alignment.headlines import by_part
 from alignment.isolation import isolated
-from alignment.model_folders import check_is_chat_model, load_chat_of
+from alignment.model_folders import check_is_chat_model
 from alignment.progress import ProgressBar
-from alignment.sampling.prompts import prompt_room
 from rlhf.judges import judges_context, load_scorer
 from sft import context_distillation
 from sft.config import DistilConfig
-from sft.conversation import why_unanswered
+from sft.conversation import describe_asked, format_and_limit
 
 
 @isolated()
@@ -36,15 +33,12 @@ def check(config: DistilConfig, *, untrained: Collection[str] = ()) -> str:
     """
     judges = judges_context({"safety": config.safety}, untrained=untrained)
     check_is_chat_model(config.model.path)
-    chat, context = load_chat_of(config.model.path, config.model.chat_template)
-    room = prompt_room(chat, config.sampling, policy_context=context, judge_context=judges)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    limit = min(config.prompts.max_prompt_length, room)
-    count, others = context_distillation.count_fitting(config, data, chat, limit=limit)
-    if not count:
-        why = why_unanswered(others, config.model, config.prompts, config.sampling, judges)
-        raise DataError(f"prompts: {why}.")
-    return f"{count} prompts.{by_part({'prompts': others})}"
+    model, prompts, sampling = config.model, config.prompts, config.sampling
+    chat, limit = format_and_limit(model, prompts.max_prompt_length, sampling, judges)
+    data = load_prompts(prompts.prompts, on_error=prompts.on_error)
+    found = context_distillation.why_not_asked(config, data, chat, limit=limit)
+    count, others = describe_asked(found, "prompts", model, prompts, sampling, judges)
+    return f"{count} prompts.{others}"
 
 
 def _load_score(config: DistilConfig, device: torch.device) -> context_distillation.Score:

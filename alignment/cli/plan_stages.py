@@ -145,7 +145,7 @@ def _eval(config: Any, name: str, planner: Planner) -> StagePlan:
         phases.append(replace(draw, name=f"sample {policy_name}"))
         score, judging = _score(planner, judges, draws, config.sampling, tokens, count)
         work += [*drawing, *judging]
-        if first is not None and config.measure_kl and config.sampling.temperature:
+        if first is not None and config.measure_kl and config.sampling.is_whole:
             rows = judged(draws, config.sampling, tokens)
             larger = max((policy, first), key=lambda spec: weights(spec).base)  # one is loaded after the other
             passes = planner.forward(larger, rows, "logprobs")
@@ -259,7 +259,7 @@ def _sizes(sources: Sequence[str], at_most: Mapping[str, int] | None = None) -> 
             return None
         if not isinstance(path, Path):
             return None
-        if path.suffix == ".json":  # one list, however it is broken into lines
+        if path.name.endswith((".json", ".json.gz")):  # one list, however it is broken into lines
             count = sum(1 for _ in read_lines(path))
         else:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

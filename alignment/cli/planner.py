@@ -89,7 +89,7 @@ def draws_for(
 
 def repeated(found: Any, times: float) -> Work:
     """Drawing one set of responses after the other."""
-    return Work(found.flops * times, found.bytes_read * times)
+    return Work(found.flops, found.bytes_read).times(times)
 
 
 def vllm_share(planner: Planner, section: SamplingSection, default: float) -> dict[str, int]:

@@ -241,6 +241,11 @@ class SamplingSection(Section):
     fall_back: bool = False
     """Sample with `torch` where vLLM cannot be imported or started; otherwise that is an error."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether responses are drawn from the model's own distribution at a temperature, nothing cut off."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
+
 
 class RunSection(Section):
     """Where results go, and the seed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from alignment.headlines import clock, one_line
+from alignment.metrics import side_of_zero
 from alignment.report.charts import bar_chart
 from alignment.report.elements import Cell, Section, Table, number, text
 from alignment.report.reading import Row, RunFolder, is_number
@@ -66,8 +67,8 @@ def _warnings(run: RunFolder) -> Iterator[str]:
     if cut := [name for name, row in policies.items() if _is_of_cut_off_answers(row, first)]:
         yield (
             f"{', '.join(cut)} and the first policy differ in how many answers are cut off, and where both answers "
-            "ended by themselves the change in reward is within its interval: reward models may judge that answers "
-            "break off, not what they say. A higher sampling.max_new_tokens shows it."
+            "ended by themselves the change in reward is not seen: reward models may judge that answers break off, not "
+            "what they say. A higher sampling.max_new_tokens shows it."
         )
 
 
@@ -76,14 +77,8 @@ def _is_of_cut_off_answers(row: Row, first: Row) -> bool:
     every, ended = row.get("reward_gain"), row.get("reward_gain_ended")
     if not every or not ended or abs(row["truncated_rate"] - first["truncated_rate"]) < CUT_OFF_DIFFERENCE:
         return False
-    return _side(every) != 0 and _side(ended) != _side(every)
-
-
-def _side(entry: Row) -> int:
-    """On which side of 0 an interval lies: 1, -1, or 0 where it holds 0 or has no bounds."""
-    if not is_number(entry["low"]):
-        return 0
-    return 1 if entry["low"] > 0 else -1 if entry["high"] < 0 else 0
+    sides = [side_of_zero(entry["low"], entry["high"]) for entry in (every, ended)]
+    return sides[0] != 0 and sides[1] != sides[0]
 
 
 def _row(run: RunFolder) -> list[Cell]:
