@@ -215,8 +215,8 @@ def gains(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dic
     }
     judges = ("reward",) if any(candidate.guard is None for candidate in candidates) else ("reward", "guard")
     scores = [{judge: [getattr(each, judge) for each in rows] for judge in judges} for rows in (candidates, baseline)]
-    both_ended = [a.finish_reason == b.finish_reason == "stop" for a, b in zip(candidates, baseline, strict=True)]
-    found = judged_gains(*scores, both_ended)
+    ended, ended_before = ([each.finish_reason == "stop" for each in rows] for rows in (candidates, baseline))
+    found = judged_gains(*scores, ended=ended, ended_before=ended_before)
     agrees = {}
     if "guard" in judges:
         side = found["reward_gain"].side

@@ -8,7 +8,11 @@ from alignment.metrics import Interval, mean_interval
 
 
 def judged_gains(
-    now: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]], both_ended: Sequence[bool]
+    now: Mapping[str, Sequence[float]],
+    before: Mapping[str, Sequence[float]],
+    *,
+    ended: Sequence[bool],
+    ended_before: Sequence[bool],
 ) -> dict[str, Interval]:
     """`NAME_gain` and `NAME_gain_ended` for every judge of `now`, with 95 % intervals.
 
@@ -18,11 +22,13 @@ def judged_gains(
     Args:
         now: scores by judge, one for each prompt.
         before: those of the answers to compare with.
-        both_ended: whether neither of the two answers to a prompt was cut off.
+        ended: whether an answer ended by itself, one for each prompt.
+        ended_before: the same of the answers to compare with.
     """
+    both_ended = [a and b for a, b in zip(ended, ended_before, strict=True)]
     found = {}
     for judge, scores in now.items():
         differences = [ours - theirs for ours, theirs in zip(scores, before[judge], strict=True)]
-        ended = [gain for gain, is_ended in zip(differences, both_ended, strict=True) if is_ended]
-        found |= {f"{judge}_gain": mean_interval(differences), f"{judge}_gain_ended": mean_interval(ended)}
+        among_ended = [gain for gain, is_ended in zip(differences, both_ended, strict=True) if is_ended]
+        found |= {f"{judge}_gain": mean_interval(differences), f"{judge}_gain_ended": mean_interval(among_ended)}
     return found

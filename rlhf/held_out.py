@@ -79,8 +79,7 @@ class HeldOut:
         ended = [answer.finish_reason == "stop" for answer in answers]
         self._first = self._first or {**measured, "ended": ended}
         figures = {judge: sum(values) / len(values) for judge, values in measured.items()}
-        both_ended = [now and first for now, first in zip(ended, self._first["ended"], strict=True)]
-        gains = judged_gains(measured, self._first, both_ended)
+        gains = judged_gains(measured, self._first, ended=ended, ended_before=self._first["ended"])
         self._gains["last"] = {name: gain.to_json() for name, gain in gains.items()}
         if all(figures["reward"] > earlier["reward"] for earlier in self.history):
             self.best_iteration = iteration

@@ -20,6 +20,7 @@ from alignment.data import load_dialogues
 from alignment.dialogue import Message
 from alignment.errors import ConfigError, DataError
 from alignment.headlines import one_line
+from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.report import fine_tuning
 from alignment.report.reading import read_runs
@@ -47,6 +48,13 @@ def speak(monkeypatch):
         return speaker
 
     return install
+
+
+def test_a_context_of_exactly_the_limit_can_be_asked():
+    (chat, _), messages = load_chat_of("toy", "auto"), (Message("user", "hello"),)
+    ids = encode_prompt(chat, messages)
+    assert conversation.encode_within(chat, messages, len(ids)) == (ids, None)
+    assert conversation.encode_within(chat, messages, len(ids) - 1) == (ids, "too_long")
 
 
 def test_gatt_keeps_dialogues_whose_every_answer_keeps_the_instruction(tmp_path, speak):
