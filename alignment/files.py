@@ -61,14 +61,27 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Lets `fill` write a folder's files into a temporary sibling and renames it; an old folder is replaced."""
+    """Lets `fill` write a folder's files into a temporary sibling and renames it; an old folder is replaced.
+
+    The files are on disk by then: what they were made from may be removed next.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     fill(temporary)
+    sync_files(temporary)
     if path.exists():
         shutil.rmtree(path)
     temporary.replace(path)
+
+
+def sync_files(folder: Path) -> list[Path]:
+    """All files below a folder, once they are on disk."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    return files
 
 
 def check_new_file(path: Path) -> None:

@@ -159,7 +159,7 @@ def _last_layer_only_for(inner: nn.Module, needed: Int[Tensor, " S"]) -> list[Re
 
 def _check_window(inner: nn.Module, batch: PrefixBatch) -> None:
     """Our masks let every token see its whole path. Raises ModelError where a model's window is shorter than that."""
-    window = getattr(inner.config, "sliding_window", None)
+    window = getattr(inner.config.get_text_config(decoder=True), "sliding_window", None)
     if window and batch.input_ids.shape[1] > window and (longest := int(batch.position_ids.max()) + 1) > window:
         raise ModelError(
             f"{inner.config.model_type}: its attention sees {window} tokens back, and a row has {longest}. That is not "

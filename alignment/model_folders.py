@@ -52,7 +52,7 @@ def load_chat(folder: Path | str, chat_template: str = "auto") -> ChatFormat:
 
 def context_length(config: PreTrainedConfig) -> int:
     """Tokens a model's context holds; beyond all data where its configuration names no end."""
-    return getattr(config, "max_position_embeddings", sys.maxsize)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", sys.maxsize)
 
 
 def model_context(path: str) -> int:

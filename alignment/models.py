@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +54,10 @@ from alignment.tree_attention import TREE_ATTENTION
 from alignment.weight_files import read_weight, weight_files
 
 ADAPTER_FOLDER = "adapter"
+# Layers that attend to what our masks show them and to nothing else, by the names in `layer_types`.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# What some models do to their logits, by its name in the configuration.
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,9 @@ def load_chat_model(
 ) -> LoadedModel:
     """A causal language model in evaluation mode, on the CPU.
 
-    Raises ModelError where it cannot be loaded, or is a reward model. With `keep_adapter` what LoRA has added stays an
-    adapter, frozen, where `dtype` would round it away; with `for_training` there are no weights yet where FSDP brings
-    them from the main process.
+    Raises ModelError where it cannot be loaded, is a reward model, or computes what ours does not reckon with. With
+    `keep_adapter` what LoRA has added stays an adapter, frozen, where `dtype` would round it away; with `for_training`
+    there are no weights yet where FSDP brings them from the main process.
     """
     folder = model_folder(path)
     chat = load_chat(folder, chat_template)
@@ -85,6 +90,7 @@ def load_chat_model(
     check_is_chat_model(path)
     model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype, empty=for_training and gets_weights_later())
     _check_vocabulary(model.get_output_embeddings(), tokenizer, path)
+    _check_logits(model, path)
     if keep_adapter:
         _keep_adapter(model, folder, dtype)
     _set_special_tokens(model, tokenizer, chat)
@@ -125,7 +131,7 @@ def load_reward_model(
     if new_head_seed is not None and not is_reward_model:
         generator = torch.Generator().manual_seed(new_head_seed)
         # Stiennon et al. 2020 (arXiv:2009.01325): scores of unit order for hidden states of unit order.
-        weight = torch.randn(model.score.weight.shape, generator=generator) / (model.config.hidden_size + 1) ** 0.5
+        weight = torch.randn(model.score.weight.shape, generator=generator) / (model.score.in_features + 1) ** 0.5
         model.score.weight.data.copy_(weight)
     _set_special_tokens(model, tokenizer, chat)
     return LoadedModel(model.eval(), tokenizer, chat, folder)
@@ -136,6 +142,19 @@ def _check_vocabulary(embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase,
         raise ModelError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only {rows}. Put the tokenizer "
             "beside it that it was trained with, or enlarge it (transformers' resize_token_embeddings)."
+        )
+
+
+def _check_logits(model: PreTrainedModel, path: str) -> None:
+    """Raises ModelError where logits are not just `hidden @ weight.T`, as `response_logprobs` computes them."""
+    config = model.config.get_text_config(decoder=True)
+    found = [name for name in _LOGIT_SETTINGS if getattr(config, name, None) not in (None, 1)]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        found.append("a bias in its output layer")
+    if found:
+        raise ModelError(
+            f"{path}: a {config.model_type} with {' and '.join(found)}, which is not supported: its log-probabilities "
+            "would be computed without, and training on them be wrong. Take a model of another family."
         )
 
 
@@ -153,7 +172,12 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
     if lora.r == 0:
         return model
     linear = {name.rsplit(".", 1)[-1] for name in linear_layers(model.get_decoder())}
-    num_layers = model.config.num_hidden_layers
+    if not linear:
+        raise ModelError(
+            f"{model.config.model_type}: LoRA goes on linear layers (nn.Linear), and this model has none. Train it in "
+            "full: lora.r=0."
+        )
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     first = 0 if lora.last_layers is None else max(0, num_layers - lora.last_layers)
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, where the model is
         torch.manual_seed(seed)
@@ -242,6 +266,7 @@ def _from_pretrained(
     """The model of a folder or Hub id; an empty one has weights that nothing was written to, and so takes no memory."""
     options = {"dtype": dtype, "attn_implementation": TREE_ATTENTION}
     try:
+        _check_layers(cls, AutoConfig.from_pretrained(folder, **extra), name)
         if not empty:
             model, found = cls.from_pretrained(folder, output_loading_info=True, **options, **extra)
             _check_complete(model, found["missing_keys"], name)
@@ -260,11 +285,35 @@ def _from_pretrained(
         raise ModelError(f"{name}: its weights cannot be read ({error}). {COPY_AGAIN}") from error
 
 
+def _check_layers(cls: type, config: PreTrainedConfig, name: str) -> None:
+    """Raises ModelError where a layer would mix tokens that our masks keep apart; `cls` is an Auto class."""
+    model_class = cls._model_mapping.get(type(config), None)
+    if model_class is None:
+        return  # from_pretrained says so
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    if model_class._is_stateful or kinds - _ATTENTION_LAYERS:
+        raise ModelError(
+            f"{name}: a {config.model_type} has layers other than full or sliding-window attention. Masks do not stop "
+            "what these do, and responses in a row would read each other. Take a model of another family."
+        )
+    if not model_class._can_set_attn_implementation():
+        raise ModelError(
+            f"{name}: the attention of a {config.model_type} cannot take our masks: transformers cannot exchange it "
+            "(AttentionInterface). Take a model of another family."
+        )
+
+
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """A model's own dropout is off: PPO's first ratios are 1, and margins are compared, without it. Llama has none."""
+    """A model's own dropout is off: PPO's first ratios are 1, and margins are compared, without it. Llama has none.
+
+    Some have it in modules, others call the function with a rate of theirs: `dropout`, `layerdrop`, `attn_pdrop`.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     return model
 
 
@@ -295,8 +344,9 @@ def _as_float32(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> None:
     """Tells saved models where to pad and stop: a plain classifier finds its score by the pad token."""
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = chat.end_of_turn_id
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.pad_token_id = tokenizer.pad_token_id
+        config.eos_token_id = chat.end_of_turn_id
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = chat.end_of_turn_id

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from alignment.config import StageConfig, to_yaml
 from alignment.data import SourceReport
 from alignment.errors import RunError
-from alignment.files import read_object, write_json, write_text
+from alignment.files import read_object, sync_files, write_json, write_text
 from alignment.locks import LOCK, check_not_locked, lock_folder, unlock_folder
 from alignment.manifests import (
     FINISHED,
@@ -207,12 +207,8 @@ def checkpoint_step(path: Path) -> int:
 
 def mark_complete(checkpoint: Path) -> None:
     """Writes the mark and in it the files' sizes, once these are on disk: a checkpoint without it is not used."""
-    sizes = {}
-    for file in checkpoint.rglob("*"):
-        if file.is_file() and file.name != COMPLETE_MARK:
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-            sizes[file.relative_to(checkpoint).as_posix()] = file.stat().st_size
+    files = [file for file in sync_files(checkpoint) if file.name != COMPLETE_MARK]
+    sizes = {file.relative_to(checkpoint).as_posix(): file.stat().st_size for file in files}
     write_json(checkpoint / COMPLETE_MARK, sizes)
 
 
@@ -237,8 +233,7 @@ def _make_ready(path: Path, config: StageConfig, resume: bool) -> None:
     lock_folder(path)
     if config.run.overwrite and not resume:
         _clear(path)
-    for leftover in path.glob("*.tmp"):
-        _remove(leftover)
+    _remove_half_written(path)
     known = None if _has_nothing(path) else read_manifest(path)
     first = {"stage": config.stage, "status": RUNNING, "id": uuid.uuid4().hex, "settings": settings(config)}
     process = f"{os.getpid()} on {platform.node()}"
@@ -261,6 +256,13 @@ def _clear(path: Path) -> None:
     for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "manifest.json"):
         if entry.name != LOCK:
             _remove(entry)
+
+
+def _remove_half_written(path: Path) -> None:
+    """Temporary files, and checkpoints without their mark: counted among those kept, they would push out whole ones."""
+    unmarked = (entry for entry in path.glob("checkpoints/*") if not (entry / COMPLETE_MARK).exists())
+    for entry in [*path.glob("*.tmp"), *unmarked]:
+        _remove(entry)
 
 
 def _remove(entry: Path) -> None:

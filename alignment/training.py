@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, get_scheduler
 
 from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
-from alignment.distributed import add_in_float32, check_split, gather_objects, passes
-from alignment.errors import TrainingError
+from alignment.distributed import add_in_float32, check_split, gather_objects, is_split, passes
+from alignment.errors import RunError, TrainingError
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar, console
 from alignment.runs import Run, mark_complete
@@ -104,6 +105,16 @@ class StepSchedule(Dataset):
 class GlobalBatchMixin:
     """Put before a Trainer class: `class RewardTrainer(GlobalBatchMixin, Trainer)`. Set up with `use_steps`."""
 
+    def __init__(self, *, args: TrainingArguments, **options: Any) -> None:
+        """Trainer's, on one GPU where no launcher says more: it would take torch's DataParallel, TRL's would refuse."""
+        if args.n_gpu > 1:
+            console.print(
+                f"{args.n_gpu} GPUs are here, one is used. For all of them: accelerate launch --multi_gpu "
+                "--num_processes N -m alignment.cli.main ..."
+            )
+            args._n_gpu = 1
+        super().__init__(args=args, **options)
+
     def use_steps(self, schedule: StepSchedule, batcher: Batcher, loss_function: LossFunction) -> None:
         """Gives the trainer its steps, how to batch rows, and the loss.
 
@@ -111,12 +122,6 @@ class GlobalBatchMixin:
         """
         check_split(self.accelerator)
         add_in_float32(self.accelerator)
-        if self.args.n_gpu > 1:
-            console.print(
-                f"{self.args.n_gpu} GPUs are here, one is used. For all of them: accelerate launch --multi_gpu "
-                "--num_processes N -m alignment.cli.main ..."
-            )
-            self.args._n_gpu = 1  # Trainer would take torch's DataParallel
         self._schedule, self._batcher, self._loss_function = schedule, batcher, loss_function
         self.step_metrics: dict[str, float] = {}
 
@@ -170,11 +175,7 @@ class GlobalBatchMixin:
         stacked = accelerator.reduce(stacked, reduction="sum") / total
         self.step_metrics = {"loss": stacked[0].item(), **dict(zip(names, stacked[1:].tolist(), strict=True))}
         if not math.isfinite(self.step_metrics["loss"]):
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is {self.step_metrics['loss']}. Training has diverged: "
-                f"lower optim.lr (now {self.args.learning_rate:g}) and start anew with run.overwrite=true. "
-                "metrics.jsonl has the steps before."
-            )
+            raise _diverged(self.state.global_step + 1, "loss", self.step_metrics["loss"], lr=self.args.learning_rate)
         return stacked[0]
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -214,16 +215,22 @@ class RunCallback(TrainerCallback):
         self.bar.__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """One row of metrics a step."""
+        """One row of metrics a step.
+
+        Raises TrainingError, on every process and before anything is saved, where the step has made the weights NaN.
+        """
         if "learning_rate" not in logs or self.bar is None:
             return
         values = {**self.trainer.step_metrics, "lr": logs["learning_rate"], "grad_norm": float(logs["grad_norm"])}
+        if not math.isfinite(values["grad_norm"]):
+            raise _diverged(state.global_step, "gradient's norm", values["grad_norm"], lr=args.learning_rate)
         self.run.log(state.global_step, {f"{self.prefix}/{name}": value for name, value in values.items()})
         self.bar.advance(1, f"loss {values['loss']:.3f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The mark goes last, when all processes have written: a checkpoint without it is not resumed from."""
         self.run.note_elapsed()
+        self.run.note(checkpoints=checkpoint_kind(self.trainer.accelerator))
         self.trainer.accelerator.wait_for_everyone()
         if self.run.writes:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -235,10 +242,26 @@ class RunCallback(TrainerCallback):
 
 
 def use_run(trainer: Any, run: Run, title: str, metric_prefix: str) -> None:
-    """Replaces Trainer's own printing and progress by the run's metrics and bar."""
+    """Replaces Trainer's own printing and progress by the run's metrics and bar.
+
+    Raises RunError where the run has checkpoints that this launch cannot read.
+    """
+    before, now = run.noted("checkpoints"), checkpoint_kind(trainer.accelerator)
+    if before not in (None, now):
+        raise RunError(
+            f"{run.path}: has checkpoints {before}, and this launch reads those {now}. Launch it as before, or start "
+            "anew: run.overwrite=true, in a pipeline --from STAGE."
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunCallback(run, title, metric_prefix, trainer))
+
+
+def checkpoint_kind(accelerator: Accelerator) -> str:
+    """What writes Trainer's checkpoints, and alone can read them."""
+    if not is_split(accelerator):
+        return "of one process or DDP"
+    return f"of FSDP with {accelerator.state.fsdp_plugin.state_dict_type.name}"
 
 
 def training_arguments(
@@ -302,6 +325,13 @@ def build_scheduler(
     name, extra = scheduler_name(optim)
     warmup = num_warmup_steps(num_steps, optim.warmup_fraction, optim.min_warmup_steps)
     return get_scheduler(name, optimizer, warmup, num_steps, scheduler_specific_kwargs=extra)
+
+
+def _diverged(step: int, what: str, value: float, *, lr: float) -> TrainingError:
+    return TrainingError(
+        f"step {step}: the {what} is {value}. Training has diverged: lower optim.lr (now {lr:g}) and start anew with "
+        "run.overwrite=true. metrics.jsonl has the steps before."
+    )
 
 
 def _only(items: list[list[int]]) -> list[int]:

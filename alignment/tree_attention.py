@@ -118,11 +118,17 @@ def tree_attention(
     Grouped queries are supported: H heads share the keys and values of G. In the last layer, with `last_queries`, only
     these are computed and the output is 0 elsewhere. With `attend`, that alone computes the one row there is.
 
-    Raises ModelError where the model's attention is of a kind that neither way computes.
+    Raises ModelError where the model's attention is of a kind that neither way computes, or its layers keep `blocks`
+    and `attend` to themselves: all of a flat row would see each other.
     """
     if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
         raise ModelError(f"{module.config.model_type}: its attention has {unknown[0]}, which is not supported.")
     if blocks is None and attend is None:
+        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:  # that of a flat row
+            raise ModelError(
+                f"{module.config.model_type}: its layers do not hand on to their attention what ours needs. Take a "
+                "model of another family."
+            )
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if dropout:

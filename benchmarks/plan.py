@@ -183,11 +183,10 @@ def make_data(folder: Path) -> None:
     def assistant(tokens: int) -> dict[str, str]:
         return {"role": "assistant", "content": text(tokens - 2)}
 
-    half = LENGTH // 2
+    half, short = LENGTH // 2, overhead + 2  # a short prompt leaves most to both responses of a pair
     sft = [{"messages": [*user(half), assistant(half - 1)]} for _ in range(ROWS)]
-    pairs = [
-        {"prompt": user(half), "chosen": [assistant(half - 1)], "rejected": [assistant(half - 1)]} for _ in range(ROWS)
-    ]
+    long = LENGTH - short - 1
+    pairs = [{"prompt": user(short), "chosen": [assistant(long)], "rejected": [assistant(long)]} for _ in range(ROWS)]
     prompts = [{"prompt": user(LENGTH - NEW_TOKENS)} for _ in range(4 * ROWS)]
     for name, rows in (("sft", sft), ("rm", pairs), ("prompts", prompts)):
         write_rows(folder / f"{name}.jsonl", rows)

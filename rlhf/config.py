@@ -198,7 +198,8 @@ class PPOSection(Section):
 
     share_backbone: Literal["auto", "always", "never"] = "auto"
     """With LoRA, hold once what policy, critic and reward models have in common, where all were fine-tuned from the
-    same weights with LoRA: `auto` where that is so, `always` or an error, `never`. Much less memory."""
+    same weights with LoRA: `auto` where that is so, `always` or an error, `never`. A guard joins them where it can.
+    Much less memory."""
 
     offload: bool = False
     """Keep reference, reward models and a guard that do not share the policy's weights in CPU memory, and on the device

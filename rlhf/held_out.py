@@ -15,10 +15,11 @@ from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.prompts import as_candidate, choose_prompts, fit_prompts, sample_shared, sampling_params
 from alignment.sampling.protocol import Sampler
+from reward_models.score import Scorer
 from rlhf.checkpoint import Learner
 from rlhf.config import PPOConfig
 from rlhf.gains import judged_gains
-from rlhf.judges import RewardModels, guard_scores, load_scorer
+from rlhf.judges import RewardModels, guard_scores
 
 
 class HeldOut:
@@ -30,7 +31,15 @@ class HeldOut:
     """
 
     def __init__(
-        self, config: PPOConfig, data: Loaded[Prompt], chat: ChatFormat, state: PartialState, *, room: int, run_dir: Run
+        self,
+        config: PPOConfig,
+        data: Loaded[Prompt],
+        chat: ChatFormat,
+        state: PartialState,
+        *,
+        guard: Scorer | None,
+        room: int,
+        run_dir: Run,
     ) -> None:
         """Prompts have at most `room` tokens; others are counted in the manifest.
 
@@ -45,8 +54,7 @@ class HeldOut:
         self._best: dict[str, torch.Tensor] = {}
         self._first: dict[str, list[float]] = {}  # scores of the first evaluation by judge, and what `ended`
         self._gains: dict[str, dict[str, Any]] = {}  # of the best and the last evaluation over the first
-        guard, tokens = self.section.guard, config.rewards.max_tokens_per_batch
-        self._guard = guard and load_scorer(guard, state.device, max_tokens=tokens, offload=config.ppo.offload)
+        self._guard = guard
 
     def is_due(self, iteration: int, *, ends: bool = False) -> bool:
         """Whether to look after this iteration: before the first, every so many, and at the end, however it `ends`."""

@@ -49,7 +49,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
 
         policy = trainer.learners["policy"]
         done, watch = 0, Watch(config.alarms)
-        held_out = HeldOut(config, held_out_data, chat, state, room=room, run_dir=run_dir)
+        noted = {"guard": trainer.models.guard, "room": room, "run_dir": run_dir}
+        held_out = HeldOut(config, held_out_data, chat, state, **noted)
         if resume and (checkpoint := newest_checkpoint(run_dir)):
             done, extra = load_checkpoint(checkpoint, trainer.learners)
             trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])

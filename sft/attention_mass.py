@@ -63,10 +63,12 @@ def attention_mass(
         rows.append(torch.stack([mass[start:stop].mean() for start, stop in answers]))
         return output[0], None
 
-    layers = inner.get_decoder().layers
+    # By class: GPT-2 and GPT-NeoX have other attributes than most for layers and their attention.
+    parts = inner.get_decoder().modules()
+    attentions = [part for part in parts if "Attention" in type(part).__name__ and hasattr(part, "layer_idx")]
     before = inner.config._attn_implementation
     inner.set_attn_implementation("eager")
-    handles = [layer.self_attn.register_forward_hook(measure) for layer in layers]
+    handles = [attention.register_forward_hook(measure) for attention in attentions]
     try:
         inner.get_decoder()(input_ids=torch.tensor([list(ids)], device=inner.device), use_cache=False)
     finally:

@@ -44,8 +44,8 @@ class SFTTrain(TrainSection):
     """Dialogues in one optimizer step, over all devices. Paper: 64 sequences of 4,096 tokens."""
 
     packing: bool = True
-    """Fill rows of `data.max_length` tokens with several dialogues, none of which sees another. Paper: yes. It never
-    changes a step's result."""
+    """Fill rows of `data.max_length` tokens (`train.max_tokens_per_batch`, if less) with several dialogues, none of
+    which sees another. Paper: yes. It never changes a step's result."""
 
 
 class SFTData(DataSection):
@@ -203,6 +203,8 @@ class GattEvalConfig(StageConfig):
     """Do instructions stated in the first turn only still hold turns later? (Llama 2 Table 30, by program.)"""
 
     stage: ClassVar[str] = "eval"
+    # The picture is made after all answers.
+    resume_may_change: ClassVar[frozenset[str]] = frozenset({"num_attention_dialogues"})
 
     kind: Literal["gatt"] = "gatt"
     """What is measured: `gatt`, adherence to an instruction by turn."""

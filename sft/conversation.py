@@ -125,7 +125,11 @@ class Speaker:
         """
         chat, length = format_and_limit(model, max_prompt_length, sampling, judge_context)
         with open_sampler(model, sampling, device, max_prompt_length=length) as sampler:
-            yield cls(sampler, chat, sampling, max_prompt_length=length, seed=seed)
+            speaker = cls(sampler, chat, sampling, max_prompt_length=length, seed=seed)
+            try:
+                yield speaker
+            finally:
+                del sampler, speaker._sampler  # who keeps the speaker does not keep its model
 
     def answer(self, contexts: Mapping[int, Messages], *, turn: int, bar: ProgressBar) -> Turn:
         """Candidates for every context by its key, and why there are none: `too_long`, or `refused` by the chat format.

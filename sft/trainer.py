@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from alignment.chat import EncodedDialogue
 from alignment.compilation import compile_layers
 from alignment.data import pick
+from alignment.errors import TrainingError
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.models import add_lora, load_chat_model, save_model
@@ -70,13 +72,19 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         sample_answers(model, chat, asked, config.evaluation, run_dir, dtype=dtype, part="before")
 
     arguments = training_arguments(run_dir, config, num_steps=len(schedule), dtype=dtype, device=device)
+    arguments |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments["router_aux_loss_coef"] = 0.0  # a loss that balances experts would not know our masks
+    text_config = model.config.get_text_config()
+    balancing = getattr(text_config, "router_aux_loss_coef", None)
     trainer = MaskedSFTTrainer(
         model=model,
-        args=trl.SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=trl.SFTConfig(**arguments),
         train_dataset=as_dataset(train.encoded),
         data_collator=list,
         processing_class=loaded.tokenizer,
     )
+    if balancing is not None:
+        text_config.router_aux_loss_coef = balancing  # TRL has written 0 into what is saved with the model
     if config.train.compile:
         compile_layers(model, trainer.args.device)
     trainer.use_steps(schedule, lambda rows: dialogue_batches(train.encoded, rows, **batching), response_loss)
@@ -86,6 +94,11 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = evaluate(model, valid, **batching, dtype=dtype, title="sft: held-out loss after")
+    if not math.isfinite(after.get("loss", 0.0)):
+        raise TrainingError(
+            f"{run_dir.path}: the held-out loss is {after['loss']} after the last step: lower optim.lr and start anew "
+            "with run.overwrite=true."
+        )
     sample_answers(model, chat, asked, config.evaluation, run_dir, dtype=dtype, part="after")
     save_model(model, loaded, run_dir.model_dir)
     state.wait_for_everyone()

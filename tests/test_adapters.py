@@ -11,7 +11,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from alignment.adapters import (
     Adapter,
@@ -25,6 +32,7 @@ from alignment.adapters import (
     write_adapter,
 )
 from alignment.config import LoraSection
+from alignment.errors import ModelError
 from alignment.model_folders import model_folder
 from alignment.model_workers import sharing_copy
 from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, save_model, saved_adapter
@@ -97,6 +105,13 @@ def test_peft_loads_the_adapter_where_the_decoder_has_another_name(tmp_path):
     expected.gpt_neox.get_submodule(layer).weight += second @ first
     found = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(found(IDS).logits, expected(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_lora_is_refused_where_no_layer_can_take_it():
+    """GPT-2 has a layer of its own for what others do with nn.Linear."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=16))
+    with pytest.raises(ModelError, match=r"gpt2: LoRA goes on linear layers .* lora\.r=0"):
+        add_lora(model, LoraSection(r=2), is_reward_model=False, seed=0)
 
 
 def test_a_model_trained_in_full_has_no_adapter(runs, tmp_path):

@@ -63,6 +63,14 @@ def test_the_last_two_checkpoints_are_kept(run):
     assert newest_checkpoint(run).name == "checkpoint-10"
 
 
+def test_a_save_that_was_killed_does_not_stop_later_ones_of_other_steps(run):
+    save_checkpoint(run, 50, {"policy": learner()}, {})
+    (run.path / "checkpoints" / "checkpoint-60.tmp").mkdir()
+    again = open_run(TinyConfig(run=RunSection(dir=str(run.path))), resume=True)
+    save_checkpoint(again, 55, {"policy": learner()}, {})
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["checkpoint-50", "checkpoint-55"]
+
+
 @pytest.mark.parametrize("damage", ["cut off", "other bytes", "empty", "missing"])
 def test_a_damaged_checkpoint_is_named_with_what_to_do(run, damage):
     save_checkpoint(run, 7, {"policy": learner()}, {})

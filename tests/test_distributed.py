@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from alignment import distributed
 from alignment.cli.main import run_pipeline, run_stage
+from alignment.cli.stages import Stage
 from alignment.distributed import (
     compute_in,
     equal_passes,
@@ -144,3 +145,11 @@ def test_after_an_error_the_process_group_stays_for_the_launcher_to_end(command,
     with pytest.raises(DataError, match="found while it runs"):
         evaluate_with(command, WORK, tmp_path)
     assert dist.is_initialized()
+
+
+def test_the_main_process_alone_prints_the_result(tmp_path, monkeypatch, capsys):
+    """Another may not see the files that its figures come from."""
+    monkeypatch.setattr(Stage, "run_function", lambda _: lambda config, *, resume: {"stage": "sft", "steps": None})
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    run_stage("sft", ["model=toy", "data.train=toy:sft.train", f"run.dir={tmp_path / 'run'}"])
+    assert capsys.readouterr().out == ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from alignment.sampling import Sample, SamplingParams, engines
 from alignment.sampling.engines import open_sampler
 from alignment.sampling.torch_engine import TorchSampler
 from alignment.sampling.vllm_engine import VllmSampler
+from sft import conversation
 
 CPU = torch.device("cpu")
 TOY = ModelSection(path="toy", dtype="float32")
@@ -244,3 +247,22 @@ def test_a_closed_sampler_says_so_and_may_be_closed_again(sampler, fake):
     assert fake[0].shut_down == 1
     with pytest.raises(SamplerError, match="closed"):
         sampler.sample([[5]], SamplingParams(max_new_tokens=1))
+
+
+def test_whoever_keeps_a_speaker_does_not_keep_its_model(monkeypatch):
+    """`eval kind=gatt` opens one policy after the other, and `distil` a reward model after it."""
+    models, opened = [], conversation.open_sampler
+
+    @contextmanager
+    def remember(*args, **options):
+        with opened(*args, **options) as sampler:
+            models.append(weakref.ref(sampler.model))
+            yield sampler
+
+    monkeypatch.setattr(conversation, "open_sampler", remember)
+    options = {"device": CPU, "max_prompt_length": 20, "seed": 0}
+    for _ in range(2):
+        assert all(model() is None for model in models)
+        with conversation.Speaker.open(TOY, SamplingSection(max_new_tokens=4), **options) as speaker:
+            assert models[-1]() is not None
+    assert speaker is not None and models[-1]() is None

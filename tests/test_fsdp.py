@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from alignment.config import LoraSection
 from alignment.distributed import gets_weights_later, whole_weights
+from alignment.errors import RunError
 from alignment.model_folders import model_folder
 from alignment.models import add_lora, load_chat_model, load_reward_model, save_model
 
@@ -199,5 +200,7 @@ def test_a_split_run_that_was_killed_resumes(name, kind, tmp_path):
     killed = tmp_path / "killed"
     launch_two(fsdp(state_dict=kind), "sft", settings, killed, dies=True)
     assert [path.parent.name for path in killed.glob("checkpoints/*/complete")] == ["checkpoint-3"]
+    with pytest.raises(RunError, match=f"checkpoints of FSDP with {kind}, .* of one process or DDP"):
+        run_here("sft", settings, killed, resume=True)
     launch_two(fsdp(state_dict=kind), "sft", settings, killed, "--resume")
     assert_same_model(tmp_path / "one", killed, atol=1e-5)

@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from scripted import COMMON, PROMPTS, Interrupted, ScriptedSpeaker, distil_config, gatt_config, scored_by_length
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.chat import CHATML, chat_format, decode_response, encode_prompt
 from alignment.cli import distil
@@ -323,9 +324,23 @@ def test_eval_kind_gatt_runs_from_the_command_line_on_a_real_model(tmp_path):
     assert (tmp_path / "run" / "attention.png").stat().st_size > 1000
 
 
-def test_the_instructions_place_is_found_and_its_share_of_attention_is_that_of_the_definition(make_llama, tokenizer):
+def test_the_attention_picture_can_be_left_out_until_a_run_is_resumed(tmp_path, monkeypatch):
+    settings = ["kind=gatt", "policies.base=toy", "run.device=cpu", *PROMPTS, "prompts.turns=2"]
+    settings += ["instructions.kinds=[capitals]", "sampling.max_new_tokens=4", f"run.dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(gatt_evaluation, "attention_picture", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_stage("eval", settings)
+    run_stage("eval", [*settings, "num_attention_dialogues=0"], resume=True)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["attention"] == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_the_instructions_place_is_found_and_its_share_of_attention_is_that_of_the_definition(family, tokenizer):
     chat = chat_format(tokenizer, "chatml")
-    model = make_llama(len(tokenizer))
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), initializer_range=0.2, **shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
     turns = ["Act as Ada.\nhi", "why?"]
     ids, (start, stop), answers = spans(chat, "Act as Ada.", turns, ["hello", "because"])
     assert decode_response(chat, ids[start:stop]) == "Act as Ada."

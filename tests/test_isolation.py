@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
+from transformers import TrainingArguments
 
 from alignment.cli.stages import STAGES
 from alignment.config import load_config
@@ -93,19 +94,18 @@ def test_a_training_computes_in_its_own_type_whatever_the_launcher_says(tmp_path
 
 
 def test_one_of_several_gpus_is_used_without_a_launcher(tmp_path, monkeypatch, capsys):
-    """Trainer would wrap the model in torch's DataParallel."""
-    found = []
+    """Trainer would wrap the model in torch's DataParallel; TRL's refuses that as soon as it is made."""
+    found, prepare = [], TrainingArguments.__post_init__
 
-    def use_steps(trainer: GlobalBatchMixin, *arguments: object) -> None:
-        trainer.args._n_gpu = 3
-        original(trainer, *arguments)
-        found.append(trainer.args.n_gpu)
-        trainer.args._n_gpu = 0
+    def with_three_gpus(arguments: TrainingArguments) -> None:
+        prepare(arguments)
+        assert arguments.n_gpu == 0
+        arguments._n_gpu = 3
+        found.append(arguments)
 
-    original = GlobalBatchMixin.use_steps
-    monkeypatch.setattr(GlobalBatchMixin, "use_steps", use_steps)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_three_gpus)
     sft_trainer.run(sft_config(tmp_path / "run"))
-    assert found == [1] and "3 GPUs are here, one is used" in capsys.readouterr().err
+    assert found[0].n_gpu == 1 and "3 GPUs are here, one is used" in capsys.readouterr().err
 
 
 def test_losses_are_not_scaled_and_steps_not_held_back_by_another_training():

@@ -11,14 +11,25 @@ import pytest
 import torch
 from merging import merged_copy, share_kept, small_change
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    Lfm2Config,
     LlamaForCausalLM,
+    OPTConfig,
     PhiConfig,
-    PhiForCausalLM,
+    Qwen3NextConfig,
+    xLSTMConfig,
 )
 
 from alignment import models
@@ -27,12 +38,16 @@ from alignment.config import LoraSection
 from alignment.errors import ModelError
 from alignment.logprobs import branch_scores, response_logprobs
 from alignment.manifests import weights_sha256
-from alignment.model_folders import check_is_chat_model, load_chat
+from alignment.model_folders import check_is_chat_model, load_chat, model_context
 from alignment.models import add_lora, load_chat_model, load_reward_model, rounded_copy, save_model
 from alignment.prefix_batch import Branch, Tree, collate
+from alignment.sampling import SamplingParams, torch_engine
+from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import Scorer
 
 BATCH = collate([[Tree([5, 6, 7], [Branch([8, 9, 10]), Branch([11])])]])
+TINY = {"vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+GEMMA = {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8}
 
 
 def save_tokenizer(tokenizer, folder):
@@ -94,6 +109,20 @@ def saved_chat_model(folder):
     return folder / "model.safetensors"
 
 
+def saved_config(config, folder):
+    """A folder without weights."""
+    config.save_pretrained(folder)
+    load_chat_model("toy").tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def saved_random(config, folder):
+    """A model of this kind with random weights."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    load_chat_model("toy").tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def test_a_new_reward_model_is_the_chat_model_with_a_drawn_head():
     """Stiennon et al. 2020: variance 1 / (hidden + 1). The deviation of 64 drawn numbers is within a third of it."""
     backbone = load_chat_model("toy").model.get_decoder().state_dict()
@@ -134,6 +163,84 @@ def test_a_tokenizer_with_more_tokens_than_its_model_is_refused(tmp_path, load):
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match=r"m: the tokenizer has \d+ tokens, the model's embedding only \d+\. Put"):
         load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "has"),
+    [
+        (PhiConfig(**TINY, intermediate_size=16), "a bias in its output layer"),
+        (GraniteConfig(**TINY, intermediate_size=16, logits_scaling=8.0), "logits_scaling"),
+        (CohereConfig(**TINY, intermediate_size=16, bos_token_id=1, eos_token_id=2), "logit_scale"),
+        (Gemma3TextConfig(**TINY, **GEMMA, final_logit_softcapping=30.0), "final_logit_softcapping"),
+    ],
+)
+def test_a_model_whose_logits_are_more_than_a_product_is_refused(config, has, tmp_path):
+    """`response_logprobs` computes nothing but that product: losses would be wrong without a word."""
+    with pytest.raises(ModelError, match=f"m: a .* with {has}, which is not supported"):
+        load_chat_model(saved_random(config, tmp_path / "m"))
+
+
+def test_a_setting_that_leaves_logits_as_they_are_is_no_hindrance(tmp_path):
+    load_chat_model(saved_random(GraniteConfig(**TINY, intermediate_size=16, logits_scaling=1.0), tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("config", "load"),
+    [
+        (Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), load_chat_model),
+        (xLSTMConfig(), load_chat_model),
+        (Qwen3NextConfig(), partial(load_reward_model, new_head_seed=0)),
+    ],
+)
+def test_recurrent_and_convolutional_layers_are_refused(config, load, tmp_path):
+    """They read the responses before theirs in a row. It is told before weights are read: there are none."""
+    with pytest.raises(ModelError, match=r"m: a .* has layers other than full or sliding-window attention"):
+        load(saved_config(config, tmp_path / "m"))
+
+
+@pytest.mark.parametrize("config", [FalconConfig(), GPTJConfig(), GPTNeoConfig(), BloomConfig()])
+@pytest.mark.parametrize("load", [load_chat_model, partial(load_reward_model, new_head_seed=0)])
+def test_an_attention_that_cannot_be_exchanged_is_refused(config, load, tmp_path):
+    with pytest.raises(ModelError, match=r"m: the attention of a .* cannot take our masks"):
+        load(saved_config(config, tmp_path / "m"))
+
+
+@pytest.fixture
+def text_and_images(tmp_path):
+    """A random Gemma 3 as its larger sizes are: the settings of the language model are one level down."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**TINY, **GEMMA, "sliding_window": 6, "max_position_embeddings": 99},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )
+    return saved_random(config, tmp_path / "m")
+
+
+def test_a_model_of_text_and_images_is_trained_as_its_language_model(text_and_images):
+    assert model_context(text_and_images) == 99
+    loaded = load_chat_model(text_and_images)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    expected = loaded.model(input_ids=ids).logits.log_softmax(-1)[0, [2, 3, 4], [8, 9, 10]]
+    found = response_logprobs(loaded.model, collate([[Tree([5, 6, 7], [Branch([8, 9, 10])])]]))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ModelError, match="sees 6 tokens back, and a row has 7"):
+        response_logprobs(loaded.model, collate([[Tree([5, 6, 7], [Branch([8, 9, 10, 11])])]]))
+    reward = load_reward_model(text_and_images, new_head_seed=0)
+    assert reward.model.config.text_config.pad_token_id == reward.tokenizer.pad_token_id
+    names = [name for name, _ in with_adapters(reward.model, is_reward_model=True, last_layers=1).named_parameters()]
+    assert any("language_model.layers.1." in name for name in names if "lora_" in name)
+    assert not any("language_model.layers.0." in name for name in names if "lora_" in name)
+
+
+def test_a_model_of_text_and_images_is_sampled_as_its_language_model(text_and_images, monkeypatch):
+    model = load_chat_model(text_and_images).model
+    monkeypatch.setattr(torch_engine, "free_memory", lambda _: 10**6)
+    [[sample]] = TorchSampler(model, stop_ids=[]).sample([[5, 6, 7]], SamplingParams(temperature=0, max_new_tokens=3))
+    expected = response_logprobs(model, collate([[Tree([5, 6, 7], [Branch(sample.token_ids)])]]))
+    assert sample.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+    with pytest.raises(ModelError, match="sees 6 tokens back, and prompt and response may have 7"):
+        TorchSampler(model, stop_ids=[]).sample([[5, 6, 7]], SamplingParams(max_new_tokens=4))
 
 
 @pytest.mark.parametrize("damage", ["cut off", "another size"])
@@ -195,16 +302,22 @@ def test_a_copy_to_sample_from_rounds_weights_and_not_positions():
     assert all(weight.equal(weights[name]) for name, weight in model.named_parameters())  # a copy
 
 
-def test_a_models_own_dropout_is_off_and_in_its_file_as_it_was(tmp_path):
-    config = PhiConfig(vocab_size=264, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                       num_attention_heads=2, resid_pdrop=0.5, embd_pdrop=0.5)  # fmt: skip
-    PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
-    load_chat_model("toy").tokenizer.save_pretrained(tmp_path / "phi")
-    loaded = load_chat_model(str(tmp_path / "phi"))
-    dropouts = [module for module in loaded.model.modules() if isinstance(module, nn.Dropout)]
-    assert dropouts and all(module.p == 0 for module in dropouts)
+@pytest.mark.parametrize(
+    ("config", "rate"),
+    [
+        (GPTNeoXConfig(**TINY, hidden_dropout=0.5, attention_dropout=0.5), "hidden_dropout"),
+        (OPTConfig(**TINY, ffn_dim=16, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5), "dropout"),
+        (OPTConfig(**TINY, ffn_dim=16, word_embed_proj_dim=16, dropout=0.0, layerdrop=0.5), "layerdrop"),
+    ],
+)
+def test_a_models_own_dropout_is_off_and_in_its_file_as_it_was(config, rate, tmp_path):
+    """GPT-NeoX has modules for it, and as OPT calls the function with a rate of its own."""
+    loaded = load_chat_model(saved_random(config, tmp_path / "m"))
+    loaded.model.train()
+    first = response_logprobs(loaded.model, BATCH)
+    assert all(response_logprobs(loaded.model, BATCH).equal(first) for _ in range(5))
     save_model(loaded.model, loaded, tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["resid_pdrop"] == 0.5
+    assert json.loads((tmp_path / "again" / "config.json").read_text())[rate] == 0.5
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])

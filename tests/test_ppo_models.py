@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from small_ppo import config_of, models_of
+from small_ppo import TREES, config_of, models_of
 
 from alignment.data import load_prompts
 from alignment.dialogue import Message, Prompt
@@ -47,6 +47,24 @@ def test_models_tuned_from_the_same_weights_hold_them_once(runs):
     assert shared.separate is None and separate.separate == "ppo.share_backbone=never"
     assert weights_held(separate) > 3.5 * one
     assert weights_held(shared) < 2.5 * one  # adapters of rank 7 on matrices of 64 columns are half of it
+
+
+def test_a_guard_stands_on_the_policys_weights_where_it_can(runs, save_tuned, tmp_path):
+    """The scores are those of a guard of its own; one that was tuned in full has weights of its own."""
+    save_tuned(load_reward_model(str(runs / "sft"), new_head_seed=8), tmp_path / "guard", seed=9, rank=2)
+    held_out = ["evaluation.prompts=toy:prompts.heldout"]
+    for path, is_shared in ((tmp_path / "guard", True), (runs / "full", False)):
+        asked = f"evaluation.guard={{path: {path}, dtype: float32}}"
+        shared, apart = (
+            models_of(config_of(runs, *held_out, asked, f"ppo.share_backbone={share}")) for share in ("auto", "never")
+        )
+        one = {p.data_ptr() for p in shared.policy.parameters() if not p.requires_grad}
+        assert any(p.data_ptr() in one for p in shared.guard.model.parameters()) == is_shared
+        assert shared.separate is None
+        torch.testing.assert_close(
+            torch.tensor(shared.guard.score_trees(TREES)), torch.tensor(apart.guard.score_trees(TREES))
+        )
+    assert models_of(config_of(runs, asked)).guard is None, "without held-out prompts it has nothing to judge"
 
 
 @pytest.mark.parametrize("policy", ["rs", "toy"])

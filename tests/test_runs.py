@@ -154,6 +154,24 @@ def test_a_killed_folder_write_leaves_the_old_folder_and_the_next_one_starts_cle
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_takes_its_place_once_all_of_its_files_are_on_disk(tmp_path, monkeypatch):
+    """Right after a model's, the checkpoints that it was made from are removed."""
+    folder, synced, fsync = tmp_path / "model", [], os.fsync
+
+    def note(handle: int) -> None:
+        synced.append((os.fstat(handle).st_ino, folder.exists()))
+        fsync(handle)
+
+    def fill(place: Path) -> None:
+        (place / "deep").mkdir()
+        for name in ("a", "deep/b"):
+            (place / name).write_text(name)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_folder(folder, fill)
+    assert sorted(synced) == sorted(((folder / name).stat().st_ino, False) for name in ("a", "deep/b"))
+
+
 # ---------------------------------------------------------------------------------------- opening and finishing
 
 
@@ -723,6 +741,17 @@ def test_a_checkpoint_with_a_damaged_mark_is_not_used_but_one_of_an_earlier_vers
     assert newest_checkpoint(run) == five and "damaged (complete)" in caplog.text
     os.truncate(ten / "complete", 0)
     assert newest_checkpoint(run) == ten
+
+
+def test_half_written_checkpoints_are_removed_before_the_run_goes_on(config):
+    """Trainer keeps the newest two, marked or not, and its steps may now be others."""
+    run = begin(config)
+    checkpoint(run, 50, complete=True)
+    half = checkpoint(run, 100, complete=False)
+    (half.parent / "checkpoint-60.tmp").mkdir()
+    again = open_run(config, resume=True)
+    assert [folder.name for folder in half.parent.iterdir()] == ["checkpoint-50"]
+    assert newest_checkpoint(again).name == "checkpoint-50"
 
 
 def test_checkpoints_of_a_finished_run_are_cleared(config):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from alignment.chat import CHATML, EncodedDialogue, chat_format, encode_dialogue
 from alignment.cli.summary import print_result
 from alignment.config import load_config
 from alignment.data import load_dialogues
 from alignment.dialogue import Dialogue, Message, PreferencePair
-from alignment.errors import DataError, ModelError, RunError
+from alignment.errors import DataError, ModelError, RunError, TrainingError
 from alignment.headlines import one_line
 from alignment.logprobs import response_logprobs
 from alignment.model_folders import load_chat_of
@@ -204,6 +206,40 @@ def test_trained_answers_that_go_with_old_exchanges_are_counted(chat):
 def sft_config(folder, *extra: str) -> SFTConfig:
     settings = ["model=toy", "model.dtype=float32", "run.device=cpu", "train.max_steps=1", "train.batch_size=2"]
     return load_config(SFTConfig, None, [*settings, "evaluation.num_answers=0", *extra, f"run.dir={folder}"])
+
+
+def test_a_mixture_of_experts_is_trained_without_its_own_loss_and_keeps_its_settings(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(template=CHATML)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        router_aux_loss_coef=0.02,
+    )
+    for part in (MixtralForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    data = ["data.train=toy:sft.train", "data.valid=toy:sft.valid", "data.max_rows=4", "data.max_valid_rows=4"]
+    settings = [f"model.path={tmp_path / 'base'}", *data, "evaluation.num_answers=1", "train.max_steps=2"]
+    result = trainer.run(sft_config(tmp_path / "run", *settings))
+    assert result["steps"] == 2 and result["valid_loss_after"] < result["valid_loss_before"]
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (saved["router_aux_loss_coef"], saved["output_router_logits"]) == (0.02, False)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_after_the_last_step_is_no_model(loss, tmp_path, monkeypatch):
+    found = iter([{"loss": 2.0}, {"loss": loss}])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: next(found))
+    data = ["data.train=toy:sft.train", "data.valid=toy:sft.valid", "data.max_rows=4", "data.max_valid_rows=4"]
+    with pytest.raises(TrainingError, match=rf"the held-out loss is {loss} after the last step: lower optim\.lr"):
+        trainer.run(sft_config(tmp_path / "run", *data))
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def as_line(found: Dialogue) -> str:

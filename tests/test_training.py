@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import TinyConfig, arguments
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from transformers import LlamaForCausalLM, TrainerState
 
 from alignment.chat import EncodedDialogue
 from alignment.config import OptimSection, RunSection, TrainSection
-from alignment.errors import ConfigError, TrainingError
+from alignment.errors import ConfigError, RunError, TrainingError
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import Run, newest_checkpoint, open_run
 from alignment.training import (
@@ -55,9 +56,8 @@ from sft.examples import dialogue_batches
 )
 def test_what_cannot_be_saved_whole_is_refused_before_training(kind, version, message):
     plugin = SimpleNamespace(fsdp_version=version, mixed_precision_policy=None)
-    trainer = GlobalBatchMixin()
+    trainer = object.__new__(GlobalBatchMixin)
     trainer.accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
-    trainer.args = SimpleNamespace(n_gpu=1)
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
         trainer.use_steps(StepSchedule(1, TrainSection(), seed=0), lambda rows: rows, lambda model, part: part)
 
@@ -329,6 +329,19 @@ def test_a_loss_that_is_no_number_stops_the_training(llama, open_tiny_run):
     assert len(logged(run)) == 2
 
 
+def test_a_gradient_that_is_no_number_stops_the_training_before_it_is_saved(llama, open_tiny_run):
+    """Clipping makes all weights NaN, and no loss is computed with those of the last step."""
+    run = open_tiny_run("run")
+
+    def steep(model: nn.Module, part: MicroBatch) -> Any:
+        loss, metrics = response_loss(model, part)
+        return loss + (0 * loss).sqrt(), metrics  # the slope of a root is infinite at 0
+
+    with pytest.raises(TrainingError, match=r"step 1: the gradient's norm is nan.*optim\.lr \(now 0\.001\)"):
+        train(llama, run, sft_batcher(100), steep, steps=1)
+    assert not (run.path / "metrics.jsonl").exists() and newest_checkpoint(run) is None
+
+
 def test_gradients_are_clipped_to_the_norm_that_is_set(llama, open_tiny_run):
     """With a clip far below the true norm the step of plain SGD has exactly that length."""
     run = open_tiny_run("run")
@@ -380,6 +393,16 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(make_lla
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
     assert logged(cut_run) == logged(whole_run)
+
+
+def test_checkpoints_of_another_kind_of_launch_are_refused(llama, open_tiny_run):
+    run = open_tiny_run("run")
+    train(llama, run, sft_batcher(100), response_loss)
+    plugin = SimpleNamespace(state_dict_type=StateDictType.SHARDED_STATE_DICT)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    message = "checkpoints of one process or DDP, .* reads those of FSDP with SHARDED_STATE_DICT. Launch it as before"
+    with pytest.raises(RunError, match=message):
+        use_run(SimpleNamespace(accelerator=accelerator), run, "tiny", "tiny")
 
 
 @settings(max_examples=40)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import StableLmConfig, StableLmForCausalLM
 
 from alignment import tree_attention
 from alignment.errors import ModelError
@@ -89,6 +90,16 @@ def test_kinds_of_attention_that_are_not_computed_are_refused():
     query, module = torch.zeros(1, 1, 1, 4), load_chat_model("toy").model.model.layers[0].self_attn
     with pytest.raises(ModelError, match="its attention has softcap, which is not supported"):
         tree_attention.tree_attention(module, query, query, query, None, softcap=50.0)
+
+
+def test_layers_that_hand_nothing_on_to_their_attention_are_refused():
+    """All tokens of the flat row would see each other."""
+    config = StableLmConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, attn_implementation=TREE_ATTENTION,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="stablelm: its layers do not hand on"):
+        response_logprobs(StableLmForCausalLM(config).eval(), collate(ROWS))
 
 
 def test_neighbouring_trees_without_trunks_are_not_joined():

@@ -137,10 +137,13 @@ def run_stage(
     run = stage.run_function()
     prepare_libraries()
     result = run(config, resume=resume)
+    from accelerate import PartialState
+
     from alignment.cli.summary import print_result
     from alignment.distributed import leave_process_group
 
-    print_result(result, Path(config.run.dir))
+    if PartialState().is_main_process:
+        print_result(result, Path(config.run.dir))
     leave_process_group()
 
 

@@ -80,6 +80,8 @@ def _other_devices(config: StageConfig, plan: StagePlan, planner: Planner) -> It
             if changed is not None and changed.fits:
                 yield f"--fsdp --gpus {processes} (run on CPUs only in this project): {_effect(changed)}"
                 break
+    elif "sampling" in type(config).model_fields and config.sampling.engine == "vllm":
+        yield "more devices: sampling.vllm.tensor_parallel_size spreads vLLM's model over them, for sampling alone"
     elif not is_split_by_fsdp(config):
         yield "more devices do not help: every process holds whole models (FSDP is for sft, rm and ppo in full)"
     for card in larger_devices(setting.device):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from alignment.cli.planner import Planner, draws_for, file_bytes, fill, judged, prompt_length, repeated, vllm_share
+from alignment.cli.planner import Planner, draws_for, file_bytes, fill, heaviest, judged, prompt_length, vllm_share
+from alignment.config import ModelSection
 from alignment.errors import ConfigError
 from alignment.plan.origins import known_base
 from alignment.plan.passes import Rows
@@ -22,6 +24,7 @@ from alignment.plan.training import (
     held,
     load_phases,
     optimizer_state,
+    reduced,
     saving_phases,
     shards,
     training_pass,
@@ -33,20 +36,26 @@ from rlhf.policy import refused_by_settings
 def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     """The plan of a PPO run: every process holds all models whole (DDP), or its parts of policy and critic (FSDP).
 
-    Raises ConfigError where the processes cannot share a minibatch, as the run itself would.
+    Raises ConfigError where the processes cannot share a minibatch, or models the weights, as the run itself would.
     """
     try:
         check_shares(config, planner.setting.processes)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    setting, train, draw = planner.setting, config.train, config.sampling
+    setting, train, draw, looks = planner.setting, config.train, config.sampling, config.evaluation
     policy = planner.trained(config.model, config.lora, "lm")
     critic = planner.trained(config.rewards.helpfulness, config.lora, "score")
     critic = replace(critic, checkpointing=policy.checkpointing, dtype=policy.dtype, compute=policy.compute)
     judges = [planner.frozen(config.rewards.helpfulness, "score"), planner.frozen(config.rewards.safety, "score")]
     shared, why = _shares(config, planner)
+    if config.ppo.share_backbone == "always" and not shared:
+        raise ConfigError(f"{name}: ppo.share_backbone=always: {why}.")
+    guard, its_own, guard_lent = _guard(config, planner, policy)
 
     frozen, away = _frozen(config, planner, policy, critic, judges, shared)
+    frozen = together(frozen, its_own)
+    if looks.patience is not None and setting.device.kind == "cpu":  # the best policy so far
+        frozen = together(frozen, {"adapters" if config.lora.r else "weights": 4 * weights(policy).trained})
     steps = gradients(setting, policy, critic)
     # DDP's buckets are there from the beginning; gradients come with the update.
     always = together(optimizer_state(policy, critic), {"exchange": steps.pop("exchange", 0)})
@@ -56,12 +65,16 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
         trained, always, steps = (shards(setting, each) for each in (trained, always, steps))
         # One of the two models is at work at a time.
         in_use = max((gathered(spec) for spec in (policy, critic)), key=lambda each: each["weights"])
+        steps = together(steps, max((reduced(spec) for spec in (policy, critic)), key=lambda each: each["gradients"]))
     models = together(trained, frozen)
     learned = together(models, always)
     per_process = train.batch_size // (draw.num_candidates * setting.processes)
-    length = prompt_length(config.prompts.max_prompt_length, draw.max_new_tokens, policy, critic, *judges)
+    readers = [policy, critic, *judges, *([guard] if guard else [])]
+    length = prompt_length(config.prompts.max_prompt_length, draw.max_new_tokens, *readers)
     row = Rows(1, length, (draw.max_new_tokens,) * draw.num_candidates)
-    rows = fill(row, train.max_tokens_per_batch, train.minibatch_size // (draw.num_candidates * setting.processes))
+    share = train.minibatch_size // (draw.num_candidates * setting.processes)
+    peak = lambda rows: training_pass(policy, rows, "logprobs", setting).peak  # noqa: E731
+    rows = heaviest(row, train.max_tokens_per_batch, share, peak)
 
     phases = load_phases(setting, models, file_bytes(planner, config.rewards.helpfulness))
     twin = ModelSpec(policy.config, dtype=planner.dtype(config.model))
@@ -69,25 +82,33 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     free = planner.free(learned, held(twin) if is_copied else {})
     draws = draws_for(draw, twin, total_prompts=per_process, prompt_tokens=length, free=free)
     samples = sampling(twin, draws, device=setting.device.kind)
-    beside = {"kv_cache": samples.kv_cache, "activations": samples.working}
     if draw.engine == "vllm":
         from rlhf.policy_sampler import VLLM_MEMORY_SHARE
 
-        engine = vllm_share(planner, draw, VLLM_MEMORY_SHARE)
+        engine = vllm_share(planner, draw, twin, draws, default=VLLM_MEMORY_SHARE)
         learned, models = together(learned, engine), together(models, engine)
         phases.append(planner.phase("sample", learned))
-    elif is_copied:
-        phases.append(planner.phase("sample", learned, held(twin), beside))
     else:
-        phases.append(planner.phase("sample", learned, beside))
+        sampled = [samples]
+        if looks.prompts:  # one answer to every prompt, of which none shares its prompt with another
+            asked = {"total_prompts": math.ceil(looks.max_prompts / setting.processes), "prompt_tokens": length}
+            look = draws_for(draw.model_copy(update={"num_candidates": 1}), twin, **asked, free=free)
+            sampled.append(sampling(twin, look, device=setting.device.kind))
+        most = max(sampled, key=lambda each: each.kv_cache + each.working)
+        beside = {"kv_cache": most.kv_cache, "activations": most.working}
+        phases.append(planner.phase("sample", learned, held(twin) if is_copied else {}, beside))
 
     rewarded = judged(draws, draw, config.rewards.max_tokens_per_batch)
     scoring = [planner.forward(judge, rewarded, "scores") for judge in judges]
-    is_lent = config.ppo.offload and not shared and setting.device.kind == "gpu"
+    is_lent = _offloads(config, planner) and not shared
     lent = held(max(judges, key=lambda judge: weights(judge).base)) if is_lent else {}
     phases.append(planner.phase("score", learned, lent, {"activations": max(each.peak for each in scoring)}))
+    if guard is not None:
+        guarding = planner.forward(guard, rewarded, "scores")
+        phases.append(planner.phase("guard", learned, guard_lent, {"activations": guarding.peak}))
 
-    measuring = planner.forward(as_computed(policy, setting), rows, "logprobs")
+    measured = fill(row, train.max_tokens_per_batch, per_process)
+    measuring = planner.forward(as_computed(policy, setting), measured, "logprobs")
     phases.append(planner.phase("measure", learned, away, in_use, {"activations": measuring.peak}))
     passes = [training_pass(policy, rows, "logprobs", setting), training_pass(critic, rows, "values", setting)]
     in_update = together(learned, steps)
@@ -95,17 +116,18 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     if config.lora.r:
         phases += saving_phases(policy, setting, together(models, optimizer_state(policy, critic)))
 
-    trees = per_process / rows.count
+    tokens = per_process * row.num_tokens
     work = [
-        repeated(samples, per_process * draw.num_candidates / draws.rows),
+        *samples.work(per_process * draw.num_candidates / draws.rows),
         *(Work(each.flops * per_process * draw.num_candidates / (rewarded.count * len(rewarded.branches)))
           for each in scoring),
-        Work((measuring.flops * 3 + sum(each.flops for each in passes) * train.epochs) * trees),
+        Work(3 * measuring.flops * tokens / measured.num_tokens),
+        Work(sum(each.flops for each in passes) * train.epochs * tokens / rows.num_tokens),
     ]  # fmt: skip
     notes: tuple[str, ...] = (
         f"rewards and critic share the policy's weights: {why}" if shared else f"models of their own: {why}",
-        f"{draws.rows} responses side by side; micro-batches of {rows.count} x {length} + "
-        f"{draw.num_candidates} x {draw.max_new_tokens} tokens",
+        f"{draws.rows} responses side by side; micro-batches of {rows.count} x {rows.trunk} + "
+        f"{draw.num_candidates} x {rows.branches[0]} tokens",
     )
     if setting.fsdp:
         notes = (*notes, "policy and critic split, the others whole", "FSDP has been run on CPUs only in this project")
@@ -118,36 +140,55 @@ def _shares(config: Any, planner: Planner) -> tuple[bool, str]:
     if reason := refused_by_settings(config, planner.dtype(config.model)):
         return False, reason.removesuffix(".")
     origins = [planner.origin(each.path) for each in (config.model, config.rewards.helpfulness, config.rewards.safety)]
-    bases = {origin.base for origin in origins}
-    if len(bases) > 1:  # a name and the fingerprint in a run's files may stand for the same weights
-        bases = {known_base(base) for base in bases}
-    if len(bases) > 1 or any(origin.rank is None for origin in origins):
+    if not _same_base({origin.base for origin in origins}) or any(origin.rank is None for origin in origins):
         return False, "they were not all fine-tuned with LoRA from the same weights"
     if all(origin.rank for origin in origins[1:]):
         return True, "all were fine-tuned with LoRA from the same weights"
     return True, "taken to be fine-tuned with LoRA from the same weights (ppo.share_backbone=never plans without)"
 
 
+def _guard(
+    config: Any, planner: Planner, policy: ModelSpec
+) -> tuple[ModelSpec | None, Mapping[str, int], Mapping[str, int]]:
+    """The guard of held-out answers, what of it is on the device all the time, and what only while it scores."""
+    section = config.evaluation.guard
+    if section is None or not config.evaluation.prompts:
+        return None, {}, {}
+    spec = planner.frozen(section, "score")
+    ours, its = planner.origin(config.model.path), planner.origin(section.path)
+    is_apart = refused_by_settings(config, planner.dtype(config.model), {"evaluation.guard": section}) is not None
+    if not is_apart and None not in (ours.rank, its.rank) and _same_base({ours.base, its.base}):
+        return spec, {"adapters": _adapter_bytes(config, planner, policy, section)}, {}
+    return (spec, {}, held(spec)) if _offloads(config, planner) else (spec, held(spec), {})
+
+
+def _same_base(bases: set[str]) -> bool:
+    """Whether these are the same weights: a name and the fingerprint in a run's files may stand for the same."""
+    return len(bases) == 1 or len({known_base(base) for base in bases}) == 1
+
+
+def _offloads(config: Any, planner: Planner) -> bool:
+    """On a CPU both sides are the same memory: nothing is gained, and nothing counted twice."""
+    return config.ppo.offload and planner.setting.device.kind == "gpu"
+
+
+def _adapter_bytes(config: Any, planner: Planner, policy: ModelSpec, judge: ModelSection) -> int:
+    """Of a reward model's adapter on the policy's weights, with the policy's own taken off."""
+    ranks = (planner.origin(judge.path).rank or config.lora.r) + (planner.origin(config.model.path).rank or 0)
+    return ranks * weights(policy).linear * policy.dtype.itemsize
+
+
 def _frozen(
     config: Any, planner: Planner, policy: ModelSpec, critic: ModelSpec, judges: list[ModelSpec], shared: bool
 ) -> tuple[dict[str, int], Mapping[str, int]]:
     """Bytes beside policy and critic on the device, and of the reference where it is there only to measure."""
-    guard = config.evaluation.guard
-    # On a CPU both sides are the same memory: nothing is gained, and nothing counted twice.
-    offloads = config.ppo.offload and planner.setting.device.kind == "gpu"
-    stays = guard is not None and config.evaluation.prompts and not offloads
-    others = held(planner.frozen(guard, "score")) if stays else {}
     if shared:
-        rank = planner.origin(config.model.path).rank or 0
-        ranks = [
-            (planner.origin(section.path).rank or config.lora.r) + rank
-            for section in (config.rewards.helpfulness, config.rewards.safety)
-        ]
-        adapters = sum(ranks) * weights(policy).linear * policy.dtype.itemsize + weights(critic).lora
-        return together({"adapters": adapters}, others), {}
+        sections = (config.rewards.helpfulness, config.rewards.safety)
+        adapters = sum(_adapter_bytes(config, planner, policy, section) for section in sections)
+        return {"adapters": adapters + weights(critic).lora}, {}
     # FSDP computes in the type that it gathers the policy's weights in; the reference has them so.
     dtype = planner.dtype(config.model) if planner.setting.fsdp else policy.dtype
     reference = {} if config.lora.r else held(ModelSpec(policy.config, dtype=dtype))
-    if offloads:
-        return others, reference
-    return together(reference, held(*judges), others), {}
+    if _offloads(config, planner):
+        return {}, reference
+    return together(reference, held(*judges)), {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from alignment.plan.passes import Pass, Rows, run_pass
 from alignment.plan.phases import Phase, StagePlan, Work, together
 from alignment.plan.sampling import Draws, draws_of
 from alignment.plan.shapes import ModelSpec, spec_of, weights
-from alignment.plan.training import Setting
-from alignment.sampling.memory import rows_that_fit
+from alignment.plan.training import Setting, held
+from alignment.sampling.memory import kv_bytes, rows_that_fit
+from alignment.sampling.vllm_engine import CPU_CACHE_BYTES
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Planner:
     origins: Mapping[str, Origin]
 
     def origin(self, path: str) -> Origin:
-        """Of a model by its name."""
-        return self.origins.get(path) or Origin(path, path)
+        """Of a model by its name, which may be that of the `model` folder in a run directory."""
+        return self.origins.get(path) or self.origins.get(str(Path(path).parent)) or Origin(path, path)
 
     def dtype(self, section: ModelSection) -> torch.dtype:
         """What a model computes in."""
@@ -87,20 +90,35 @@ def draws_for(
     return draws_of(total_prompts=total_prompts, candidates=section.num_candidates, max_rows=max_rows, **sizes)
 
 
-def repeated(found: Any, times: float) -> Work:
-    """Drawing one set of responses after the other."""
-    return Work(found.flops, found.bytes_read).times(times)
+def vllm_share(
+    planner: Planner, section: SamplingSection, spec: ModelSpec, draws: Draws, *, default: float
+) -> dict[str, int]:
+    """What vLLM takes of each device at its start and keeps, for weights, cache and work.
 
+    On a GPU that is a share of its memory, on a CPU the weights and a cache of fixed size, as the engine has it.
 
-def vllm_share(planner: Planner, section: SamplingSection, default: float) -> dict[str, int]:
-    """What vLLM takes at its start and keeps: a share of the device's memory for weights, cache and work.
-
-    Raises ConfigError where several processes would each start one.
+    Raises ConfigError where several processes would each start one, or the share is too small for the weights and one
+    response with its prompt.
     """
     if planner.setting.processes > 1:
         raise ConfigError("sampling.engine=vllm runs in one process: plan it with --gpus 1 and tensor_parallel_size.")
+    parts = section.vllm.get("tensor_parallel_size", 1)
+    loaded = sum(held(spec).values()) // parts
+    sizes = {"prompt_tokens": draws.prompt_tokens, "new_tokens": draws.new_tokens}
+    one = kv_bytes(spec.shape, spec.arithmetic, prompts=1, rows=1, **sizes) // parts
+    fixed = section.vllm.get("kv_cache_memory_bytes")
+    if fixed or planner.setting.device.kind == "cpu":
+        return {"vllm": loaded + (fixed or CPU_CACHE_BYTES)}
     share = section.vllm.get("gpu_memory_utilization", default)
-    return {"vllm": int(share * planner.setting.device.memory)}
+    taken = int(share * planner.setting.device.memory)
+    if taken < loaded + one:
+        raise ConfigError(
+            f"sampling.engine=vllm: its share of a device, {share:g} or {taken / 1e9:.1f} GB, is too small for the "
+            f"weights and one response with its prompt, {(loaded + one) / 1e9:.1f} GB. Raise "
+            "sampling.vllm.tensor_parallel_size, which spreads the model over devices, or "
+            "sampling.vllm.gpu_memory_utilization."
+        )
+    return {"vllm": taken}
 
 
 def judged(draws: Draws, section: SamplingSection, max_tokens: int) -> Rows:
@@ -110,13 +128,26 @@ def judged(draws: Draws, section: SamplingSection, max_tokens: int) -> Rows:
     return fill(Rows(1, draws.prompt_tokens, branches), max_tokens, 10**9)
 
 
+def heaviest(row: Rows, max_tokens: int, at_most: int, peak: Callable[[Rows], int]) -> Rows:
+    """The micro-batch with the highest `peak`: of the longest rows as many as fit, or one more that are shorter."""
+    longest = replace(row, count=max(1, min(max_tokens // row.num_tokens, at_most)))
+    return max(longest, fill(row, max_tokens, at_most), key=peak)
+
+
 def fill(row: Rows, max_tokens: int, at_most: int) -> Rows:
-    """As many such rows as a micro-batch takes."""
-    return replace(row, count=max(1, min(max_tokens // row.num_tokens, at_most)))
+    """The largest micro-batch of rows that are at most so long: one more than fit of the longest, with shorter prompts
+    and, where that is not enough, responses. A row that is longer than the micro-batch is one by itself.
+    """
+    count = max(1, min(math.ceil(max_tokens / row.num_tokens), at_most))
+    less = math.ceil(max(0, row.num_tokens - max_tokens / count)) if count > 1 else 0
+    of_prompt = min(less, max(0, row.trunk - 2))
+    of_response = math.ceil((less - of_prompt) / len(row.branches))
+    branches = tuple(length - of_response for length in row.branches)
+    return replace(row, count=count, trunk=row.trunk - of_prompt, branches=branches)
 
 
 def prompt_length(wanted: int, new_tokens: int, *specs: ModelSpec) -> int:
-    """Tokens of a prompt at most. Raises ConfigError where a model's context has no room for one."""
+    """Tokens of a prompt at most that all models can read. Raises ConfigError where a context has no room for one."""
     room = min(context_length(spec.shape) for spec in specs) - new_tokens
     if room < 2:
         raise ConfigError(f"sampling.max_new_tokens = {new_tokens} leaves no room for a prompt in the model's context.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.plan.passes import Rows, run_pass
+from alignment.plan.phases import Work
 from alignment.plan.shapes import DeviceKind, ModelSpec, weights
 from alignment.sampling.draw import CPU_ROWS
 from alignment.sampling.memory import kv_bytes, kv_width
@@ -36,15 +37,19 @@ class Draws:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Bytes of keys and values, bytes at most beside them, operations to run the prompts and to decode all tokens.
+    """Bytes of keys and values, bytes at most beside them, and the work: prompts are run first, then tokens decoded.
 
-    `bytes_read` is what the decoding steps read: the weights once a step, keys and values once a token.
+    What the decoding steps read is the weights once a step, and keys and values once a token.
     """
 
     kv_cache: int
     working: int
-    flops: int
-    bytes_read: int
+    prefill: Work
+    decode: Work
+
+    def work(self, times: float) -> list[Work]:
+        """Drawing so many such sets of responses one after the other."""
+        return [self.prefill.times(times), self.decode.times(times)]
 
 
 def draws_of(*, total_prompts: int, candidates: int, max_rows: int, prompt_tokens: int, new_tokens: int) -> Draws:
@@ -79,4 +84,5 @@ def sampling(spec: ModelSpec, draws: Draws, *, device: DeviceKind) -> Sampling:
     decode = draws.rows * draws.new_tokens * (2 * weights(spec).parameters + attention)
     total_prefill = prefill.flops * draws.prompts // at_a_time
     steps = draws.new_tokens * (weights(spec).parameters * dtype.itemsize + kv_cache)
-    return Sampling(kv_cache, max(prefill.peak, copies + scores + logits), total_prefill + decode, steps)
+    working = max(prefill.peak, copies + scores + logits)
+    return Sampling(kv_cache, working, Work(total_prefill), Work(decode, steps))

@@ -116,9 +116,11 @@ class ModelSpec:
 
     @property
     def adapted_layers(self) -> int:
-        """Layers through which a backward pass goes, or all."""
+        """Layers through which a backward pass goes: all, but for LoRA on the upper ones alone, unless checkpointing,
+        which wants a gradient of every layer's input.
+        """
         layers = self.shape.num_hidden_layers
-        return min(self.lora.last_layers or layers, layers) if self.lora.r else layers
+        return min(self.lora.last_layers or layers, layers) if self.lora.r and not self.checkpointing else layers
 
 
 def spec_of(name: str, **options: Any) -> ModelSpec:

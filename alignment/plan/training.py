@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from alignment.plan.devices import Device
 from alignment.plan.passes import Pass, Rows, run_pass
 from alignment.plan.phases import Phase, together
-from alignment.plan.shapes import ModelSpec, weights
+from alignment.plan.shapes import ModelSpec, meta_model, weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def training_phases(
     activations = {"activations": learns.peak}
     model, extra = held(spec), together(gradients(setting, spec), optimizer_state(spec))
     if setting.fsdp:
-        train = together(shards(setting, model, extra), gathered(spec), activations)
+        train = together(shards(setting, model, extra), gathered(spec), reduced(spec), activations)
         return [Phase("train", together(setting.program, train))], learns
     phases = load_phases(setting, model, file_bytes)
     phases.append(Phase("train", together(setting.program, model, extra, activations)))
@@ -102,12 +101,23 @@ def saving_phases(spec: ModelSpec, setting: Setting, held_there: Mapping[str, in
 def gathered(spec: ModelSpec) -> dict[str, int]:
     """Whole weights that FSDP holds at a time: two layers, the one in use and the next, and what is in no layer."""
     size, layers = spec.arithmetic.itemsize, spec.shape.num_hidden_layers
-    one, two = (_parameters(spec, count) for count in (1, 2))
-    layer = two - one
-    assert layers * layer <= weights(spec).parameters
+    layer = _layer(spec)
     return {"weights": size * (weights(spec).parameters - layers * layer + 2 * layer)}
 
 
-def _parameters(spec: ModelSpec, layers: int) -> int:
-    shape = json.loads(spec.config) | {"num_hidden_layers": layers}
-    return weights(ModelSpec(json.dumps(shape, sort_keys=True), spec.head)).parameters
+def reduced(spec: ModelSpec) -> dict[str, int]:
+    """Gradients that FSDP holds whole while processes add theirs up: a layer's in the arithmetic's type and in float32,
+    and those of what is in no layer in the former, which come last.
+    """
+    if spec.lora.r:
+        return {}
+    layer, size = _layer(spec), spec.arithmetic.itemsize
+    rest = weights(spec).parameters - spec.shape.num_hidden_layers * layer
+    return {"gradients": (size + 4) * layer + size * rest}
+
+
+def _layer(spec: ModelSpec) -> int:
+    """Parameters of one decoder layer."""
+    plain = ModelSpec(spec.config, spec.head)
+    one, two = (sum(p.numel() for p in meta_model(plain, layers=count).parameters()) for count in (1, 2))
+    return two - one

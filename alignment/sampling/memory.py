@@ -66,6 +66,7 @@ def kv_bytes(
 
 def kv_width(config: PreTrainedConfig) -> int:
     """Numbers in a token's keys in a layer."""
+    config = config.get_text_config(decoder=True)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size
 
@@ -80,4 +81,4 @@ def free_memory(device: torch.device) -> int | None:
 
 def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of a token's keys and values in all layers."""
-    return config.num_hidden_layers * 2 * kv_width(config) * dtype.itemsize
+    return config.get_text_config(decoder=True).num_hidden_layers * 2 * kv_width(config) * dtype.itemsize

@@ -130,7 +130,7 @@ class TorchSampler:
 
         tokens, positions = row.batch.input_ids.to(device), row.batch.position_ids.to(device)
         logits = self._forward(tokens, positions, attend, logits_to_keep=row.last_columns.to(device))
-        config, called = unwrap(self.model).config, len(prompts.layers)
+        config, called = unwrap(self.model).config.get_text_config(decoder=True), len(prompts.layers)
         if called != config.num_hidden_layers:
             raise ModelError(
                 f"{config.model_type}: {called} of its {config.num_hidden_layers} layers call the attention that is "
@@ -173,7 +173,7 @@ class TorchSampler:
         return output.logits[0]
 
     def _check_window(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        config = unwrap(self.model).config
+        config = unwrap(self.model).config.get_text_config(decoder=True)
         window = getattr(config, "sliding_window", None)
         longest = max(map(len, prompts), default=0) + params.max_new_tokens
         if window and longest > window:
