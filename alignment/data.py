@@ -20,6 +20,7 @@ from alignment.sources import find_data
 
 MAX_LINE_BYTES = 4 * 2**20
 MAX_ERRORS_SHOWN = 20
+MANIFEST_ERRORS = 200
 
 Row = TypeVar("Row")  # a dataclass of this package or of a stage, with a `from_json`
 OnError = Literal["stop", "skip"]
@@ -37,14 +38,17 @@ class SourceReport:
     errors: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """For the manifest, which is written and read again and again: not every message of a file full of bad rows."""
+        errors = self.errors[:MANIFEST_ERRORS]
+        if more := len(self.errors) - len(errors):
+            errors.append(f"and {more} more: align data check {self.name} lists them all.")
         return {
             "name": self.name,
             "sha256": self.sha256,
             "rows": self.num_rows,
             "kept": self.num_kept,
             "dropped": dict(self.dropped),
-            **({"errors": self.errors} if self.errors else {}),
+            **({"errors": errors} if errors else {}),
         }
 
 

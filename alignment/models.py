@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -41,6 +39,7 @@ from alignment.distributed import gets_weights_later, whole, whole_weights
 from alignment.errors import ModelError
 from alignment.files import write_folder
 from alignment.low_rank import use_low_rank_linear
+from alignment.model_checks import check_complete, check_layers, check_logits, check_vocabulary
 from alignment.model_folders import (
     COPY_AGAIN,
     check_is_chat_model,
@@ -54,10 +53,6 @@ from alignment.tree_attention import TREE_ATTENTION
 from alignment.weight_files import read_weight, weight_files
 
 ADAPTER_FOLDER = "adapter"
-# Layers that attend to what our masks show them and to nothing else, by the names in `layer_types`.
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-# What some models do to their logits, by its name in the configuration.
-_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -89,8 +84,8 @@ def load_chat_model(
     tokenizer = chat.tokenizer
     check_is_chat_model(path)
     model = _from_pretrained(AutoModelForCausalLM, folder, path, dtype, empty=for_training and gets_weights_later())
-    _check_vocabulary(model.get_output_embeddings(), tokenizer, path)
-    _check_logits(model, path)
+    check_vocabulary(model.get_output_embeddings(), tokenizer, path)
+    check_logits(model, path)
     if keep_adapter:
         _keep_adapter(model, folder, dtype)
     _set_special_tokens(model, tokenizer, chat)
@@ -121,7 +116,7 @@ def load_reward_model(
         check_one_score(config, path)
     empty = for_training and gets_weights_later()
     model = _from_pretrained(AutoModelForSequenceClassification, folder, path, dtype, empty=empty, num_labels=1)
-    _check_vocabulary(model.get_input_embeddings(), tokenizer, path)
+    check_vocabulary(model.get_input_embeddings(), tokenizer, path)
     float32_head(model)
     files = weight_files(folder) if isinstance(folder, Path) else {}
     if (name := "score.weight") in files:  # it was loaded in the backbone's type
@@ -135,27 +130,6 @@ def load_reward_model(
         model.score.weight.data.copy_(weight)
     _set_special_tokens(model, tokenizer, chat)
     return LoadedModel(model.eval(), tokenizer, chat, folder)
-
-
-def _check_vocabulary(embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    if (rows := embeddings.weight.shape[0]) < len(tokenizer):
-        raise ModelError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only {rows}. Put the tokenizer "
-            "beside it that it was trained with, or enlarge it (transformers' resize_token_embeddings)."
-        )
-
-
-def _check_logits(model: PreTrainedModel, path: str) -> None:
-    """Raises ModelError where logits are not just `hidden @ weight.T`, as `response_logprobs` computes them."""
-    config = model.config.get_text_config(decoder=True)
-    found = [name for name in _LOGIT_SETTINGS if getattr(config, name, None) not in (None, 1)]
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        found.append("a bias in its output layer")
-    if found:
-        raise ModelError(
-            f"{path}: a {config.model_type} with {' and '.join(found)}, which is not supported: its log-probabilities "
-            "would be computed without, and training on them be wrong. Take a model of another family."
-        )
 
 
 def float32_head(model: PreTrainedModel) -> None:
@@ -266,10 +240,10 @@ def _from_pretrained(
     """The model of a folder or Hub id; an empty one has weights that nothing was written to, and so takes no memory."""
     options = {"dtype": dtype, "attn_implementation": TREE_ATTENTION}
     try:
-        _check_layers(cls, AutoConfig.from_pretrained(folder, **extra), name)
+        check_layers(cls, AutoConfig.from_pretrained(folder, **extra), name)
         if not empty:
             model, found = cls.from_pretrained(folder, output_loading_info=True, **options, **extra)
-            _check_complete(model, found["missing_keys"], name)
+            check_complete(model, found["missing_keys"], name)
             return _without_dropout(model)
         with no_init_weights():
             model = cls.from_config(AutoConfig.from_pretrained(folder, **extra), **options)
@@ -283,24 +257,6 @@ def _from_pretrained(
         raise
     except (RuntimeError, SafetensorError, TypeError, LookupError) as error:
         raise ModelError(f"{name}: its weights cannot be read ({error}). {COPY_AGAIN}") from error
-
-
-def _check_layers(cls: type, config: PreTrainedConfig, name: str) -> None:
-    """Raises ModelError where a layer would mix tokens that our masks keep apart; `cls` is an Auto class."""
-    model_class = cls._model_mapping.get(type(config), None)
-    if model_class is None:
-        return  # from_pretrained says so
-    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    if model_class._is_stateful or kinds - _ATTENTION_LAYERS:
-        raise ModelError(
-            f"{name}: a {config.model_type} has layers other than full or sliding-window attention. Masks do not stop "
-            "what these do, and responses in a row would read each other. Take a model of another family."
-        )
-    if not model_class._can_set_attn_implementation():
-        raise ModelError(
-            f"{name}: the attention of a {config.model_type} cannot take our masks: transformers cannot exchange it "
-            "(AttentionInterface). Take a model of another family."
-        )
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -327,15 +283,6 @@ def _keep_adapter(model: PreTrainedModel, folder: Path | str, dtype: torch.dtype
         return
     take_off(model, adapter, weight_files(Path(folder)))
     attach_frozen(model.get_decoder(), adapter)
-
-
-def _check_complete(model: PreTrainedModel, missing: Collection[str], name: str) -> None:
-    """Raises ModelError where a weight is not in the files; but a chat model has no score, which starts fresh."""
-    if type(model).__name__ not in (model.config.architectures or []):
-        missing = [weight for weight in missing if not weight.startswith("score.")]
-    if missing:
-        some = ", ".join(sorted(missing)[:3])
-        raise ModelError(f"{name}: {len(missing)} of its weights are in none of its files ({some}). Copy it again.")
 
 
 def _as_float32(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

@@ -228,6 +228,13 @@ def test_skipped_rows_are_counted_and_listed(write_file: WriteFile) -> None:
     assert len(report["sha256"]) == 64
 
 
+def test_a_manifest_does_not_hold_the_messages_of_a_file_full_of_bad_rows(write_file: WriteFile) -> None:
+    path = write_file("pairs.jsonl", lines(PAIR, *[{**PAIR, "chosen": ""}] * 250))
+    report = load_pairs([str(path)], on_error="skip").sources[0].to_json()
+    assert report["dropped"] == {"unreadable": 250} and len(report["errors"]) == 201
+    assert report["errors"][-1] == f"and 50 more: align data check {path} lists them all."
+
+
 def test_skipping_every_row_is_an_error(write_file: WriteFile) -> None:
     path = write_file("pairs.jsonl", lines({"chosen": ""}, {}))
     with pytest.raises(DataError, match=r"none of its 2 rows can be used\. The first: .*pairs\.jsonl:1"):

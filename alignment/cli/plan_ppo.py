@@ -73,8 +73,9 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     length = prompt_length(config.prompts.max_prompt_length, draw.max_new_tokens, *readers)
     row = Rows(1, length, (draw.max_new_tokens,) * draw.num_candidates)
     share = train.minibatch_size // (draw.num_candidates * setting.processes)
-    peak = lambda rows: training_pass(policy, rows, "logprobs", setting).peak  # noqa: E731
-    rows = heaviest(row, train.max_tokens_per_batch, share, peak)
+    rows = heaviest(
+        row, train.max_tokens_per_batch, share, lambda rows: training_pass(policy, rows, "logprobs", setting).peak
+    )
 
     phases = load_phases(setting, models, file_bytes(planner, config.rewards.helpfulness))
     twin = ModelSpec(policy.config, dtype=planner.dtype(config.model))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from alignment.cli.plan_ppo import plan_ppo
+from alignment.cli.plan_rows import mixed_sizes, num_rows, prompt_unit, row_counts
 from alignment.cli.planner import Planner, draws_for, file_bytes, heaviest, judged, prompt_length, vllm_share
 from alignment.config import ModelSection, SamplingSection, StageConfig
-from alignment.data import read_lines
-from alignment.errors import AlignError, ConfigError
+from alignment.errors import ConfigError
 from alignment.model_folders import context_length
 from alignment.plan.passes import Rows
 from alignment.plan.phases import Phase, StagePlan, Work, together
@@ -31,14 +29,10 @@ from alignment.plan.training import (
     training_phases,
 )
 from alignment.sampling.memory import CPU_MAX_ROWS
-from alignment.sources import find_data
 from alignment.training import num_steps
-from reward_models.mixing import mix_rows
 
 # Tokens of a short prompt, whose responses may be long.
 SHORT_PROMPT = 16
-# Prompts of a stage that takes all there are, where their number is not known.
-MANY = 1000
 # Of a GPU's memory for vLLM, its own default (of version 0.32): only PPO, which trains beside it, gives it another.
 VLLM_DEFAULT_SHARE = 0.92
 
@@ -70,12 +64,16 @@ def _sft(config: Any, name: str, planner: Planner) -> StagePlan:
     spec = planner.trained(config.model, config.lora, "lm")
     length, note = _length(config.data.max_length, spec)
     share = math.ceil(train.batch_size / setting.processes)
-    peak = lambda rows: training_pass(spec, rows, "logprobs", setting).peak  # noqa: E731
-    rows = heaviest(Rows(1, 0, (length,)), train.max_tokens_per_batch, share, peak)
+    rows = heaviest(
+        Rows(1, 0, (length,)),
+        train.max_tokens_per_batch,
+        share,
+        lambda rows: training_pass(spec, rows, "logprobs", setting).peak,
+    )
     phases, learns = training_phases(spec, rows, "logprobs", setting, file_bytes=file_bytes(planner, config.model))
     if config.data.valid and config.evaluation.num_answers:
         phases += _answers(config, spec, planner, length)
-    count = _num_rows(_sizes(config.data.train, config.data.max_rows_of), config.data.max_rows)
+    count = num_rows(row_counts(config.data.train, config.data.max_rows_of), config.data.max_rows)
     steps = None if count is None else num_steps(count, train)
     work = [Work(learns.flops * share * length / rows.num_tokens)]
     notes = (*note, *_training_notes(spec, rows, setting))
@@ -111,10 +109,11 @@ def _rm(config: Any, name: str, planner: Planner) -> StagePlan:
     prompt = min(SHORT_PROMPT, length // 2)  # each response fits with the prompt: a short one leaves most to both
     row = Rows(1, prompt, (length - prompt,) * 2)
     share = math.ceil(train.batch_size / setting.processes)
-    peak = lambda rows: training_pass(spec, rows, "scores", setting).peak  # noqa: E731
-    rows = heaviest(row, train.max_tokens_per_batch, share, peak)
+    rows = heaviest(
+        row, train.max_tokens_per_batch, share, lambda rows: training_pass(spec, rows, "scores", setting).peak
+    )
     phases, learns = training_phases(spec, rows, "scores", setting, file_bytes=file_bytes(planner, config.model))
-    count = _num_rows(_mixed_sizes(config.data), config.data.max_rows)
+    count = num_rows(mixed_sizes(config.data), config.data.max_rows)
     steps = None if count is None else num_steps(count, train)
     notes = (*note, *_training_notes(spec, rows, setting))
     work = [Work(learns.flops * share * row.num_tokens / rows.num_tokens)]
@@ -123,7 +122,7 @@ def _rm(config: Any, name: str, planner: Planner) -> StagePlan:
 
 def _reject(config: Any, name: str, planner: Planner) -> StagePlan:
     policy = planner.frozen(config.model, "lm")
-    count, unit, units = _prompt_unit(config.prompts, planner.setting)
+    count, unit, units = prompt_unit(config.prompts, planner.setting)
     judges = [config.rewards.helpfulness, config.rewards.safety]
     draws, draw, work = _draw(planner, policy, config.sampling, config.prompts, count, judges)
     score, judging = _score(planner, judges, draws, config.sampling, config.rewards.max_tokens_per_batch, count)
@@ -134,7 +133,7 @@ def _reject(config: Any, name: str, planner: Planner) -> StagePlan:
     drawn = count * section.num_candidates
     again = config.earlier_rounds if config.rescore_earlier and config.accumulate != "last" else []
     responses = sum(
-        drawn * len(files) if (sizes := _sizes(files)) is None else sum(sizes.values()) / processes
+        drawn * len(files) if (sizes := row_counts(files)) is None else sum(sizes.values()) / processes
         for files in (again, config.baseline)
     )  # files that are still to be made are taken to be of this size
     # What the chosen temperature's trial drew is not drawn again.
@@ -147,7 +146,7 @@ def _reject(config: Any, name: str, planner: Planner) -> StagePlan:
 
 def _gatt(config: Any, name: str, planner: Planner) -> StagePlan:
     policy = planner.frozen(config.model, "lm")
-    count, unit, units = _prompt_unit(config.prompts, planner.setting)
+    count, unit, units = prompt_unit(config.prompts, planner.setting)
     draws, draw, work = _draw(planner, policy, config.sampling, config.prompts, count)
     phases = [*load_phases(planner.setting, held(policy), file_bytes(planner, config.model)), draw]
     work = [each.times(config.prompts.turns) for each in work]
@@ -157,7 +156,7 @@ def _gatt(config: Any, name: str, planner: Planner) -> StagePlan:
 
 def _distil(config: Any, name: str, planner: Planner) -> StagePlan:
     policy = planner.frozen(config.model, "lm")
-    count, unit, units = _prompt_unit(config.prompts, planner.setting)
+    count, unit, units = prompt_unit(config.prompts, planner.setting)
     draws, draw, work = _draw(planner, policy, config.sampling, config.prompts, 2 * count, [config.safety])
     both = config.sampling.model_copy(update={"num_candidates": 2})
     score, judging = _score(planner, [config.safety], draws, both, config.max_tokens_per_batch, count)
@@ -167,7 +166,7 @@ def _distil(config: Any, name: str, planner: Planner) -> StagePlan:
 
 
 def _eval(config: Any, name: str, planner: Planner) -> StagePlan:
-    count, unit, units = _prompt_unit(config.prompts, planner.setting)
+    count, unit, units = prompt_unit(config.prompts, planner.setting)
     tokens = config.rewards.max_tokens_per_batch
     judges = [config.rewards.helpfulness, config.rewards.safety]
     readers = [*judges, *([] if config.guard is None else [config.guard])]
@@ -197,7 +196,7 @@ def _eval(config: Any, name: str, planner: Planner) -> StagePlan:
 
 
 def _eval_gatt(config: Any, name: str, planner: Planner) -> StagePlan:
-    count, unit, units = _prompt_unit(config.prompts, planner.setting)
+    count, unit, units = prompt_unit(config.prompts, planner.setting)
     phases, work = [], []
     for policy_name, section in config.policies.items():
         policy = planner.frozen(section, "lm")
@@ -274,50 +273,6 @@ def _length(wanted: int, spec: ModelSpec) -> tuple[int, tuple[str, ...]]:
     if wanted <= context:
         return wanted, ()
     return context, (f"rows of {context} tokens, the model's context, not {wanted} (data.max_length)",)
-
-
-def _prompt_unit(prompts: Any, setting: Setting) -> tuple[int, str, float | None]:
-    """Prompts that one process takes in a unit of time, the unit, and how many units there are."""
-    count = _num_rows(_sizes(prompts.prompts), prompts.max_prompts)
-    if count is None:
-        return math.ceil(MANY / setting.processes), f"{MANY} prompts", None
-    return math.ceil(count / setting.processes), f"{count} prompts", 1
-
-
-def _num_rows(sizes: Mapping[str, int] | None, at_most: int | None) -> int | None:
-    """Rows of all sources, before any is dropped; where a source is not there, as many as the limit."""
-    if sizes is None:
-        return at_most
-    total = sum(sizes.values())
-    return min(total, at_most or total)
-
-
-def _mixed_sizes(data: Any) -> dict[str, int] | None:
-    """Pairs of each source that the mix takes; None where a source is not there."""
-    train, mix_in = _sizes(data.train), _sizes(data.mix_in)
-    if train is None or mix_in is None:
-        return None
-    rows, others = ({name: range(size) for name, size in sizes.items()} for sizes in (train, mix_in))
-    return {name: len(taken) for name, taken in mix_rows(rows, others, data.mix, seed=0).items()}
-
-
-def _sizes(sources: Sequence[str], at_most: Mapping[str, int] | None = None) -> dict[str, int] | None:
-    """Rows of each file, at most as many as are wanted of it; None where one is not there."""
-    found = {}
-    for name in sources:
-        try:
-            path = find_data(name)
-        except AlignError:
-            return None
-        if not isinstance(path, Path):
-            return None
-        if path.name.endswith((".json", ".json.gz")):  # one list, however it is broken into lines
-            count = sum(1 for _ in read_lines(path))
-        else:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                count = sum(1 for line in file if line.strip())
-        found[name] = min(count, (at_most or {}).get(name, count))
-    return found
 
 
 def _shown(rows: Rows) -> str:
