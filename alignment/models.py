@@ -240,13 +240,14 @@ def _from_pretrained(
     """The model of a folder or Hub id; an empty one has weights that nothing was written to, and so takes no memory."""
     options = {"dtype": dtype, "attn_implementation": TREE_ATTENTION}
     try:
-        check_layers(cls, AutoConfig.from_pretrained(folder, **extra), name)
+        config = AutoConfig.from_pretrained(folder, **extra)
+        check_layers(cls, config, name)
         if not empty:
             model, found = cls.from_pretrained(folder, output_loading_info=True, **options, **extra)
             check_complete(model, found["missing_keys"], name)
             return _without_dropout(model)
         with no_init_weights():
-            model = cls.from_config(AutoConfig.from_pretrained(folder, **extra), **options)
+            model = cls.from_config(config, **options)
         model.tie_weights()
         return _without_dropout(model)
     except (OSError, ValueError) as error:

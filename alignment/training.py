@@ -29,7 +29,7 @@ from alignment.distributed import add_in_float32, check_split, gather_objects, i
 from alignment.errors import RunError, TrainingError
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar, console
-from alignment.runs import Run, mark_complete
+from alignment.runs import Run, mark_complete, newest_checkpoint
 
 FEW_STEPS = 20
 logger = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ def use_run(trainer: Any, run: Run, title: str, metric_prefix: str) -> None:
     Raises RunError where the run has checkpoints that this launch cannot read.
     """
     before, now = run.noted("checkpoints"), checkpoint_kind(trainer.accelerator)
-    if before not in (None, now):
+    if before not in (None, now) and newest_checkpoint(run):
         raise RunError(
             f"{run.path}: has checkpoints {before}, and this launch reads those {now}. Launch it as before, or start "
             "anew: run.overwrite=true, in a pipeline --from STAGE."

@@ -35,7 +35,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains the policy; returns the headline figures."""
     state = process_state(config.run.device)
     accelerator = _accelerator(config)
-    data, held_out_data, chat, room = _read(config)
+    data, held_out_data, chat, (_, looks_room) = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
     dtype = compute_dtype(accelerator.device, config.model.dtype)
@@ -49,8 +49,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
 
         policy = trainer.learners["policy"]
         done, watch = 0, Watch(config.alarms)
-        noted = {"guard": trainer.models.guard, "room": room, "run_dir": run_dir}
-        held_out = HeldOut(config, held_out_data, chat, state, **noted)
+        guard = trainer.models.guard
+        held_out = HeldOut(config, held_out_data, chat, state, guard=guard, room=looks_room, run_dir=run_dir)
         if resume and (checkpoint := newest_checkpoint(run_dir)):
             done, extra = load_checkpoint(checkpoint, trainer.learners)
             trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])
@@ -120,31 +120,36 @@ def check(config: PPOConfig, *, untrained: Collection[str] = ()) -> str:
 
     `untrained` as in `judges_context`.
     """
-    data, held_out, chat, room = _read(config, untrained)
-    options = {"seed": config.run.seed, "room": room}
-    prompts, left_out = describe_fitting([chat], data, config.prompts, **options)
+    data, held_out, chat, (room, looks_room) = _read(config, untrained)
+    seed = config.run.seed
+    prompts, left_out = describe_fitting([chat], data, config.prompts, seed=seed, room=room)
     if not held_out.rows:
         return f"{prompts}, none held out.{left_out}"
     section = config.evaluation.as_prompts(config.prompts)
-    asked, others = describe_fitting([chat], held_out, section, **options, part="evaluation")
+    asked, others = describe_fitting([chat], held_out, section, seed=seed, room=looks_room, part="evaluation")
     return f"{prompts}, {asked} held out.{left_out}{others}"
 
 
-def _read(config: PPOConfig, untrained: Collection[str] = ()) -> tuple[Loaded[Prompt], Loaded[Prompt], ChatFormat, int]:
-    """The prompts, those held out, the chat format, and the tokens of a prompt at most that every model can read.
+def _read(
+    config: PPOConfig, untrained: Collection[str] = ()
+) -> tuple[Loaded[Prompt], Loaded[Prompt], ChatFormat, tuple[int, int]]:
+    """The prompts, those held out, the chat format, and the tokens of either at most that every model can read, the
+    guard for those held out, too.
 
     Raises what can be known beforehand.
     """
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     held_out = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
-    readers = judges_of(config.rewards, **{"evaluation.guard": config.evaluation.guard})
-    judges = judges_context(readers, untrained=untrained)
+    sections, guard = judges_of(config.rewards), config.evaluation.guard
+    judges = judges_context(sections, untrained=untrained)
+    readers = min(judges, judges_context({"evaluation.guard": guard}, untrained=untrained)) if guard else judges
     check_is_chat_model(config.model.path)
     policy, context = load_chat_of(config.model.path, config.model.chat_template)
-    sections = judges_of(config.rewards)
     check_same_ids(policy, {name: load_chat_of(m.path, m.chat_template)[0] for name, m in sections.items()})
-    room = prompt_room(policy, config.sampling, policy_context=context, judge_context=judges)
-    return data, held_out, policy, room
+    rooms = [
+        prompt_room(policy, config.sampling, policy_context=context, judge_context=each) for each in (judges, readers)
+    ]
+    return data, held_out, policy, (rooms[0], rooms[1])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Gemma3Config
 from typer.testing import CliRunner
 
 from alignment.chat import EncodedDialogue
@@ -18,7 +19,7 @@ from alignment.cli.main import app
 from alignment.cli.plan import load_stages
 from alignment.cli.plan_advice import advice
 from alignment.cli.plan_stages import plan_stage
-from alignment.cli.planner import Planner, fill
+from alignment.cli.planner import Planner, fill, scoring_work
 from alignment.config import LoraSection
 from alignment.errors import ConfigError, ModelError
 from alignment.logprobs import response_logprobs
@@ -430,10 +431,10 @@ def test_a_pipeline_knows_what_its_stages_made(tmp_path):
         path = tmp_path / f"{rank}.yaml"
         path.write_text(stages.replace("RANK", str(rank)))
         configs, origins = load_stages(path, None, [])
-        planner = Planner(Setting(CPU), origins)
-        plan = plan_stage(configs["ppo"], "ppo", planner)
+        plan = plan_stage(configs["ppo"], "ppo", Planner(Setting(CPU), origins))
         assert plan.notes[0].startswith(reason)
-        assert planner.origin(f"{configs['ppo'].model.path}/model") == planner.origin(configs["ppo"].model.path)
+        made = configs["ppo"].model.path
+        assert origins[f"{made}/model"] == origins[made]  # either names it
         assert origins["runs/4/rm-h" if rank else "runs/0/rm-h"].rank == 8  # the SFT model's adapter and its own
 
 
@@ -767,6 +768,18 @@ def test_lora_on_the_upper_layers_goes_back_through_all_of_them_where_layers_are
     lora = LoraSection(r=4, last_layers=2)
     spec = small_spec(is_trained=True, dtype=BF16, lora=lora)
     assert spec.adapted_layers == 2 and replace(spec, checkpointing=True).adapted_layers == 6
+
+
+def test_scoring_takes_the_tokens_of_whole_rows():
+    """However few tokens rows are shortened to, so that a micro-batch is full."""
+    rows, draws = Rows(2, 170, (30,)), Draws(4, 1, prompt_tokens=200, new_tokens=30)
+    assert scoring_work(Pass(0, 400), rows, draws, responses=2) == Work(460)
+
+
+def test_a_model_of_text_and_images_is_not_planned(tmp_path):
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="gemma3 of text and images cannot be planned"):
+        model_config(str(tmp_path))
 
 
 def test_held_adds_up():

@@ -93,7 +93,8 @@ def load_stages(
             if kind == "model" and model not in origins and (origin := origin_on_disk(model)):
                 origins[model] = origin
         if config.stage in ("sft", "rm", "ppo"):
-            origins[config.run.dir] = _made(config, origins.get(config.model.path))
+            made = _made(config, origins.get(config.model.path))
+            origins |= {config.run.dir: made, f"{config.run.dir}/model": made}
     return configs, origins
 
 
@@ -102,7 +103,7 @@ def _made(config: Any, start: Origin | None) -> Origin:
     start = start or Origin(config.model.path, config.model.path)
     if not config.lora.r:
         return Origin(start.shape, config.run.dir)
-    return Origin(start.shape, start.base, None if start.rank is None else start.rank + config.lora.r)
+    return Origin(start.shape, start.base, start.rank + config.lora.r)
 
 
 def _stage_of(values: Mapping[str, Any], path: Path | None) -> str:

@@ -73,15 +73,15 @@ def _changes(config: Any, plan: StagePlan, planner: Planner) -> Iterator[Changes
 def _other_devices(config: StageConfig, plan: StagePlan, planner: Planner) -> Iterator[str]:
     """FSDP over more devices, for the stages that can be split, and the smallest card that has room."""
     setting = planner.setting
-    if is_split_by_fsdp(config) and setting.device.kind == "gpu" and not setting.fsdp:
+    if "sampling" in type(config).model_fields and config.sampling.engine == "vllm":
+        yield "more devices: sampling.vllm.tensor_parallel_size spreads vLLM's model over them, for sampling alone"
+    elif is_split_by_fsdp(config) and setting.device.kind == "gpu" and not setting.fsdp:
         for processes in (8, 16, 32):
             split = replace(setting, processes=processes, fsdp=True)
             changed = _replan(config, plan.name, replace(planner, setting=split), {})
             if changed is not None and changed.fits:
                 yield f"--fsdp --gpus {processes} (run on CPUs only in this project): {_effect(changed)}"
                 break
-    elif "sampling" in type(config).model_fields and config.sampling.engine == "vllm":
-        yield "more devices: sampling.vllm.tensor_parallel_size spreads vLLM's model over them, for sampling alone"
     elif not is_split_by_fsdp(config):
         yield "more devices do not help: every process holds whole models (FSDP is for sft, rm and ppo in full)"
     for card in larger_devices(setting.device):

@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from alignment.cli.planner import Planner, draws_for, file_bytes, fill, heaviest, judged, prompt_length, vllm_share
+from alignment.cli.planner import (
+    Planner,
+    draws_for,
+    file_bytes,
+    fill,
+    heaviest,
+    judged,
+    prompt_length,
+    scoring_work,
+    vllm_share,
+)
 from alignment.config import ModelSection
 from alignment.errors import ConfigError
 from alignment.plan.origins import known_base
@@ -54,7 +64,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
 
     frozen, away = _frozen(config, planner, policy, critic, judges, shared)
     frozen = together(frozen, its_own)
-    if looks.patience is not None and setting.device.kind == "cpu":  # the best policy so far
+    if looks.prompts and looks.patience is not None and setting.device.kind == "cpu":  # the best policy so far
         frozen = together(frozen, {"adapters" if config.lora.r else "weights": 4 * weights(policy).trained})
     steps = gradients(setting, policy, critic)
     # DDP's buckets are there from the beginning; gradients come with the update.
@@ -69,8 +79,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     models = together(trained, frozen)
     learned = together(models, always)
     per_process = train.batch_size // (draw.num_candidates * setting.processes)
-    readers = [policy, critic, *judges, *([guard] if guard else [])]
-    length = prompt_length(config.prompts.max_prompt_length, draw.max_new_tokens, *readers)
+    length = prompt_length(config.prompts.max_prompt_length, draw.max_new_tokens, policy, critic, *judges)
     row = Rows(1, length, (draw.max_new_tokens,) * draw.num_candidates)
     share = train.minibatch_size // (draw.num_candidates * setting.processes)
     rows = heaviest(
@@ -83,6 +92,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     free = planner.free(learned, held(twin) if is_copied else {})
     draws = draws_for(draw, twin, total_prompts=per_process, prompt_tokens=length, free=free)
     samples = sampling(twin, draws, device=setting.device.kind)
+    one = draw.model_copy(update={"num_candidates": 1})  # what held-out prompts are answered with
     if draw.engine == "vllm":
         from rlhf.policy_sampler import VLLM_MEMORY_SHARE
 
@@ -93,7 +103,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
         sampled = [samples]
         if looks.prompts:  # one answer to every prompt, of which none shares its prompt with another
             asked = {"total_prompts": math.ceil(looks.max_prompts / setting.processes), "prompt_tokens": length}
-            look = draws_for(draw.model_copy(update={"num_candidates": 1}), twin, **asked, free=free)
+            look = draws_for(one, twin, **asked, free=free)
             sampled.append(sampling(twin, look, device=setting.device.kind))
         most = max(sampled, key=lambda each: each.kv_cache + each.working)
         beside = {"kv_cache": most.kv_cache, "activations": most.working}
@@ -105,7 +115,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     lent = held(max(judges, key=lambda judge: weights(judge).base)) if is_lent else {}
     phases.append(planner.phase("score", learned, lent, {"activations": max(each.peak for each in scoring)}))
     if guard is not None:
-        guarding = planner.forward(guard, rewarded, "scores")
+        guarding = planner.forward(guard, judged(draws, one, config.rewards.max_tokens_per_batch), "scores")
         phases.append(planner.phase("guard", learned, guard_lent, {"activations": guarding.peak}))
 
     measured = fill(row, train.max_tokens_per_batch, per_process)
@@ -120,8 +130,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     tokens = per_process * row.num_tokens
     work = [
         *samples.work(per_process * draw.num_candidates / draws.rows),
-        *(Work(each.flops * per_process * draw.num_candidates / (rewarded.count * len(rewarded.branches)))
-          for each in scoring),
+        *(scoring_work(each, rewarded, draws, per_process * draw.num_candidates) for each in scoring),
         Work(3 * measuring.flops * tokens / measured.num_tokens),
         Work(sum(each.flops for each in passes) * train.epochs * tokens / rows.num_tokens),
     ]  # fmt: skip
@@ -141,7 +150,7 @@ def _shares(config: Any, planner: Planner) -> tuple[bool, str]:
     if reason := refused_by_settings(config, planner.dtype(config.model)):
         return False, reason.removesuffix(".")
     origins = [planner.origin(each.path) for each in (config.model, config.rewards.helpfulness, config.rewards.safety)]
-    if not _same_base({origin.base for origin in origins}) or any(origin.rank is None for origin in origins):
+    if not _same_base({origin.base for origin in origins}):
         return False, "they were not all fine-tuned with LoRA from the same weights"
     if all(origin.rank for origin in origins[1:]):
         return True, "all were fine-tuned with LoRA from the same weights"
@@ -158,7 +167,7 @@ def _guard(
     spec = planner.frozen(section, "score")
     ours, its = planner.origin(config.model.path), planner.origin(section.path)
     is_apart = refused_by_settings(config, planner.dtype(config.model), {"evaluation.guard": section}) is not None
-    if not is_apart and None not in (ours.rank, its.rank) and _same_base({ours.base, its.base}):
+    if not is_apart and _same_base({ours.base, its.base}):
         return spec, {"adapters": _adapter_bytes(config, planner, policy, section)}, {}
     return (spec, {}, held(spec)) if _offloads(config, planner) else (spec, held(spec), {})
 
@@ -169,13 +178,13 @@ def _same_base(bases: set[str]) -> bool:
 
 
 def _offloads(config: Any, planner: Planner) -> bool:
-    """On a CPU both sides are the same memory: nothing is gained, and nothing counted twice."""
+    """Whether frozen models are on the device only while they compute; on a CPU both sides are the same memory."""
     return config.ppo.offload and planner.setting.device.kind == "gpu"
 
 
 def _adapter_bytes(config: Any, planner: Planner, policy: ModelSpec, judge: ModelSection) -> int:
     """Of a reward model's adapter on the policy's weights, with the policy's own taken off."""
-    ranks = (planner.origin(judge.path).rank or config.lora.r) + (planner.origin(config.model.path).rank or 0)
+    ranks = (planner.origin(judge.path).rank or config.lora.r) + planner.origin(config.model.path).rank
     return ranks * weights(policy).linear * policy.dtype.itemsize
 
 

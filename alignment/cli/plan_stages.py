@@ -9,7 +9,16 @@ from typing import Any
 
 from alignment.cli.plan_ppo import plan_ppo
 from alignment.cli.plan_rows import mixed_sizes, num_rows, prompt_unit, row_counts
-from alignment.cli.planner import Planner, draws_for, file_bytes, heaviest, judged, prompt_length, vllm_share
+from alignment.cli.planner import (
+    Planner,
+    draws_for,
+    file_bytes,
+    heaviest,
+    judged,
+    prompt_length,
+    scoring_work,
+    vllm_share,
+)
 from alignment.config import ModelSection, SamplingSection, StageConfig
 from alignment.errors import ConfigError
 from alignment.model_folders import context_length
@@ -129,7 +138,6 @@ def _reject(config: Any, name: str, planner: Planner) -> StagePlan:
     phases = [*load_phases(planner.setting, held(policy), file_bytes(planner, config.model)), draw, score]
     # Temperatures are tried on a few prompts more, and what earlier rounds drew is scored again.
     section, processes = config.sampling, planner.setting.processes
-    few = len(section.temperature_grid) * min(count, section.temperature_prompts / processes)
     drawn = count * section.num_candidates
     again = config.earlier_rounds if config.rescore_earlier and config.accumulate != "last" else []
     responses = sum(
@@ -137,7 +145,8 @@ def _reject(config: Any, name: str, planner: Planner) -> StagePlan:
         for files in (again, config.baseline)
     )  # files that are still to be made are taken to be of this size
     # What the chosen temperature's trial drew is not drawn again.
-    trials = max(0.0, few - few / max(1, len(section.temperature_grid))) / max(1, count)
+    others = max(0, len(section.temperature_grid) - 1)
+    trials = others * min(count, section.temperature_prompts / processes) / max(1, count)
     work = [each.times(1 + trials) for each in work]
     judging = [each.times(1 + trials + responses / max(1, drawn)) for each in judging]
     notes = (f"{draws.rows} responses side by side, prompts of {draws.prompt_tokens} tokens",)
@@ -184,7 +193,7 @@ def _eval(config: Any, name: str, planner: Planner) -> StagePlan:
             larger = max((policy, first), key=lambda spec: weights(spec).base)  # one is loaded after the other
             passes = planner.forward(larger, rows, "logprobs")
             phases.append(planner.phase(f"KL of {policy_name}", held(larger), {"activations": passes.peak}))
-            work.append(Work(2 * passes.flops * count / rows.count))
+            work.append(scoring_work(passes, rows, draws, count).times(2))
         first = first or policy
     phases.append(score)
     if config.guard is not None:
@@ -260,7 +269,7 @@ def _score(
     specs = [planner.frozen(judge, "score") for judge in judges]
     passes = [planner.forward(spec, rows, "scores") for spec in specs]
     responses = count * section.num_candidates
-    work = [Work(each.flops * responses / (rows.count * len(rows.branches))) for each in passes]
+    work = [scoring_work(each, rows, draws, responses) for each in passes]
     phases = []
     for judge, spec, each in zip(judges, specs, passes, strict=True):
         phases += load_phases(planner.setting, held(spec), file_bytes(planner, judge))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ class Planner:
     origins: Mapping[str, Origin]
 
     def origin(self, path: str) -> Origin:
-        """Of a model by its name, which may be that of the `model` folder in a run directory."""
-        return self.origins.get(path) or self.origins.get(str(Path(path).parent)) or Origin(path, path)
+        """Of a model by its name."""
+        return self.origins.get(path) or Origin(path, path)
 
     def dtype(self, section: ModelSection) -> torch.dtype:
         """What a model computes in."""
@@ -126,6 +125,12 @@ def judged(draws: Draws, section: SamplingSection, max_tokens: int) -> Rows:
     room = max(1, (max_tokens - draws.prompt_tokens) // draws.new_tokens)
     branches = (draws.new_tokens,) * min(section.num_candidates, room)
     return fill(Rows(1, draws.prompt_tokens, branches), max_tokens, 10**9)
+
+
+def scoring_work(found: Pass, rows: Rows, draws: Draws, responses: float) -> Work:
+    """Scoring so many responses to prompts of full length, by the pass of a micro-batch."""
+    tokens = draws.prompt_tokens / len(rows.branches) + draws.new_tokens
+    return Work(found.flops * responses * tokens / rows.num_tokens)
 
 
 def heaviest(row: Rows, max_tokens: int, at_most: int, peak: Callable[[Rows], int]) -> Rows:

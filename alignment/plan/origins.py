@@ -21,12 +21,12 @@ from alignment.weight_files import read_weight, weight_files
 class Origin:
     """Where a model comes from: `shape` names its architecture, `base` the weights that its adapter belongs on.
 
-    `rank` is that of all adapters merged into it since; None where all weights were trained.
+    `rank` is that of all adapters merged into it since.
     """
 
     shape: str
     base: str
-    rank: int | None = 0
+    rank: int = 0
 
 
 def origin_on_disk(name: str) -> Origin | None:

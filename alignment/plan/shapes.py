@@ -74,12 +74,15 @@ def model_config(name: str) -> PreTrainedConfig:
         return AutoConfig.for_model(**PRESETS[preset])
     folder = model_folder(name)
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: its config.json cannot be read ({str(error).splitlines()[0]}). Planning needs no weights: name a "
             f"folder that has the model's config.json, or a shape that is built in: {', '.join(PRESETS)}."
         ) from error
+    if config.get_text_config(decoder=True) is not config:
+        raise ModelError(f"{name}: a {config.model_type} of text and images cannot be planned.")
+    return config
 
 
 @dataclass(frozen=True)
