@@ -230,7 +230,6 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The mark goes last, when all processes have written: a checkpoint without it is not resumed from."""
         self.run.note_elapsed()
-        self.run.note(checkpoints=checkpoint_kind(self.trainer.accelerator))
         self.trainer.accelerator.wait_for_everyone()
         if self.run.writes:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -252,6 +251,7 @@ def use_run(trainer: Any, run: Run, title: str, metric_prefix: str) -> None:
             f"{run.path}: has checkpoints {before}, and this launch reads those {now}. Launch it as before, or start "
             "anew: run.overwrite=true, in a pipeline --from STAGE."
         )
+    run.note(checkpoints=now)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunCallback(run, title, metric_prefix, trainer))

@@ -146,8 +146,9 @@ def _guard(
     if section is None or not config.evaluation.prompts:
         return None
     if refused_by_settings(config, weights, {"evaluation.guard": section}) is None:
+        assert began is not None
         adapter = saved_adapter(model_folder(section.path))
-        if adapter is not None and began is not None and adapter.backbone == began.backbone:
+        if _refused_by_adapters(began, {"guard": adapter}) is None:
             return _scorer_on(policy, began, section, adapter, tokens)
     return load_scorer(section, device, max_tokens=tokens, offload=config.ppo.offload)
 

@@ -146,10 +146,10 @@ def _read(
     check_is_chat_model(config.model.path)
     policy, context = load_chat_of(config.model.path, config.model.chat_template)
     check_same_ids(policy, {name: load_chat_of(m.path, m.chat_template)[0] for name, m in sections.items()})
-    rooms = [
+    room, looks_room = (
         prompt_room(policy, config.sampling, policy_context=context, judge_context=each) for each in (judges, readers)
-    ]
-    return data, held_out, policy, (rooms[0], rooms[1])
+    )
+    return data, held_out, policy, (room, looks_room)
 
 
 @contextmanager

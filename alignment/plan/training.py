@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -102,6 +103,7 @@ def gathered(spec: ModelSpec) -> dict[str, int]:
     """Whole weights that FSDP holds at a time: two layers, the one in use and the next, and what is in no layer."""
     size, layers = spec.arithmetic.itemsize, spec.shape.num_hidden_layers
     layer = _layer(spec)
+    assert layers * layer <= weights(spec).parameters
     return {"weights": size * (weights(spec).parameters - layers * layer + 2 * layer)}
 
 
@@ -116,6 +118,7 @@ def reduced(spec: ModelSpec) -> dict[str, int]:
     return {"gradients": (size + 4) * layer + size * rest}
 
 
+@functools.cache
 def _layer(spec: ModelSpec) -> int:
     """Parameters of one decoder layer."""
     plain = ModelSpec(spec.config, spec.head)
