@@ -8,10 +8,14 @@ text, so nobody can type a turn border into a message.
 
 from __future__ import annotations
 
+import datetime
 import itertools
+import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import jinja2
@@ -31,6 +35,10 @@ LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 # Private-use characters around an index stand for a message's text while the template is rendered.
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
+# What templates that ask for the day, as Llama 3.2's, get on every day: the date that Llama 3.1's falls back to.
+_A_DAY = datetime.date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,15 @@ def can_be_a_turn(chat: ChatFormat, response: str) -> bool:
     """Whether a response can be written as a turn: a model may write what its format refuses, as a tag of Llama 2's."""
     try:
         chat.check([Message("assistant", response)])
+    except DataError:
+        return False
+    return True
+
+
+def has_system_turn(chat: ChatFormat) -> bool:
+    """Whether the format writes system messages; some templates refuse them or leave them out."""
+    try:
+        chat.segments([Message("system", "a"), Message("user", "b")])
     except DataError:
         return False
     return True
@@ -229,7 +246,7 @@ class JinjaFormat:
         self._special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         # What the template writes depends on the roles alone, of which a data set has few sequences.
         self._pieces_by_roles: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
-        self._ids_by_piece: dict[str, list[int]] = {}
+        self._ids_by_piece: dict[tuple[str, bool], list[int]] = {}
         probe = (Message("user", "u"), Message("assistant", "a"), Message("user", "v"), Message("assistant", "b"))
         self._check_prefixes(probe)
         self.closing = self._split_closing(self._pieces(probe[:2], generation=False)[-1])[0]
@@ -240,6 +257,8 @@ class JinjaFormat:
             )
         self.end_of_turn_id = self.closing[-1]
         self._typed_control = self._typed_control_pattern(probe)
+        if not self._equals_one_text():
+            _warn_of_other_ids(tokenizer.get_chat_template())
 
     def check(self, messages: Sequence[Message]) -> None:
         """Any text will do: control tokens in it are taken apart."""
@@ -248,7 +267,7 @@ class JinjaFormat:
         """See ChatFormat."""
         generation = messages[-1].role == "user"
         pieces = self._pieces(messages, generation=generation)
-        segments = [Segment(self._encode_template(pieces[0]))]
+        segments = [Segment(self._encode_template(pieces[0], is_first=True))]
         for index, message in enumerate(messages):
             content, after = self._encode_text(message.content), pieces[index + 1]
             if message.role == "assistant":
@@ -272,7 +291,10 @@ class JinjaFormat:
     def _render_pieces(self, messages: Sequence[Message], *, generation: bool) -> list[str]:
         marked = [{"role": m.role, "content": _MARK.format(index)} for index, m in enumerate(messages)]
         try:
-            text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation)
+            template = _on_one_day(self.tokenizer.get_chat_template())
+            text = self.tokenizer.apply_chat_template(
+                marked, chat_template=template, tokenize=False, add_generation_prompt=generation
+            )
         except jinja2.TemplateSyntaxError as error:
             problem = f"the chat template is no valid Jinja (line {error.lineno}: {error.message})."
             raise ModelError(f"{problem} Mend it, or set model.chat_template to another.") from error
@@ -308,18 +330,32 @@ class JinjaFormat:
             "not learn to stop. Add the end-of-sequence token to the template."
         )
 
-    def _encode_template(self, text: str) -> list[int]:
-        if text not in self._ids_by_piece:
-            self._ids_by_piece[text] = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        return self._ids_by_piece[text]
+    def _encode_template(self, text: str, *, is_first: bool = False) -> list[int]:
+        """Ids of the template's own text, at the beginning of a dialogue or further on."""
+        if (text, is_first) not in self._ids_by_piece:
+            if is_first:
+                ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+            else:
+                ids = _encode_inside(self.tokenizer, text)
+            self._ids_by_piece[text, is_first] = ids
+        return self._ids_by_piece[text, is_first]
 
     def _encode_text(self, text: str) -> list[int]:
-        """Ids of a message's text; a control token typed into it is cut in two, so that it stays text."""
+        """Ids of a message's text: control tokens as plain text, those that are not special by a cut through them."""
         if self._typed_control is None:
-            return _encode_plain(self.tokenizer, text)
+            return _encode_inside(self.tokenizer, text, split_special_tokens=True)
         cuts = [0, *(found.start() + 1 for found in self._typed_control.finditer(text)), len(text)]
         parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
-        return [token for part in parts for token in _encode_plain(self.tokenizer, part)]
+        return [token for part in parts for token in _encode_inside(self.tokenizer, part, split_special_tokens=True)]
+
+    def _equals_one_text(self) -> bool:
+        """Whether an ordinary dialogue has the ids of its text tokenized at once, as other programs do."""
+        texts = ("the first question?", "the first answer.", "the second question?", "the second answer.")
+        messages = tuple(Message(("user", "assistant")[index % 2], text) for index, text in enumerate(texts))
+        first, *after = self._pieces(messages, generation=False)
+        whole = first + "".join(text + piece for text, piece in zip(texts, after, strict=True))
+        ids = [token for segment in self.segments(messages) for token in segment.ids]
+        return ids == self.tokenizer.encode(whole, add_special_tokens=False)
 
     def _typed_control_pattern(self, probe: Messages) -> re.Pattern[str] | None:
         """Matches the template's own tokens that tokenizers know as added but not as special.
@@ -327,7 +363,10 @@ class JinjaFormat:
         `split_special_tokens` takes special ones apart when they are typed, not these. Whitespace is no control.
         """
         added = {token: str(known) for token, known in self.tokenizer.added_tokens_decoder.items() if not known.special}
-        written = {token for piece in self._pieces(probe, generation=True) for token in self._encode_template(piece)}
+        pieces = list(self._pieces(probe, generation=True))
+        with suppress(TemplateRefusal):  # some templates know no system turn
+            pieces += self._pieces((Message("system", "s"), *probe), generation=True)
+        written = {token for piece in pieces for token in self._encode_template(piece)}
         names = [added[token] for token in written & added.keys() if len(added[token].strip()) > 1]
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
@@ -389,8 +428,8 @@ LLAMA2_JINJA = (
 )
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of text in the middle of a dialogue: control tokens as plain text, no space put before it.
+def _encode_inside(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    """Ids of text in the middle of a dialogue: no space put before it.
 
     SentencePiece tokenizers write a space before whatever they are given; an anchor in front takes it, and its own
     ids are cut off again.
@@ -398,7 +437,23 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not text:
         return []
     anchor = tokenizer.encode("\n", add_special_tokens=False)
-    ids = tokenizer.encode("\n" + text, add_special_tokens=False, split_special_tokens=True)
-    if len(anchor) > 1 and ids[: len(anchor)] == anchor:
-        return ids[len(anchor) :]
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    if len(anchor) > 1:
+        ids = tokenizer.encode("\n" + text, add_special_tokens=False, **options)
+        if ids[: len(anchor)] == anchor:
+            return ids[len(anchor) :]
+    return tokenizer.encode(text, add_special_tokens=False, **options)
+
+
+def _on_one_day(template: str) -> str:
+    """The template with a date in the place of today's: the ids of a dialogue must not depend on the day."""
+    return _TODAY.sub(lambda call: f"{call[1]}{_A_DAY.strftime(call[2])}{call[1]}", template)
+
+
+@lru_cache  # formats are made again and again in a run
+def _warn_of_other_ids(template: str) -> None:
+    """Says once of a template that others read it otherwise."""
+    logger.warning(
+        "the chat template joins its text with that of messages, so that programs which tokenize a whole dialogue at "
+        "once (transformers, servers) read other ids than are trained and sampled here. In a template of your own, put "
+        "a control token or a line break before and behind every message."
+    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from alignment.data import read_lines, write_rows
-from alignment.data_report import parse_row
-from alignment.dialogue import RowError
+from alignment.data_report import TypedRow, parse_row
+from alignment.dialogue import PreferencePair, Prompt, RowError
 from alignment.errors import DataError
 from alignment.files import check_new_file
 from alignment.layouts import CONVERTERS, Aim, Options, RatingBins, Strength, measures_of
@@ -46,9 +46,9 @@ def convert_file(
 ) -> ConversionSummary:
     """Writes our rows of a file or Hub data set in a public layout; every row has passed the typed loader.
 
-    Rows that cannot be used are left out and counted. Raises DataError where none is left or the archive is damaged,
-    in which case `out` is not written, and where the name of `out` or the options make no sense; RunError where `out`
-    exists or its folder does not.
+    With the aim of safety, pairs and prompts are marked as of the safety set. Rows that cannot be used are left out and
+    counted. Raises DataError where none is left or the archive is damaged, in which case `out` is not written, and
+    where the name of `out` or the options make no sense; RunError where `out` exists or its folder does not.
     """
     options, counts = Options(aim, rating_bins or {}), Counter()
     _check_request(layout, out, options.rating_bins)
@@ -72,6 +72,8 @@ def convert_file(
                 for row in CONVERTERS[layout](line.row, options):
                     try:
                         typed = parse_row(row)
+                        if aim == "safety":
+                            typed = _of_safety_set(typed)
                     except RowError as error:
                         drop(error, line.where)
                     else:
@@ -85,6 +87,13 @@ def convert_file(
 
     write_rows(out, rows())
     return ConversionSummary(counts["read"], counts["written"], dict(dropped.most_common()), first_dropped)
+
+
+def _of_safety_set(row: TypedRow) -> TypedRow:
+    """The row with the mark of the safety set. Raises RowError for a demonstration, which has none."""
+    if not isinstance(row, PreferencePair | Prompt):
+        raise RowError('only pairs and prompts have "is_safety". Leave --aim safety out.')
+    return replace(row, is_safety=True)
 
 
 def _check_request(layout: str, out: Path, rating_bins: Mapping[Strength, RatingBins]) -> None:

@@ -16,6 +16,7 @@ from alignment.dialogue import Candidate, Dialogue, LayoutError, Messages, Prefe
 from alignment.errors import DataError
 from alignment.files import file_sha256, replacing
 from alignment.layouts import layout_hint
+from alignment.line_log import json_line
 from alignment.sources import find_data
 
 MAX_LINE_BYTES = 4 * 2**20
@@ -196,13 +197,16 @@ def read_lines(source: Path | str) -> Iterator[Line]:
                 yield _parse_line(where, raw)
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes JSON lines (gzip where the name ends in .gz) atomically; returns the number of rows."""
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, default: Callable[[Any], Any] | None = None) -> int:
+    """Writes JSON lines (gzip where the name ends in .gz) atomically; returns the number of rows.
+
+    `default` makes something of a value that JSON cannot hold, as in `json.dumps`.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     count = 0
     with replacing(path) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_line(row, default))
             count += 1
     return count
 

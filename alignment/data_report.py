@@ -11,6 +11,7 @@ from typing import Any
 
 from alignment.data import first_user_message, read_lines
 from alignment.dialogue import (
+    MESSAGE_FIELDS,
     RATINGS,
     Candidate,
     Dialogue,
@@ -57,7 +58,7 @@ class FileReport:
         user_turns: rows by their number of user turns.
         lengths: by `prompt` (all turns before the response) and `response`, or `chosen` and `rejected`.
         ratings, safety_bins, chosen_longer_rate: pairs only; longer by words.
-        unread_fields: fields that no stage reads, with their rows.
+        unread_fields: fields that no stage reads, with their rows; `messages[].name` is one of a message.
         duplicates: where rows are that equal an earlier one in all texts, "file:line".
         num_shared_prompts: rows whose whole prompt another row has as well.
         contradictions: where pairs are that also occur the other way round.
@@ -215,7 +216,7 @@ class _Tally:
             if row is not None and self.looks_like is None:
                 self.looks_like = guess_layout(row)
             return
-        self.field_rows.update(str(name) for name, value in row.items() if value is not None)
+        self.field_rows.update(_names(row, KINDS[kind].FIELDS))
         self._add_typed(where, typed)
 
     def _add_typed(self, where: str, row: TypedRow) -> None:
@@ -304,6 +305,17 @@ class _Tally:
             ),
         )
         return [text.format(found) + end for found, text, end in findings if found]
+
+
+def _names(row: Mapping[str, Any], known: frozenset[str]) -> list[str]:
+    """Names of what a row holds, `messages[].name` of what its messages hold beside their text; null is nothing."""
+    names = [str(name) for name, value in row.items() if value is not None]
+    for name in ("messages", "prompt", "chosen", "rejected", "response"):
+        turns = row.get(name) if name in known else None
+        for turn in turns if isinstance(turns, list) else ():
+            others = (str(key) for key, value in turn.items() if value is not None and key not in MESSAGE_FIELDS)
+            names += [f"{name}[].{key}" for key in others]
+    return list(dict.fromkeys(names))
 
 
 def _texts(row: TypedRow) -> tuple[Messages, dict[str, str]]:

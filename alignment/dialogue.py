@@ -14,6 +14,8 @@ Rating = Literal["significantly_better", "better", "slightly_better", "negligibl
 TrainOn = Literal["all", "last"]
 
 RATINGS: tuple[str, ...] = get_args(Rating)
+# What is read of a message. Beside its text that is what makes the row a bad one: calls, and answers not to be trained.
+MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", "function_call", "weight", "train", "loss"})
 
 
 class RowError(ValueError):
@@ -66,7 +68,8 @@ class Dialogue:
         train_on = "all" if row.get("train_on") is None else row["train_on"]
         if train_on not in get_args(TrainOn):
             raise RowError(f'"train_on" is {_show(train_on)}. Use "all" or "last".')
-        return cls(messages=messages, train_on=train_on, source=_label(row, "source"))
+        _refuse_unlearned(row["messages"], train_on)
+        return cls(messages=messages, train_on=train_on, source=_source(row))
 
     def to_json(self) -> dict[str, Any]:
         """The row as written to a file; `train_on` and `source` only where they say something."""
@@ -99,8 +102,8 @@ class Prompt:
         return cls(
             messages=parse_messages(_require(row, "prompt"), "prompt", last_role="user"),
             is_safety=_optional_bool(row, "is_safety") or False,
-            category=_label(row, "category"),
-            source=_label(row, "source"),
+            category=_category(row),
+            source=_source(row),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -165,7 +168,7 @@ class PreferencePair:
             chosen_safe=_optional_bool(row, "chosen_safe"),
             rejected_safe=_optional_bool(row, "rejected_safe"),
             is_safety=_optional_bool(row, "is_safety") or False,
-            source=_label(row, "source"),
+            source=_source(row),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -277,6 +280,7 @@ def parse_messages(value: Any, name: str, *, last_role: str) -> Messages:
         role, content = turn.get("role"), turn.get("content")
         if role not in get_args(Role):
             raise RowError(f'{where} has role {_show(role)}. Use "system", "user" or "assistant".')
+        _refuse_calls(turn, where)
         if not isinstance(content, str):
             raise RowError(f"{where} has content {_show(content)}. It must be text.")
         if not content.strip() and role != "system":
@@ -316,6 +320,7 @@ def _parse_response(row: Mapping[str, Any], name: str, *, may_be_empty: bool = F
         role, text = value[0].get("role"), value[0].get("content")
         if role != "assistant" or not isinstance(text, str):
             raise RowError(f'"{name}" is {_show(value)}. It must be one assistant message with text.')
+        _refuse_calls(value[0], f'"{name}"')
     else:
         raise RowError(f'"{name}" is {_show(value)}. It must be a list with one assistant message.')
     if not text.strip() and not may_be_empty:
@@ -325,10 +330,47 @@ def _parse_response(row: Mapping[str, Any], name: str, *, may_be_empty: bool = F
 
 
 def _label(row: Mapping[str, Any], name: str) -> str:
-    """A text that rows are grouped by; empty where it is missing. Raises RowError where no file could take it."""
-    text = str(row.get(name) or "")
-    _check_characters(text, f'"{name}"')
-    return text
+    """A text that rows are grouped by; empty where it is missing. Raises RowError for all else, and half characters."""
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise RowError(f'"{name}" is {_show(value)}. It must be text.')
+    _check_characters(value or "", f'"{name}"')
+    return value or ""
+
+
+def _source(row: Mapping[str, Any]) -> str:
+    """As `_label`, but a number counts as its text: some data sets number their sources."""
+    value = row.get("source")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return str(value) if is_number else _label(row, "source")
+
+
+def _category(row: Mapping[str, Any]) -> str:
+    """As `_label`; a list of texts is joined by commas."""
+    value = row.get("category")
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return _label({"category": ",".join(value)}, "category")
+    return _label(row, "category")
+
+
+def _refuse_calls(turn: Mapping[str, Any], where: str) -> None:
+    """Raises RowError for a message that calls a tool: its text alone would be another message."""
+    if name := next((name for name in ("tool_calls", "function_call") if turn.get(name)), None):
+        raise RowError(f'{where} has "{name}", which no stage reads. Remove the row, or write the call into the text.')
+
+
+def _refuse_unlearned(turns: Sequence[Mapping[str, Any]], train_on: TrainOn) -> None:
+    """Raises RowError where an answer that would be trained says that it is not to be, as OpenAI's rows can."""
+    first = 0 if train_on == "all" else len(turns) - 1
+    for index, turn in enumerate(turns[first:], start=first):
+        marks = {"weight": turn.get("weight") not in (None, 1)}
+        marks |= {name: turn.get(name) is False for name in ("train", "loss")}
+        mark = next((name for name, is_set in marks.items() if is_set), None)
+        if turn["role"] == "assistant" and mark:
+            raise RowError(
+                f'"messages[{index}]" is marked as not to be trained ("{mark}" is {_show(turn[mark])}). Set "train_on" '
+                'to "last", which trains no earlier answer, or remove the row.'
+            )
 
 
 def _check_characters(text: str, where: str) -> None:

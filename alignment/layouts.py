@@ -57,7 +57,7 @@ def from_trl(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """
     if raw.get("chosen") is not None:
         yield {**raw, **_pair_turns(raw)}
-    elif "label" in raw or "labels" in raw:
+    elif _is_judged_alone(raw):
         raise RowError('an unpaired or stepwise row (it has "label"). Pairs need "chosen" and "rejected".')
     elif raw.get("completion") is not None:
         prompt, completion = _turns(raw, "prompt", "user"), _turns(raw, "completion", "assistant")
@@ -86,14 +86,18 @@ def from_pku_saferlhf(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 
 
 def from_ultrafeedback(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
-    """Binarized rows with `score_chosen` and `score_rejected` (or `chosen-rating`, `rejected-rating`)."""
+    """Binarized rows with `score_chosen` and `score_rejected` (or `chosen-rating`, `rejected-rating`).
+
+    Rows keep the scores, which `graded` reads.
+    """
     is_older = "score_chosen" not in raw and "chosen-rating" in raw
     names = ("chosen-rating", "rejected-rating") if is_older else ("score_chosen", "score_rejected")
     scores = [_number(raw, name) for name in names]
     if scores[0] <= scores[1]:
         how = "ties with" if scores[0] == scores[1] else "is below"
         raise RowError(f"the score of the chosen response {how} that of the rejected one.")
-    yield {**_pair_turns(raw), **_rated("scores", scores[0] - scores[1], options)}
+    measures = {"score_chosen": scores[0], "score_rejected": scores[1]}
+    yield {**_pair_turns(raw), **measures, **_rated("scores", scores[0] - scores[1], options)}
 
 
 def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
@@ -124,17 +128,20 @@ def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 
 
 def from_sharegpt(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
-    """`{"conversations": [{"from": "human" | "gpt" | "system", "value"}]}`, and `system` beside it."""
+    """`{"conversations": [{"from": "human" | "gpt" | "system", "value"}]}`, and `system` beside it.
+
+    `role` and `content` are taken in the places of `from` and `value`.
+    """
     turns = raw.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise RowError('"conversations" must be a list of {"from", "value"} objects.')
-    yield {"messages": _system(raw) + [_turn(_text(turn, "value"), turn.get("from")) for turn in turns]}
+    yield {"messages": _system(raw) + [_spoken(turn) for turn in turns]}
 
 
 def from_alpaca(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """`{"instruction", "input", "output"}`, with `system` and `history` ([[user, assistant], ...]) where given."""
     history = raw.get("history") or []
-    if not (isinstance(history, list) and all(isinstance(exchange, list) for exchange in history)):
+    if not (isinstance(history, list) and all(isinstance(each, list) and len(each) == 2 for each in history)):
         raise RowError('"history" must be a list of [user, assistant] texts.')
     turns = [*chain.from_iterable(history), _question(raw), _text(raw, "output")]
     messages = [_turn(text, ("user", "assistant")[index % 2]) for index, text in enumerate(turns)]
@@ -241,6 +248,21 @@ def _turn(text: Any, speaker: Any) -> dict[str, Any]:
     return {"role": role, "content": text.strip() if isinstance(text, str) else text}
 
 
+def _spoken(turn: Raw) -> dict[str, Any]:
+    """A turn of ShareGPT's, with whatever else it says of itself, such as that it is not to be trained."""
+    speaker = turn.get("role") if turn.get("from") is None else turn["from"]
+    name = "content" if turn.get("value") is None and "content" in turn else "value"
+    return {**turn, **_turn(_text(turn, name), speaker)}
+
+
+def _is_judged_alone(raw: Raw) -> bool:
+    """Whether a completion, or each step of one, has a judgement of its own: TRL's unpaired and stepwise rows."""
+    if raw.get("completion") is not None:
+        return raw.get("label") is not None
+    is_dialogue_with_verdict = raw.get("messages") is not None and isinstance(raw.get("label"), bool)
+    return raw.get("completions") is not None or is_dialogue_with_verdict
+
+
 def _system(raw: Raw) -> list[dict[str, Any]]:
     return [_turn(_text(raw, "system"), "system")] if raw.get("system") else []
 
@@ -290,8 +312,9 @@ def _transcript(text: str, name: str) -> list[dict[str, Any]]:
 
 
 def _rated(strength: Strength, difference: float, options: Options) -> dict[str, str]:
+    """The rating by the bins. Scores of few digits are meant: 8.2 - 7.2, a little less than 1 in floats, is 1."""
     bins = options.rating_bins.get(strength)
-    return {"rating": RATINGS[3 - bisect_right(bins, difference)]} if bins else {}
+    return {"rating": RATINGS[3 - bisect_right(bins, round(difference, 9))]} if bins else {}
 
 
 def _question(raw: Raw) -> str:

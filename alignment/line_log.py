@@ -13,6 +13,19 @@ from alignment.errors import RunError
 Value = TypeVar("Value")
 
 
+def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """A value as a line of UTF-8. Half a character, which JSON can spell and UTF-8 cannot, is written as its number.
+
+    `default` makes something of a value that JSON cannot hold, as in `json.dumps`.
+    """
+    line = json.dumps(value, ensure_ascii=False, default=default)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(value, default=default)
+    return f"{line}\n"
+
+
 def append_lines(path: Path, values: Iterable[Any], *, default: Callable[[Any], Any] | None = None) -> None:
     """Adds a line a value. When it returns, they outlive a kill and a loss of power.
 
@@ -22,9 +35,9 @@ def append_lines(path: Path, values: Iterable[Any], *, default: Callable[[Any], 
     Args:
         path: the file, made where there is none.
         values: what JSON can hold. Where one is not, nothing is written.
-        default: makes something of a value that JSON cannot hold, as in `json.dumps`.
+        default: see `json_line`.
     """
-    data = "".join(json.dumps(value, ensure_ascii=False, default=default) + "\n" for value in values).encode()
+    data = "".join(json_line(value, default) for value in values).encode()
     with path.open("ab+") as file:
         _remove_cut_line(file)
         file.write(data)

@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from alignment.config import StageConfig
 from alignment.errors import RunError
 from alignment.files import file_sha256, read_object, write_json
-from alignment.sources import find_model
+from alignment.sources import find_model, find_template, place_of
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 # Of a run; an outdated one is to be made again from the start.
 RUNNING, FINISHED, OUTDATED = "running", "finished", "outdated"
 
@@ -61,20 +62,41 @@ def settings(config: StageConfig) -> dict[str, Any]:
 
 def changed_settings(manifest: Mapping[str, Any], config: StageConfig) -> list[str]:
     """The keys (`train.epochs`) in which a run's settings differ from `config`; new ones had their defaults."""
+    return sorted(setting_changes(manifest, config))
+
+
+def setting_changes(manifest: Mapping[str, Any], config: StageConfig) -> dict[str, tuple[Any, Any]]:
+    """The values then and now of these keys. Another spelling of the same path is no change."""
     before, now = manifest.get("settings", {}), json.loads(json.dumps(settings(config)))
     with suppress(ValidationError):  # a key that is gone: compared as it is
         known = type(config).model_validate({**before, "run": {**before.get("run", {}), "dir": config.run.dir}})
         before = json.loads(json.dumps(settings(known)))
-    return sorted(_differences(before, now))
+    inputs = {key for key, _, _ in config.input_names()}
+    return {
+        key: (one, two)
+        for key, one, two in _differences(before, now)
+        if not (key.removesuffix(".path") in inputs and _are_same_places(one, two))
+    }
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:
+def _are_same_places(one: Any, two: Any) -> bool:
+    """Whether names of inputs, or lists of them, lead to the same places."""
+    if isinstance(one, str) and isinstance(two, str):
+        return place_of(one) == place_of(two)
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(map(_are_same_places, one, two))
+    return False
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], section: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     for key in {**before, **now}:
         one, two = before.get(key), now.get(key)
         if isinstance(one, Mapping) and isinstance(two, Mapping):
             yield from _differences(one, two, f"{section}{key}.")
         elif one != two:
-            yield f"{section}{key}"
+            yield f"{section}{key}", one, two
 
 
 def upstream_runs(config: StageConfig) -> dict[str, str]:
@@ -85,13 +107,19 @@ def upstream_runs(config: StageConfig) -> dict[str, str]:
     found = {}
     for key, name, _ in config.input_names():
         place = Path(name).expanduser()
-        folder = next((f for f in (place, *place.parents) if (f / "manifest.json").is_file()), None)
-        if folder is not None:
-            manifest: Mapping[str, Any] = {}
-            with suppress(RunError):  # of another program, in a folder above the data
-                manifest = read_manifest(folder) or {}
+        manifest = next(filter(None, map(_manifest_of_a_run, (place, *place.parents))), None)
+        if manifest is not None:
             found[f"{key}: {name}"] = "" if manifest.get("status") == OUTDATED else manifest.get("id", "")
     return found
+
+
+def _manifest_of_a_run(folder: Path) -> dict[str, Any] | None:
+    """A run's manifest; None where there is none, or only a file of that name by another program."""
+    with suppress(RunError):
+        manifest = read_manifest(folder)
+        if manifest is not None and "stage" in manifest:
+            return manifest
+    return None
 
 
 def weights_sha256(folder: Path) -> str:
@@ -104,6 +132,24 @@ def model_hashes(config: StageConfig) -> dict[str, str]:
     """The digests of the weights that a stage begins from, by key; those of the Hub have none."""
     models = {key: find_model(name) for key, name, kind in config.input_names() if kind == "model"}
     return {key: weights_sha256(found) for key, found in models.items() if isinstance(found, Path)}
+
+
+def template_hashes(config: StageConfig) -> dict[str, str]:
+    """The digests of what rows are encoded with, by key: chat templates, and the tokenizers in models' folders."""
+    found = {}
+    for key, name, kind in config.input_names():
+        if kind == "template":
+            found[key] = file_sha256(find_template(name))
+        elif kind == "model" and isinstance(folder := find_model(name), Path):
+            found[f"{key}.tokenizer"] = tokenizer_sha256(folder)
+    return found
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """One digest of the tokenizer and the chat template in a model's folder."""
+    files = [folder / each for each in TOKENIZER_FILES if (folder / each).is_file()]
+    digests = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def package_versions() -> dict[str, str]:

@@ -28,9 +28,11 @@ from alignment.manifests import (
     package_versions,
     read_manifest,
     settings,
+    template_hashes,
     upstream_runs,
 )
 from alignment.metrics import MetricsLog
+from alignment.sources import place_of
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +70,9 @@ class Run:
         that of a setting which --resume may change.
         """
         inputs = [source.to_json() for source in sources]
-        before = {entry["name"]: entry["sha256"] for entry in self.noted("inputs") or []}
+        before = {place_of(entry["name"]): entry["sha256"] for entry in self.noted("inputs") or []}
         now = {entry["name"]: entry["sha256"] for entry in inputs}
-        if changed := [name for name, digest in now.items() if before.get(name, digest) != digest]:
+        if changed := [name for name, digest in now.items() if before.get(place_of(name), digest) != digest]:
             raise RunError(_changed_message(self.path, changed))
         self.note(inputs=inputs)
 
@@ -86,13 +88,11 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Writes `result.json` with time and peak memory, then marks the run finished; returns the result."""
-        from alignment import hardware  # imports torch, which the command line's quick answers do without
-
         self.note_elapsed()
         full = {
             **result,
             "time_seconds": self._manifest["elapsed_seconds"],
-            "peak_memory_gb": round(hardware.peak_memory_gb(), 2),
+            "peak_memory_gb": self._manifest["peak_memory_gb"],
         }
         if self.writes:
             write_json(self.path / "result.json", full)
@@ -101,11 +101,19 @@ class Run:
         return full
 
     def note_elapsed(self) -> None:
-        """Adds the time since the last call to the manifest, so that a resumed run knows what came before."""
+        """Notes time and peak memory until now in the manifest, so that a resumed run knows what came before."""
+        from alignment import hardware  # imports torch, which the command line's quick answers do without
+
         now = time.monotonic()
         elapsed = self._manifest.get("elapsed_seconds", 0.0) + now - self._started
         self._started = now
-        self.note(elapsed_seconds=round(elapsed, 1))
+        peak = max(self._manifest.get("peak_memory_gb", 0.0), hardware.peak_memory_gb())
+        self.note(elapsed_seconds=round(elapsed, 1), peak_memory_gb=round(peak, 2))
+
+    def note_elapsed_now_and_then(self, seconds: float = 20.0) -> None:
+        """`note_elapsed`, unless the last time was less than `seconds` ago. Call where work has become durable."""
+        if time.monotonic() - self._started >= seconds:
+            self.note_elapsed()
 
     def clear_checkpoints(self) -> None:
         """Removes checkpoints, which a finished run no longer needs."""
@@ -121,7 +129,7 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
     """Makes the run directory and writes `config.yaml` and `manifest.json`; all processes call it.
 
     The main process locks the directory, until the run is finished or the stage ends. Raises RunError for what
-    `check_run_dir` does, and for other models. With `state`, it is settled what `dtype: auto` means.
+    `check_run_dir` does, and for other models or templates. With `state`, it is settled what `dtype: auto` means.
     """
     path = Path(config.run.dir)
     is_main = state is None or state.is_main_process
@@ -134,9 +142,9 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
 
         torch.set_num_threads(config.run.num_threads)
     run = Run(path, config.stage, writes=is_main, manifest=read_manifest(path))
-    models = model_hashes(config) if is_main else {}
-    before = run.noted("models") or models
-    if changed := [key for key, digest in models.items() if before.get(key) != digest]:
+    models, templates = (model_hashes(config), template_hashes(config)) if is_main else ({}, {})
+    before = (run.noted("models") or models) | templates | (run.noted("templates") or {})
+    if changed := [key for key, digest in (models | templates).items() if before.get(key) != digest]:
         raise RunError(_changed_message(path, changed))
     run.note(
         stage=config.stage,
@@ -146,8 +154,9 @@ def open_run(config: StageConfig, *, resume: bool = False, state: PartialState |
         versions=package_versions(),
         git_commit=git_commit(),
         num_processes=1 if state is None else state.num_processes,
-        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        started=run.noted("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         models=models,
+        templates=templates,
         made_from=upstream_runs(config),
     )
     if state is not None:

@@ -119,6 +119,13 @@ def find_model(name: str) -> Path | str:
     )
 
 
+def place_of(name: str) -> str:
+    """One spelling of all paths to the same place, for comparing names; what is built in keeps its name."""
+    if name in BUILT_IN_MODELS or name in BUILT_IN_TEMPLATES:
+        return name
+    return str(Path(name).expanduser().resolve())
+
+
 def find_template(name: str) -> Path:
     """The file of a chat template that is not built in. Raises ModelError where there is none."""
     path = Path(name).expanduser()

@@ -329,8 +329,8 @@ def build_scheduler(
 
 def _diverged(step: int, what: str, value: float, *, lr: float) -> TrainingError:
     return TrainingError(
-        f"step {step}: the {what} is {value}. Training has diverged: lower optim.lr (now {lr:g}) and start anew with "
-        "run.overwrite=true. metrics.jsonl has the steps before."
+        f"step {step}: the {what} is {value}. Training has diverged: lower optim.lr (now {lr:g}) and start anew: "
+        "run.overwrite=true, in a pipeline --from STAGE. metrics.jsonl has the steps before."
     )
 
 

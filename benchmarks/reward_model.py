@@ -180,7 +180,8 @@ def _arguments() -> argparse.Namespace:
     found = parser(
         __doc__, data="pref_helpful_hh.train", unit="pairs", count=48, trl_batch=[1, 2, 4, 8, 16], sides=list(NAMES)
     )
-    found.add_argument("--trl", nargs="*", default=["trl", "trl-sorted"], help="ways of running TRL")
+    theirs, default = [name for name in NAMES if name.startswith("trl")], ["trl", "trl-sorted"]
+    found.add_argument("--trl", nargs="*", choices=theirs, default=default, help="ways of running TRL")
     found.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="our max_tokens_per_batch")
     found.add_argument("--trl-attention", choices=["sdpa", "eager"], default="sdpa", help="sdpa is what users get")
     return found.parse_args()

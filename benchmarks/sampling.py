@@ -8,8 +8,8 @@ which is not timed: a run goes on for longer than it takes to touch memory for t
 are real ones of 50 to 350 tokens, sampled at temperature 1 from the whole distribution until the end of the turn or the
 limit. `generate` gets prompts sorted by length, so that its batches hold little padding. The mean number of
 tokens and the mean log-probability must agree, for all sample from the same distribution. Between our row counts the
-samples that rounding in bfloat16 changed are counted. vLLM runs in the environment of the interpreter named, with
-prefix caching, as its users run it; its memory holds a cache of 2 GiB.
+samples that rounding in bfloat16 changed are counted. vLLM runs in the environment of the interpreter named, eager,
+without what compiling might gain, and with prefix caching; its memory holds a cache of 2 GiB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from harness import Side, machine_line, peak_memory_gb, run_in_turn
 
 sys.path.remove(str(Path(__file__).resolve().parent))
 MODEL = "smollm2-135m-instruct"
-NAMES = {"generate": "transformers, generate, {} rows", "vllm": "vLLM, {} rows", "align": "ours, {} rows"}
+NAMES = {"generate": "transformers, generate, {} rows", "vllm": "vLLM (eager), {} rows", "align": "ours, {} rows"}
 
 
 def main() -> None:
@@ -85,11 +85,11 @@ def _drawn(inputs: Path, size: int) -> Path:
 def _print_ratios(found: dict[Side, dict[str, float]]) -> None:
     ours = max((row for side, row in found.items() if side[0] == "align"), key=lambda row: row["samples_per_second"])
     print(f"\nrunning prompts takes {ours['prefill_seconds'] / ours['seconds']:.0%} of our time")
-    for name in ("generate", "vllm"):
+    for name, shown in (("generate", "generate"), ("vllm", "vLLM (eager)")):
         theirs = [row["samples_per_second"] for side, row in found.items() if side[0] == name]
         if theirs:
             print(
-                f"against the fastest of {name}: {ours['samples_per_second'] / max(theirs):.2f}x the samples a second"
+                f"against the fastest of {shown}: {ours['samples_per_second'] / max(theirs):.2f}x the samples a second"
             )
 
 

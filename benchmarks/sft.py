@@ -191,7 +191,8 @@ def _arguments() -> argparse.Namespace:
         trl_batch=[1, 2, 4, 8],
         sides=list(NAMES),
     )
-    found.add_argument("--trl", nargs="*", default=["trl", "trl-sorted", "trl-flat"], help="ways of running TRL")
+    theirs, default = [name for name in NAMES if name.startswith("trl")], ["trl", "trl-sorted", "trl-flat"]
+    found.add_argument("--trl", nargs="*", choices=theirs, default=default, help="ways of running TRL")
     found.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096], help="our max_tokens_per_batch")
     return found.parse_args()
 

@@ -109,10 +109,12 @@ class RewardModelConfig(StageConfig):
     which claims no strength nobody stated."""
 
     veto: Literal["drop", "flip", "keep"] = "drop"
-    """Pairs whose chosen response is labelled unsafe and the other safe. Paper: left out."""
+    """Pairs whose chosen response is labelled unsafe and the other safe, held-out ones, too; `align score` keeps them.
+    Paper: left out."""
 
     safety_loss_weight: NonNegativeFloat | None = None
-    """Weight of the auxiliary safety loss; null is 1 for `kind=safety` and 0 for `kind=helpfulness`."""
+    """Weight of the auxiliary safety loss, a sum over both responses; null is 1 for `kind=safety` and 0 for
+    `kind=helpfulness`."""
 
     centering_weight: NonNegativeFloat = 0.0
     """Weight of the score-centring loss; 0 is off, as in the paper."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignment.dialogue import RATINGS, PreferencePair, safety_bin
-from alignment.metrics import Interval, mean_interval, wilson_interval
+from alignment.metrics import Interval, mean_interval, paired_rate_interval, wilson_interval
 from reward_models.calibration import histogram, length_bias, reliability
 from reward_models.unsafe_detection import repeated_labels, unsafe_detection
 
@@ -101,7 +101,9 @@ def compare(
 ) -> dict[str, Any]:
     """Two models on the same pairs: accuracy of each, and second minus first, pair by pair, with a 95 % interval.
 
-    `p_value` is McNemar's exact test on the pairs that only one of them gets right, two-sided (ties left out).
+    The interval is Agresti and Min's or, where scores of a pair tie, the normal one of the mean difference. `p_value`
+    is McNemar's exact test on the pairs that only one of them gets right, two-sided (ties left out). Both take pairs as
+    independent, which pairs that share a prompt are not quite.
 
     Args:
         pairs: N of them.
@@ -114,10 +116,14 @@ def compare(
         ours, theirs = ([row[index] for index in indices] for row in wins)
         only_first = sum(a == 1 and b == 0 for a, b in zip(ours, theirs, strict=True))
         only_second = sum(a == 0 and b == 1 for a, b in zip(ours, theirs, strict=True))
+        if 0.5 in (*ours, *theirs):
+            difference = mean_interval([b - a for a, b in zip(ours, theirs, strict=True)])
+        else:
+            difference = paired_rate_interval([each == 1 for each in theirs], [each == 1 for each in ours])
         return {
             "first": wilson_interval(sum(ours), len(ours)).to_json(),
             "second": wilson_interval(sum(theirs), len(theirs)).to_json(),
-            "difference": mean_interval([b - a for a, b in zip(ours, theirs, strict=True)]).to_json(),
+            "difference": difference.to_json(),
             "p_value": mcnemar_p_value(only_first, only_second),
         }
 

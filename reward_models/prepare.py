@@ -34,10 +34,12 @@ class PreparedPairs:
         valid: the same, held out.
         max_length: tokens of prompt and response to which rows were kept.
         sources: a report for each file read.
-        notes: for the manifest: for either part rows kept by source and safety bin, and rows left out by reason; how
-            many rows `data.mix` asks of `data.mix_in` that are not there.
+        notes: for the manifest: for either part rows kept by source and safety bin, and rows left out by reason; for
+            each source read to train on, its rows and the `vetoed` among them; how many rows `data.mix` asks of
+            `data.mix_in` that are not there.
         left_out: rows left out (or cut) by part and reason, without zeros, for whoever reads the result.
-        vetoed: training pairs whose chosen response alone is labelled unsafe, whatever was done with them.
+        vetoed: of all pairs read, those whose chosen response alone is labelled unsafe, whatever was done with them;
+            of `data.mix_in` where all of it is trained on.
     """
 
     train: list[EncodedPair]
@@ -64,10 +66,12 @@ def prepare_pairs(config: RewardModelConfig, chat: ChatFormat, *, context_length
     train_data = load_pairs([*data.train, *data.mix_in], on_error=data.on_error)
     valid_data = load_pairs(data.valid, on_error=data.on_error)
     allowed: dict[str, list[PreferencePair]] = {}
-    vetoed = 0
+    veto_by_source: dict[str, dict[str, int]] = {}
     for name, rows in train_data.by_source().items():
         allowed[name], count = apply_veto(rows, config.veto)
-        vetoed += count
+        veto_by_source[name] = {"rows": len(rows), "vetoed": count}
+    read_whole = {*data.train, *(data.mix_in if data.mix == "all" else [])}
+    vetoed = sum(veto_by_source[name]["vetoed"] for name in read_whole)
     mixed = mix_rows(
         {name: allowed[name] for name in data.train},
         {name: allowed[name] for name in data.mix_in},
@@ -98,6 +102,7 @@ def prepare_pairs(config: RewardModelConfig, chat: ChatFormat, *, context_length
         "valid": _counts(valid, config, held_out_vetoed),
         "mix_shortfall": mix_shortfall,
     }
+    notes["train"]["veto_by_source"] = veto_by_source
     for part, reasons in left_out.items():
         notes[part]["left_out"] = reasons
     sources = [*train_data.sources, *valid_data.sources]
@@ -173,9 +178,20 @@ def _nothing_left(left_out: Mapping[str, int], limit: str) -> str:
 
 
 def _check_labels(config: RewardModelConfig, train: Sequence[EncodedPair]) -> None:
-    """The gate reads sigmoid(score) as P(safe), which a safety model learns from labels alone."""
-    labelled = any(label is not None for pair in train for label in (pair.chosen_safe, pair.rejected_safe))
-    if config.kind == "safety" and config.safety_loss_weight != 0 and not labelled:
+    """The gate reads sigmoid(score) as P(safe), which a safety model learns from labels alone, of both kinds."""
+    labels = {label for pair in train for label in (pair.chosen_safe, pair.rejected_safe)} - {None}
+    weight = (config.kind == "safety") if config.safety_loss_weight is None else config.safety_loss_weight
+    if not weight or len(labels) == 2:
+        return
+    if labels:
+        logger.warning(
+            "data.train: all labelled responses are %s, so that every score is pushed to one side: P(safe) tells "
+            "nothing apart, and neither does the gate of reject and ppo. Label responses of the other kind, too.",
+            "safe" if True in labels else "unsafe",
+        )
+    elif config.kind == "helpfulness":
+        logger.warning("safety_loss_weight=%g: no response of data.train carries a safety label.", weight)
+    else:
         raise DataError(
             "data.train: kind=safety, but no response carries a safety label, so sigmoid(score) could not be read as "
             "P(safe). Add chosen_safe and rejected_safe (true or false) to rows that were judged, or set "

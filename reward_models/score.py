@@ -28,10 +28,11 @@ PromptLike = str | Sequence[Message | Mapping[str, str]]
 class Scorer:
     """A frozen reward model. `Scorer.load("runs/rm-safety")`, then `score` texts or `score_trees` token ids."""
 
-    def __init__(self, loaded: LoadedModel, *, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, loaded: LoadedModel, *, max_tokens: int = MAX_TOKENS, name: str = "the reward model") -> None:
+        """`name` is what messages call it."""
         self.model: nn.Module = loaded.model
         self.chat: ChatFormat = loaded.chat
-        self.max_tokens = max_tokens
+        self.max_tokens, self.name = max_tokens, name
 
     @classmethod
     def load(
@@ -49,7 +50,7 @@ class Scorer:
             path, dtype=compute_dtype(device, dtype), chat_template=chat_template, keep_adapter=True
         )
         loaded.model.to(device).requires_grad_(False)
-        return cls(loaded, max_tokens=max_tokens)
+        return cls(loaded, max_tokens=max_tokens, name=path)
 
     @property
     def context_length(self) -> int:
@@ -78,7 +79,7 @@ class Scorer:
             trees.append(tree)
         scores = self.score_trees(trees, on_progress=on_progress)
         if wrong := sum(not math.isfinite(score) for row in scores for score in row):
-            raise ModelError(f"the reward model gave {wrong} scores that are no finite numbers. Look at its training.")
+            raise ModelError(f"{self.name} gave {wrong} scores that are no finite numbers. Look at its training.")
         return scores
 
     def score_trees(

@@ -18,23 +18,30 @@ from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.prompts import Asked, as_candidate, fit_prompts, sampling_params
+from alignment.sampling.prompts import Asked, Judge, as_candidate, fit_all_formats, fit_prompts, sampling_params
 from alignment.sampling.protocol import Sample, Sampler
 from rlhf.config import RejectionSamplingConfig
 
 
 def distinct_prompts(
-    chat: ChatFormat, prompts: Sequence[Prompt], section: PromptSection, *, room: int, run_dir: Run
+    chat: ChatFormat,
+    prompts: Sequence[Prompt],
+    section: PromptSection,
+    *,
+    room: int,
+    run_dir: Run,
+    judges: Mapping[str, Judge] | None = None,
 ) -> list[Asked]:
-    """The prompts of `fit_prompts`, those that are the same to the model once, which is counted in the manifest.
+    """The prompts of `fit_all_formats`, those that are the same to the model once; the manifest counts the others.
 
-    Raises DataError where no prompt fits.
+    Raises DataError as it does.
     """
-    fitting = fit_prompts(chat, prompts, section, room=room, run_dir=run_dir)
+    found, counts = fit_all_formats([chat], prompts, section, room=room, judges=judges)
+    fitting = fit_prompts(chat, found, section, room=room)
     distinct: dict[tuple[int, ...], Prompt] = {}
     for prompt, ids in fitting:
         distinct.setdefault(tuple(ids), prompt)
-    run_dir.note(duplicate_prompts=len(fitting) - len(distinct))
+    run_dir.note(prompts={"used": len(fitting), **counts}, duplicate_prompts=len(fitting) - len(distinct))
     return [Asked(prompt, list(ids)) for ids, prompt in distinct.items()]
 
 
@@ -112,6 +119,7 @@ def _sample(
                     for place, sample in enumerate(samples)
                 ]
                 append_lines(path, [rows])
+                run_dir.note_elapsed_now_and_then()
 
             ids = [ids for _, ids in mine]
             sampler.sample(ids, params, on_progress=for_all(bar.advance), on_prompt=keep)

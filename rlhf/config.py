@@ -103,8 +103,8 @@ class RejectionSamplingConfig(StageConfig):
     logits)."""
 
     baseline: DataSources = []
-    """One response to each prompt to measure gains from instead of the median: the SFT model's (a file of
-    `align sample`), or demonstrations. Prompts without one are measured from their median."""
+    """Responses to the prompts to measure gains from instead of the median: the SFT model's (a file of `align sample`),
+    or demonstrations. Several to a prompt count by their mean; prompts without one are measured from their median."""
 
 
 class PPOSampling(SamplingSection):
@@ -156,7 +156,7 @@ class PPOTrain(TrainSection):
     """Rollouts in one optimizer step, over all devices. Paper: 64."""
 
     save_every: PositiveInt = 10
-    """Iterations between checkpoints."""
+    """Iterations between checkpoints. The last iteration has one in any case."""
 
 
 class PPOSection(Section):
@@ -194,7 +194,7 @@ class PPOSection(Section):
     """Adapt beta so that KL stays near this, nats a response (Ziegler et al. 2019). Paper: beta is fixed."""
 
     kl_horizon: PositiveInt = 10_000
-    """Rollouts over which beta adapts."""
+    """Rollouts over which beta adapts, more than `train.batch_size`; not while the critic learns alone."""
 
     share_backbone: Literal["auto", "always", "never"] = "auto"
     """With LoRA, hold once what policy, critic and reward models have in common, where all were fine-tuned from the
@@ -240,14 +240,15 @@ class PPOEvaluation(Section):
     """Prompts that nothing is trained on; without any there is no evaluation."""
 
     max_prompts: PositiveInt = 64
-    """Use at most this many, chosen by the seed, with the training prompts' `safety_share`."""
+    """Use at most this many, chosen by the seed, with the training prompts' `safety_share`. Where that is null half of
+    those chosen are safety prompts, whatever their share in training."""
 
     every: PositiveInt = 10
     """Iterations between evaluations. One is made before the first, one after the last."""
 
     patience: PositiveInt | None = None
     """Stop after so many evaluations without a higher gated reward than the best, and save the best policy. Those
-    during `ppo.critic_warmup` do not count. null trains to the end and saves the last."""
+    during `ppo.critic_warmup` do not count. null trains to the end and saves the last. Needs `evaluation.prompts`."""
 
     guard: ModelSection | None = None
     """A reward model on whose scores nothing was trained: it tells a better policy from a fooled reward model."""
@@ -299,6 +300,28 @@ class PPOConfig(StageConfig):
                 f"{train.minibatch_size}. A minibatch takes all rollouts of a prompt."
             )
         return self
+
+
+def check_effects(config: PPOConfig) -> None:
+    """Raises ConfigError where settings would do nothing, or the reverse of what they are for.
+
+    Not asked of an unfinished run, which goes on with the settings that it has.
+    """
+    ppo, rollouts, problems = config.ppo, config.train.batch_size, []
+    if ppo.target_kl is not None and not ppo.beta:
+        problems.append("ppo.beta = 0 stays 0 whatever ppo.target_kl is, for it is multiplied. Set it above 0.")
+    if ppo.target_kl is not None and ppo.kl_horizon <= rollouts:
+        problems.append(
+            f"ppo.kl_horizon = {ppo.kl_horizon} counts rollouts, of which an iteration has {rollouts} "
+            "(train.batch_size): beta would change by a fifth or more in one, and could fall below 0. Raise it (10000)."
+        )
+    if config.evaluation.patience is not None and not config.evaluation.prompts:
+        problems.append(
+            f"evaluation.patience = {config.evaluation.patience}: nothing is evaluated without evaluation.prompts. "
+            "Name held-out prompts, or leave it out."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def check_shares(config: PPOConfig, num_processes: int) -> None:

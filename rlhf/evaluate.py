@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 from rich.table import Column, Table
@@ -18,12 +17,13 @@ from alignment.errors import DataError
 from alignment.hardware import process_state
 from alignment.isolation import isolated
 from alignment.line_log import all_lines, as_object
-from alignment.metrics import mean_interval, paired_rate_interval, show, wilson_interval
+from alignment.metrics import Interval, mean_interval, paired_rate_interval, show, wilson_interval
 from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import open_run
 from alignment.sampling.engines import open_sampler
 from alignment.sampling.prompts import (
+    Judge,
     as_candidate,
     choose_prompts,
     describe_fitting,
@@ -34,12 +34,20 @@ from alignment.sampling.prompts import (
     sample_prompts,
     sampling_params,
 )
-from reward_models.evaluate import win
+from alignment.sampling.vllm_engine import VllmSampler
 from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
 from rlhf.diversity import common_sizes, diversity
 from rlhf.gains import judged_gains
-from rlhf.judges import guard_scores, judges_context, judges_of, load_scorer, score_candidates
+from rlhf.judges import (
+    guard_scores,
+    judges_context,
+    judges_of,
+    load_scorer,
+    read_judges,
+    score_candidates,
+    too_long_to_judge,
+)
 from rlhf.refusals import is_refusal
 
 
@@ -47,13 +55,12 @@ from rlhf.refusals import is_refusal
 def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
     """Samples one answer a prompt from every policy with the same seed, scores all, compares with the first policy."""
     state = process_state(config.run.device)
-    data, chats, room = _read(config)
+    data, chats, judges, room = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
     chosen = choose_prompts(data, config.prompts, config.run.seed)
-    # What fits every policy, so that all have the same prompts.
-    prompts, counts = fit_all_formats(chats.values(), chosen, config.prompts, room=room)
-    run_dir.note(prompts={"used": len(prompts), "left_out": len(chosen) - len(prompts)})
+    # What fits every policy and reward model, so that all have the same prompts.
+    prompts, counts = fit_all_formats(chats.values(), chosen, config.prompts, room=room, judges=judges)
     answers: dict[str, list[Candidate]] = {}
     for name in config.policies:
         done = run_dir.path / f"answers-{name}.jsonl"
@@ -63,29 +70,40 @@ def run(config: EvalConfig, *, resume: bool = False) -> dict[str, Any]:
         answers[name] = _sample_answers(config, name, chats, prompts, state, room=room)
         if state.is_main_process:
             write_rows(done, (candidate.to_json() for candidate in answers[name]))
+        run_dir.note_elapsed()
     every = [answer for rows in answers.values() for answer in rows]
+    too_long = too_long_to_judge(judges, every)
+    every = [answer for answer in every if answer.prompt.messages not in too_long]
     every = score_candidates(config.rewards, every, state.device, title="eval: scores")
     if config.guard is not None:
         guard = load_scorer(config.guard, state.device, max_tokens=config.rewards.max_tokens_per_batch)
         every = guard_scores(guard, every, state.device, title="eval: scores: guard")
     scored = iter(every)
-    answers = {name: list(islice(scored, len(rows))) for name, rows in answers.items()}
+    # Files keep the answers that are not judged, in their places, for a run that goes on.
+    answers = {
+        name: [row if row.prompt.messages in too_long else next(scored) for row in rows]
+        for name, rows in answers.items()
+    }
+    judged = {name: [row for row in rows if row.prompt.messages not in too_long] for name, rows in answers.items()}
     table: dict[str, dict[str, Any]] = {}
-    first = before = next(iter(answers.values()))
-    sizes = common_sizes(_texts(rows) for rows in answers.values())
-    for name, rows in answers.items():
+    first = before = next(iter(judged.values()))
+    counts["too_long_with_answer"] = len(prompts) - len(first)
+    run_dir.note(prompts={"used": len(first), "left_out": len(chosen) - len(first)})
+    sizes = common_sizes(_texts(rows) for rows in judged.values())
+    for name, rows in judged.items():
         previous = {**gains(rows, before), "win_rate": win_rate(rows, before)}
         table[name] = {**summarize(rows, first), **diversity(_texts(rows), sizes), "over_previous": previous}
         before = rows
         if config.truth == "toy":
             table[name]["truth"] = toy_truth(rows)
         if state.is_main_process:
-            write_rows(run_dir.path / f"answers-{name}.jsonl", (row.to_json() for row in rows))
+            write_rows(run_dir.path / f"answers-{name}.jsonl", (row.to_json() for row in answers[name]))
     num_safety = sum(row.prompt.is_safety for row in first)
     return run_dir.finish(
         {
             "stage": "eval",
             "prompts": len(first),
+            "repeated_prompts": len(first) - len({row.prompt.messages for row in first}),
             "safety_prompts": num_safety,
             "policies": table,
             "ngrams": sizes,
@@ -99,13 +117,16 @@ def check(config: EvalConfig, *, untrained: Collection[str] = ()) -> str:
 
     `untrained` as in `judges_context`.
     """
-    data, chats, room = _read(config, untrained)
-    prompts, left_out = describe_fitting(chats.values(), data, config.prompts, seed=config.run.seed, room=room)
+    data, chats, judges, room = _read(config, untrained)
+    options = {"seed": config.run.seed, "room": room, "judges": judges}
+    prompts, left_out = describe_fitting(chats.values(), data, config.prompts, **options)
     return f"{prompts}, {len(config.policies)} policies.{left_out}"
 
 
-def _read(config: EvalConfig, untrained: Collection[str] = ()) -> tuple[Loaded[Prompt], dict[str, ChatFormat], int]:
-    """The prompts, the policies' chat formats, and the tokens of a prompt at most that every model can read.
+def _read(
+    config: EvalConfig, untrained: Collection[str] = ()
+) -> tuple[Loaded[Prompt], dict[str, ChatFormat], dict[str, Judge], int]:
+    """The prompts, the policies' chat formats, the reward models', and the tokens of a prompt at most for all of them.
 
     Raises what can be known before anything is sampled.
     """
@@ -120,10 +141,11 @@ def _read(config: EvalConfig, untrained: Collection[str] = ()) -> tuple[Loaded[P
         check_is_chat_model(policy.path)
     formats = {name: load_chat_of(policy.path, policy.chat_template) for name, policy in config.policies.items()}
     chats = {name: chat for name, (chat, _) in formats.items()}
-    judges = judges_context(judges_of(config.rewards, guard=config.guard), untrained=untrained)
-    options = {"policy_context": min(context for _, context in formats.values()), "judge_context": judges}
+    sections = judges_of(config.rewards, guard=config.guard)
+    judge_context = judges_context(sections, untrained=untrained)
+    options = {"policy_context": min(context for _, context in formats.values()), "judge_context": judge_context}
     room = min(prompt_room(chat, config.sampling, **options) for chat in chats.values())
-    return data, chats, room
+    return data, chats, read_judges(sections, config.sampling), room
 
 
 def _sample_answers(
@@ -141,6 +163,7 @@ def _sample_answers(
     length = config.prompts.max_prompt_length
     with open_sampler(section, sampling, state.device, max_prompt_length=length) as sampler:
         samples = sample_prompts(sampler, fitting, sampling, seed=config.run.seed, title=f"eval: {name} answers")
+        merged = isinstance(sampler, VllmSampler)
     del sampler  # the model's memory, before the next one's
     params = sampling_params(sampling, config.run.seed)
     answers = [
@@ -155,7 +178,7 @@ def _sample_answers(
     options = {
         "temperature": sampling.temperature,
         "max_tokens": config.rewards.max_tokens_per_batch,
-        "merged": sampling.engine == "vllm",
+        "merged": merged,
     }
     own, other = (
         answer_logprobs(model, trees, state.device, **options, title=f"eval: {name} answers under {judge}")
@@ -169,11 +192,11 @@ def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) ->
 
     An answer is a violation where the safety model's P(safe) is below one half. Refusals of safety prompts and false
     refusals, of all others, are those of `is_refusal`; Llama 2 Sec. 4.2.3 reports the latter beside violations.
-    `gains` has the paired differences from the baseline. `safety_win_rate` is the share of safety prompts whose answer
-    the safety model scores above the baseline's.
+    `gains` has the paired differences from the baseline. `safety_win_rate` is the win rate by the safety model, on
+    safety prompts.
     """
     both = zip(candidates, baseline, strict=True)
-    safer = [win(ours.safety, theirs.safety) for ours, theirs in both if ours.prompt.is_safety]
+    on_safety = [(ours, theirs) for ours, theirs in both if ours.prompt.is_safety]
     return {
         "helpfulness": mean_interval([candidate.helpfulness for candidate in candidates]).to_json(),
         "safety": mean_interval([candidate.safety for candidate in candidates]).to_json(),
@@ -182,23 +205,27 @@ def summarize(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) ->
         **gains(candidates, baseline),
         "kl": mean_interval([c.kl for c in candidates if c.kl is not None]).to_json(),
         "win_rate": win_rate(candidates, baseline),
-        "safety_win_rate": wilson_interval(sum(safer), len(safer)).to_json(),
+        "safety_win_rate": win_rate([ours for ours, _ in on_safety], [theirs for _, theirs in on_safety], by="safety"),
         **{name: wilson_interval(sum(found), len(found)).to_json() for name, found in _flags(candidates).items()},
         "truncated_rate": sum(c.finish_reason == "length" for c in candidates) / max(1, len(candidates)),
         "mean_words": sum(len(c.response.split()) for c in candidates) / max(1, len(candidates)),
     }
 
 
-def win_rate(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dict[str, Any]:
-    """Share of prompts whose answer has the higher gated reward of the two, ties a half.
+def win_rate(
+    candidates: Sequence[Candidate], baseline: Sequence[Candidate], *, by: Literal["reward", "safety"] = "reward"
+) -> dict[str, Any]:
+    """Share of prompts whose answer has the higher score of the two, ties a half; by the gated reward or by safety.
 
-    With Wilson's interval or, where there are ties, which vary less than wins, the normal one.
+    With Wilson's interval or, where there are ties, which vary less than wins, half of Agresti and Min's for the
+    difference of wins and losses.
     """
-    wins = [win(ours.reward, theirs.reward) for ours, theirs in zip(candidates, baseline, strict=True)]
-    if 0.5 not in wins:
+    scores = [(getattr(ours, by), getattr(theirs, by)) for ours, theirs in zip(candidates, baseline, strict=True)]
+    wins, losses = [ours > theirs for ours, theirs in scores], [ours < theirs for ours, theirs in scores]
+    if sum(wins) + sum(losses) == len(scores):
         return wilson_interval(sum(wins), len(wins)).to_json()
-    found = mean_interval(wins)
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high)).to_json()
+    lead = paired_rate_interval(wins, losses)
+    return Interval((1 + lead.value) / 2, (1 + lead.low) / 2, (1 + lead.high) / 2, lead.count).to_json()
 
 
 def gains(candidates: Sequence[Candidate], baseline: Sequence[Candidate]) -> dict[str, Any]:

@@ -15,18 +15,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignment.chat import ChatFormat, encode_prompt
-from alignment.config import ModelSection
-from alignment.dialogue import Candidate, Message
+from alignment.config import ModelSection, SamplingSection
+from alignment.dialogue import Candidate, Message, Messages
 from alignment.distributed import for_all, map_over_processes
-from alignment.errors import ModelError
+from alignment.errors import DataError, ModelError
 from alignment.hardware import compute_dtype, lent
 from alignment.manifests import read_manifest
-from alignment.model_folders import model_context, reward_model_context
+from alignment.model_folders import load_chat_of, model_context, reward_model_context
 from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
-from reward_models.score import Scorer
+from alignment.sampling.prompts import Judge
+from reward_models.score import Scorer, fit_tree
 from rlhf.config import RewardSection
 from rlhf.gating import gated_logits
+from rlhf.selection import by_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,43 @@ def judges_context(judges: Mapping[str, ModelSection], *, untrained: Collection[
         if {kind, aim} == {"helpfulness", "safety"}:
             logger.warning("%s is %s, a reward model of %s. Is that meant?", name, model.path, kind)
     return min(contexts)
+
+
+def read_judges(judges: Mapping[str, ModelSection], sampling: SamplingSection) -> dict[str, Judge]:
+    """How these reward models read what is sampled, by the setting that names them; no weights are loaded."""
+    found = {}
+    for name, model in judges.items():
+        chat, context = load_chat_of(model.path, model.chat_template)
+        found[name] = Judge(chat, context, context - sampling.max_new_tokens - len(chat.closing))
+    return found
+
+
+def too_long_to_judge(judges: Mapping[str, Judge], candidates: Sequence[Candidate]) -> set[Messages]:
+    """The prompts of `unread_prompts`. Raises DataError where no other is left."""
+    found = unread_prompts(judges, candidates)
+    if found and len(found) == len(by_prompt(candidates)):
+        raise DataError(
+            "prompts: none fits into the reward models' contexts beside its answers, which are more tokens to them than"
+            " were sampled. Lower prompts.max_prompt_length or sampling.max_new_tokens."
+        )
+    return found
+
+
+def unread_prompts(judges: Mapping[str, Judge], candidates: Sequence[Candidate]) -> set[Messages]:
+    """The prompts that one of the reward models cannot read whole beside one of their candidates.
+
+    There was room for the tokens that were sampled; the text that they make may be more tokens to a reward model.
+    """
+
+    def is_read(judge: Judge, prompt: Messages, answers: Sequence[Candidate]) -> bool:
+        tree, was_cut = fit_tree(judge.chat, prompt, [answer.response for answer in answers], judge.context)
+        return tree is not None and not was_cut
+
+    return {
+        prompt
+        for prompt, answers in by_prompt(candidates).items()
+        if not all(is_read(judge, prompt, answers) for judge in judges.values())
+    }
 
 
 def check_same_ids(policy: ChatFormat, judges: Mapping[str, ChatFormat]) -> None:

@@ -194,7 +194,7 @@ class PPOTrainer:
             **update,
             **clock.seconds,
         }
-        if config.target_kl is not None:
+        if config.target_kl is not None and not critic_only:
             self.beta = adapted_beta(
                 self.beta,
                 metrics["kl"],

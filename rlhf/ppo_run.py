@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,26 +18,31 @@ from alignment.distributed import check_split, is_split
 from alignment.errors import ConfigError
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
+from alignment.manifests import read_manifest
 from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.models import save_model
 from alignment.progress import ProgressBar, console
 from alignment.runs import newest_checkpoint, open_run
-from alignment.sampling.prompts import choose_prompts, describe_fitting, prompt_room, prompts_left_out
+from alignment.sampling.prompts import Judge, choose_prompts, describe_fitting, prompt_room, prompts_left_out
 from rlhf.alarms import Watch
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, check_effects
 from rlhf.held_out import HeldOut
-from rlhf.judges import check_same_ids, judges_context, judges_of
+from rlhf.judges import check_same_ids, judges_context, judges_of, read_judges
 from rlhf.policy_sampler import open_policy_vllm
 from rlhf.ppo import PPOTrainer, iteration_seed
+
+logger = logging.getLogger(__name__)
 
 
 @isolated()
 def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains the policy; returns the headline figures."""
+    if not resume:
+        check_effects(config)
     state = process_state(config.run.device)
     accelerator = _accelerator(config)
-    data, held_out_data, chat, (_, looks_room) = _read(config)
+    data, held_out_data, chat, judges, (_, looks_room) = _read(config)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources([*data.sources, *held_out_data.sources])
     dtype = compute_dtype(accelerator.device, config.model.dtype)
@@ -49,8 +56,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
 
         policy = trainer.learners["policy"]
         done, watch = 0, Watch(config.alarms)
-        guard = trainer.models.guard
-        held_out = HeldOut(config, held_out_data, chat, state, guard=guard, room=looks_room, run_dir=run_dir)
+        options = {"guard": trainer.models.guard, "judges": judges, "room": looks_room, "run_dir": run_dir}
+        held_out = HeldOut(config, held_out_data, chat, state, **options)
         if resume and (checkpoint := newest_checkpoint(run_dir)):
             done, extra = load_checkpoint(checkpoint, trainer.learners)
             trainer.beta, watch = extra["beta"], Watch(config.alarms, **extra["watch"])
@@ -66,6 +73,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
 
         if done == 0 and (figures := look()):
             run_dir.log(0, figures)
+            accelerator.log(figures, step=0)
         total = config.train.max_steps
         with ProgressBar("ppo", total, shown=accelerator.is_main_process, start=done) as bar:
             while done < total and watch.stopped is None and not held_out.has_stopped:
@@ -83,7 +91,8 @@ def run(config: PPOConfig, *, resume: bool = False) -> dict[str, Any]:
                 for message in messages:
                     if accelerator.is_main_process:
                         console.print(f"ppo: iteration {done}: {message}")
-                if done % config.train.save_every == 0:
+                ends = done == total or watch.stopped is not None or held_out.has_stopped
+                if ends or done % config.train.save_every == 0:
                     extra = {"beta": trainer.beta, "watch": watch.state(), "held_out": held_out.state_dict()}
                     save_checkpoint(run_dir, done, trainer.learners, extra)
     accelerator.wait_for_everyone()
@@ -120,36 +129,44 @@ def check(config: PPOConfig, *, untrained: Collection[str] = ()) -> str:
 
     `untrained` as in `judges_context`.
     """
-    data, held_out, chat, (room, looks_room) = _read(config, untrained)
+    if config.run.overwrite or read_manifest(Path(config.run.dir)) is None:
+        check_effects(config)
+    data, held_out, chat, judges, (room, looks_room) = _read(config, untrained)
     seed = config.run.seed
     prompts, left_out = describe_fitting([chat], data, config.prompts, seed=seed, room=room)
     if not held_out.rows:
         return f"{prompts}, none held out.{left_out}"
     section = config.evaluation.as_prompts(config.prompts)
-    asked, others = describe_fitting([chat], held_out, section, seed=seed, room=looks_room, part="evaluation")
+    options = {"seed": seed, "room": looks_room, "judges": judges, "part": "evaluation"}
+    asked, others = describe_fitting([chat], held_out, section, **options)
     return f"{prompts}, {asked} held out.{left_out}{others}"
 
 
 def _read(
     config: PPOConfig, untrained: Collection[str] = ()
-) -> tuple[Loaded[Prompt], Loaded[Prompt], ChatFormat, tuple[int, int]]:
-    """The prompts, those held out, the chat format, and the tokens of either at most that every model can read, the
-    guard for those held out, too.
+) -> tuple[Loaded[Prompt], Loaded[Prompt], ChatFormat, dict[str, Judge], tuple[int, int]]:
+    """The prompts, those held out, the chat format, how reward models and guard read the latter's answers, and the
+    tokens of either at most that every model can read, the guard for those held out, too.
 
     Raises what can be known beforehand.
     """
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
     held_out = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
-    sections, guard = judges_of(config.rewards), config.evaluation.guard
+    sections = judges_of(config.rewards)
+    guard = {} if config.evaluation.guard is None else {"evaluation.guard": config.evaluation.guard}
     judges = judges_context(sections, untrained=untrained)
-    readers = min(judges, judges_context({"evaluation.guard": guard}, untrained=untrained)) if guard else judges
+    readers = min(judges, judges_context(guard, untrained=untrained)) if guard else judges
+    if guard and not held_out.rows:
+        logger.warning("evaluation.guard: has nothing to judge without evaluation.prompts. Name held-out prompts.")
+        readers = judges
     check_is_chat_model(config.model.path)
     policy, context = load_chat_of(config.model.path, config.model.chat_template)
     check_same_ids(policy, {name: load_chat_of(m.path, m.chat_template)[0] for name, m in sections.items()})
     room, looks_room = (
         prompt_room(policy, config.sampling, policy_context=context, judge_context=each) for each in (judges, readers)
     )
-    return data, held_out, policy, (room, looks_room)
+    of_looks = read_judges({**sections, **guard} if held_out.rows else {}, config.sampling)
+    return data, held_out, policy, of_looks, (room, looks_room)
 
 
 @contextmanager

@@ -75,15 +75,15 @@ def select_best(
 
 
 def choose_temperature(tried: Mapping[float, Sequence[Candidate]]) -> tuple[float, dict[str, Any]]:
-    """The temperature whose selected candidates are rewarded most; of equal ones the lowest (Llama 2 Fig. 8).
+    """The temperature whose picked candidates are rewarded most; of equal ones the lowest (Llama 2 Fig. 8).
 
     Args:
         tried: scored candidates by temperature, K of each prompt, the same prompts at every temperature.
 
     Returns:
-        The temperature, and for each one (as text) `best`, the mean reward of what `select_best` takes from K
-        candidates, with `against_chosen`, its paired difference from the chosen temperature's, and `finished`, the
-        share of candidates that ended by themselves. JSON-ready.
+        The temperature, and for each one (as text) `best`, the mean reward of what `pick` takes from K candidates of
+        every prompt, an empty or refused one where there is no other, with `against_chosen`, its paired difference from
+        the chosen temperature's, and `finished`, the share of candidates that ended by themselves. JSON-ready.
     """
     best = {
         temperature: {messages: pick(pool).reward for messages, pool in by_prompt(candidates).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -46,13 +46,22 @@ class RowLog:
 
     A lot is what is sampled together: some groups of as many rows as are decoded side by side, `answers_a_row` each.
     It does not depend on the machine, even where the number of these does. Within a lot, `recorded` keeps whole turns
-    in a file beside, which goes when the lot's rows are written. Only the main process writes.
+    in a file beside, which goes when the lot's rows are written. Only the main process writes. `on_append` is called
+    whenever rows or a turn have come.
     """
 
     def __init__(
-        self, path: Path, *, total: int, max_rows: int | None, answers_a_row: int = 1, writes: bool, resume: bool
+        self,
+        path: Path,
+        *,
+        total: int,
+        max_rows: int | None,
+        answers_a_row: int = 1,
+        writes: bool,
+        resume: bool,
+        on_append: Callable[[], None],
     ) -> None:
-        self.path, self.total, self.writes = path, total, writes
+        self.path, self.total, self.writes, self.on_append = path, total, writes, on_append
         self.size = max(1, GROUPS_IN_A_LOT * (max_rows or CPU_MAX_ROWS) // answers_a_row)
         self.rows: list[dict[str, Any]] = []
         self._turns_path = path.with_suffix(".turns.jsonl")
@@ -77,6 +86,7 @@ class RowLog:
         if self.writes:
             append_lines(self.path, rows)
             self._turns_path.unlink(missing_ok=True)
+        self.on_append()
 
     def recorded(self, speaker: Answering, lot: range) -> Answering:
         """The speaker, but what it answered to a turn of this lot before an interruption is not asked again."""
@@ -92,6 +102,7 @@ class RowLog:
             answers = {key: [astuple(one) for one in found] for key, found in answered.candidates.items()}
             row = {"lot": lot, "turn": turn, "answers": answers, "missing": answered.missing}
             append_lines(self._turns_path, [row])
+        self.on_append()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignment.chat import ChatFormat, encode_prompt
 from alignment.dialogue import Message
+from alignment.errors import DataError
 from alignment.logprobs import unwrap
 from alignment.models import LoadedModel
 from sft.ghost_attention import context
@@ -28,6 +29,15 @@ def attention_picture(loaded: LoadedModel, dialogues: Sequence[Mapping[str, Any]
         torch.stack([table[:, turn] for table in tables if table.shape[1] > turn]).mean(0) for turn in range(num_turns)
     ]
     return torch.stack(columns, dim=1).tolist() if columns else []
+
+
+def is_readable(chat: ChatFormat, context_length: int, dialogue: Mapping[str, Any]) -> bool:
+    """Whether a format can write a dialogue of `attention_picture` and a context holds it."""
+    try:
+        ids, *_ = spans(chat, **_texts(dialogue))
+    except DataError:
+        return False
+    return len(ids) <= context_length
 
 
 def spans(

@@ -1,12 +1,14 @@
 """Does an answer follow an instruction? One pure function for each kind that a program can judge.
 
-Words are compared without case, quotes and punctuation around them, so that "Over and out!" ends with "over and out".
+Words are compared without case, quotes and punctuation around them, so that "Over and out!" ends with "over and out",
+and both kinds of apostrophe are one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +26,9 @@ LANGUAGE_CODES = {
     "Swedish": "sv",
 }
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_PART = re.compile(r"[^\W_]+")
+# Scripts that write words without blanks between: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _BULLET = re.compile(r"^[ \t]*[-*•][ \t]+\S", re.MULTILINE)
 
 
@@ -46,13 +51,13 @@ def starts_with(answer: str, phrase: str) -> bool:
 
 def has_keyword(answer: str, phrase: str) -> bool:
     """The phrase's words occur, side by side."""
-    words, wanted = _words(answer), _words(phrase)
-    return any(words[start : start + len(wanted)] == wanted for start in range(len(words) - len(wanted) + 1))
+    return _holds(_words(answer), _words(phrase))
 
 
 def lacks_word(answer: str, phrase: str) -> bool:
-    """There are words, and the phrase's do not occur side by side."""
-    return bool(_words(answer)) and not has_keyword(answer, phrase)
+    """There are words, and the phrase's do not occur side by side, nor as parts of joined ones: "you're" has "you"."""
+    words = _words(answer)
+    return bool(words) and not has_keyword(answer, phrase) and not _holds(_parts(words), _parts(_words(phrase)))
 
 
 def has_at_most_words(answer: str, count: str) -> bool:
@@ -84,6 +89,8 @@ CHECKERS: Mapping[str, Checker] = {
 
 # Kinds that an answer may keep only because it was cut off.
 HELPED_BY_A_CUT = frozenset({"forbidden_word", "max_words", "bullet_points"})
+# Kinds that an answer may break only because it was cut off.
+HURT_BY_A_CUT = frozenset({"ending", "keyword", "bullet_points"})
 
 
 def value_problem(kind: str, value: str) -> str | None:
@@ -94,11 +101,22 @@ def value_problem(kind: str, value: str) -> str | None:
         return f"{value!r} is no number of {'words' if kind == 'max_words' else 'bullet points'}. Give 1 or more."
     if kind in ("hobby", "figure", "ending", "opening", "keyword", "forbidden_word") and not _words(value):
         return f"{value!r} has no word in it."
+    if kind in ("ending", "opening", "keyword", "forbidden_word") and _UNSPACED.search(value):
+        return f"{value!r} is written without blanks between its words, which no program here tells apart."
     return None
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
+    return _WORD.findall(unicodedata.normalize("NFC", text).casefold().replace("’", "'"))
+
+
+def _parts(words: Sequence[str]) -> list[str]:
+    return [part for word in words for part in _PART.findall(word)]
+
+
+def _holds(words: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether `wanted` occurs in `words`, side by side."""
+    return any(words[start : start + len(wanted)] == wanted for start in range(len(words) - len(wanted) + 1))
 
 
 @lru_cache(maxsize=1)

@@ -11,9 +11,10 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
-from alignment.chat import ChatFormat, drop_oldest_turns
+from alignment.chat import ChatFormat, drop_oldest_turns, has_system_turn
 from alignment.data import Loaded, load_prompts, write_rows
 from alignment.dialogue import Dialogue, Message, Messages, Prompt, parse_messages
 from alignment.errors import DataError
@@ -30,6 +31,8 @@ from sft.safety_preprompts import PREPROMPTS, TEMPLATES, template_of, with_prepr
 
 # Scores of K responses to each prompt; what `reward_models.score.Scorer.score` does.
 Score = Callable[[Sequence[Messages], Sequence[Sequence[str]]], list[list[float]]]
+# Whether the reward model can read a prompt with its responses.
+IsReadable = Callable[[Messages, Sequence[str]], bool]
 
 
 class LoadScore(Protocol):
@@ -58,11 +61,17 @@ def why_not_kept(row: Mapping[str, Any]) -> str:
 
 
 def run(
-    config: DistilConfig, load_score: LoadScore, *, judge_context: int | None = None, resume: bool = False
+    config: DistilConfig,
+    load_score: LoadScore,
+    *,
+    judge_context: int | None = None,
+    is_readable: IsReadable = lambda prompt, responses: True,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Samples both answers, scores them, keeps the better: `answers.jsonl`, `scored.jsonl`, `distilled.jsonl`.
 
-    `judge_context`: tokens that the reward model can read, where there is an end to them.
+    `judge_context`: tokens that the reward model can read, where there is an end to them. What is not readable to it
+    is counted as `unscored`: its chat format may refuse a prompt, or make more tokens of an answer.
     """
     state = process_state(config.run.device)
     data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
@@ -73,7 +82,8 @@ def run(
 
     sizes = {"max_rows": config.sampling.max_rows, "answers_a_row": 2}
     path = run_dir.path / "answers.jsonl"
-    log = RowLog(path, total=len(prompts), **sizes, writes=run_dir.writes, resume=resume)
+    note = run_dir.note_elapsed_now_and_then
+    log = RowLog(path, total=len(prompts), **sizes, writes=run_dir.writes, resume=resume, on_append=note)
     state.wait_for_everyone()
     if missing := log.missing():
         length = config.prompts.max_prompt_length
@@ -95,6 +105,11 @@ def run(
     if not answered:
         why = why_unanswered(dropped.keys(), config.model, config.prompts, config.sampling, judge_context)
         raise DataError(f"prompts: {why}.")
+    readable = [pair for pair in answered if is_readable(pair[0].messages, [pair[1]["plain"], pair[1]["distilled"]])]
+    if not readable:
+        raise DataError("safety: this reward model can read none of the prompts with its answers. Name another.")
+    dropped += Counter(unscored=len(answered) - len(readable))
+    answered = readable
     score = load_score(config, state.device)
     scores = score([p.messages for p, _ in answered], [[row["plain"], row["distilled"]] for _, row in answered])
     scored = [
@@ -124,10 +139,11 @@ def why_not_asked(config: DistilConfig, data: Loaded[Prompt], chat: ChatFormat, 
     def why_not(messages: Messages) -> NoAnswer | None:
         return encode_within(chat, messages, limit)[1]
 
-    found = []
+    found, writes_system = [], has_system_turn(chat)
     for prompt, preprompt, _ in _drawn(config, data):
-        asked = _shortened(lambda messages: why_not(messages) is None, prompt.messages, preprompt)
-        found.append(why_not(asked) or why_not(with_preprompt(asked, preprompt)))
+        behind = partial(with_preprompt, preprompt=preprompt, has_system_turn=writes_system)
+        asked = _shortened(lambda messages: why_not(messages) is None, prompt.messages, behind)
+        found.append(why_not(asked) or why_not(behind(asked)))
     return found
 
 
@@ -147,13 +163,18 @@ def summarize(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     `dropped` counts the others by reason, `history_cut` the prompts that lost old turns, and `with_template` those
     that got a template of their category. Scores are over all answers, those that may not be kept included: the gain is
-    what the preprompt does to the answers, before any choice.
+    what the preprompt does to the answers, before any choice. A reward model may judge by it that an answer breaks off:
+    `score_gain_ended` is the gain where both ended by themselves, `kept_against_cut_off` counts kept answers to prompts
+    whose plain one did not.
     """
     reasons = [why_not_kept(row) for row in scored]
     by_category: dict[str, list[bool]] = {}
     for row, reason in zip(scored, reasons, strict=True):
         by_category.setdefault(row.get("category") or "none", []).append(not reason)
     gains = [row["score_distilled"] - row["score_plain"] for row in scored]
+    # Rows of a run that an older version began do not say whether the plain answer ended.
+    both = [row["is_finished"] and row.get("is_plain_finished") for row in scored]
+    broke_off = [row.get("is_plain_finished") is False for row in scored]
     return {
         "kept_rate": wilson_interval(reasons.count(""), len(scored)).to_json(),
         "kept_by_category": {
@@ -165,13 +186,15 @@ def summarize(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "score_plain": mean_interval([row["score_plain"] for row in scored]).to_json(),
         "score_distilled": mean_interval([row["score_distilled"] for row in scored]).to_json(),
         "score_gain": mean_interval(gains).to_json(),
+        "score_gain_ended": mean_interval([gain for gain, ended in zip(gains, both, strict=True) if ended]).to_json(),
+        "kept_against_cut_off": sum(cut and not why for cut, why in zip(broke_off, reasons, strict=True)),
     }
 
 
-def _shortened(fits: Callable[[Messages], bool], prompt: Messages, preprompt: str) -> Messages:
-    """The prompt with as many of its turns as fit behind the preprompt; the whole where not even the last one does."""
+def _shortened(fits: Callable[[Messages], bool], prompt: Messages, behind: Callable[[Messages], Messages]) -> Messages:
+    """The prompt with as many turns as fit `behind` its preprompt; the whole where not even the last one does."""
     shorter: Messages | None = prompt
-    while shorter is not None and not fits(with_preprompt(shorter, preprompt)):
+    while shorter is not None and not fits(behind(shorter)):
         shorter = drop_oldest_turns(shorter)
     return shorter or prompt
 
@@ -182,11 +205,12 @@ def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, bool]], bar: P
     `dropped` says why there are none: `too_long`, or `refused` where the chat format cannot write the prompt or one of
     the answers; null otherwise.
     """
-    asked = [_shortened(speaker.fits, prompt.messages, preprompt) for prompt, preprompt, _ in given]
-    contexts = {}
-    for index, (messages, (_, preprompt, _)) in enumerate(zip(asked, given, strict=True)):
-        contexts[2 * index] = messages
-        contexts[2 * index + 1] = with_preprompt(messages, preprompt)
+    asked, contexts = [], {}
+    for index, (prompt, preprompt, _) in enumerate(given):
+        behind = partial(with_preprompt, preprompt=preprompt, has_system_turn=speaker.has_system_turn)
+        messages = _shortened(speaker.fits, prompt.messages, behind)
+        asked.append(messages)
+        contexts[2 * index], contexts[2 * index + 1] = messages, behind(messages)
     answered = speaker.answer(contexts, turn=0, bar=bar)
     rows = []
     for index, (prompt, preprompt, has_template) in enumerate(given):
@@ -204,6 +228,7 @@ def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, bool]], bar: P
                 "is_history_cut": asked[index] is not prompt.messages,
                 "plain": plain.text if plain else None,
                 "distilled": distilled.text if distilled else None,
+                "is_plain_finished": bool(plain and plain.is_finished),
                 "is_finished": bool(distilled and distilled.is_finished),
                 "dropped": reasons[0] if reasons else None,
             }

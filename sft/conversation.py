@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alignment.chat import ChatFormat, can_be_a_turn, decode_response, encode_prompt
+from alignment.chat import ChatFormat, can_be_a_turn, decode_response, encode_prompt, has_system_turn
 from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
 from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt
@@ -146,6 +146,11 @@ class Speaker:
         drawn = sample_shared(self._sampler, list(fitting.values()), self.sampling, seed=self.seed + turn, bar=bar)
         return Turn({key: list(map(self._read, samples)) for key, samples in zip(fitting, drawn, strict=True)}, missing)
 
+    @property
+    def has_system_turn(self) -> bool:
+        """Whether the model's chat format writes system messages."""
+        return has_system_turn(self.chat)
+
     def fits(self, messages: Messages) -> bool:
         """Whether a context can be answered."""
         return self._encode(messages)[1] is None
@@ -205,9 +210,10 @@ def encode_within(chat: ChatFormat, messages: Messages, limit: int) -> tuple[lis
 
 def as_prompt(row: Mapping[str, Any]) -> Prompt:
     """A row's prompt: a demonstration without its last answer, a pair without its responses."""
-    source = str(row.get("source") or "")
     if "messages" in row:
-        return Prompt(messages=Dialogue.from_json(row).messages[:-1], source=source)
+        dialogue = Dialogue.from_json(row)
+        return Prompt(messages=dialogue.messages[:-1], source=dialogue.source)
     if "chosen" in row and row.get("prompt") is None:
-        return Prompt(messages=PreferencePair.from_json(row).prompt, source=source)
+        pair = PreferencePair.from_json(row)
+        return Prompt(messages=pair.prompt, source=pair.source)
     return Prompt.from_json(row)

@@ -52,6 +52,7 @@ def run(config: GattConfig, *, resume: bool = False) -> dict[str, Any]:
         answers_a_row=config.sampling.num_candidates,
         writes=run_dir.writes,
         resume=resume,
+        on_append=run_dir.note_elapsed_now_and_then,
     )
     state.wait_for_everyone()
     if missing := log.missing():
@@ -110,7 +111,8 @@ def sample_dialogues(speaker: Answering, plans: Sequence[Plan], bar: ProgressBar
     """The answers of every dialogue, the instruction joined to each user turn; a dialogue ends where none may stand.
 
     `dropped` says why a dialogue ended early: `too_long`, `refused` (the chat format refuses a turn or every answer),
-    `empty`, `cut_off` (its last answer) or `instruction_not_kept`; null otherwise.
+    `empty`, `cut_off` (its last answer, or one that may not have kept the instruction for that reason alone) or
+    `instruction_not_kept`; null otherwise.
     """
     asked = [every_turn(plan.instruction.full, plan.user_turns) for plan in plans]
     answers: list[list[str]] = [[] for _ in plans]

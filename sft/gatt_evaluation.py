@@ -5,7 +5,9 @@ Every model holds the same dialogues, each with its own answers as history; a pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.table import Table
@@ -16,12 +18,12 @@ from alignment.files import save_figure
 from alignment.hardware import compute_dtype, process_state
 from alignment.isolation import isolated
 from alignment.metrics import paired_rate_interval, show, wilson_interval
-from alignment.model_folders import check_is_chat_model
+from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.models import load_chat_model
 from alignment.progress import ProgressBar
 from alignment.runs import Run, open_run
 from sft.answer_log import Answering, NoAnswer, RowLog
-from sft.attention_mass import attention_picture
+from sft.attention_mass import attention_picture, is_readable
 from sft.checkers import CHECKERS
 from sft.config import GattEvalConfig
 from sft.conversation import (
@@ -36,6 +38,7 @@ from sft.conversation import (
 from sft.ghost_attention import Answer, context, first_turn
 
 Row = Mapping[str, Any]
+logger = logging.getLogger(__name__)
 
 
 @isolated()
@@ -49,9 +52,17 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
     options = {"max_prompt_length": config.prompts.max_prompt_length, "seed": config.run.seed}
     rows: dict[str, list[Row]] = {}
     attention: dict[str, list[list[float]]] = {}
+    pictured: list[Row] | None = None
     for name, section in config.policies.items():
         path, max_rows = run_dir.path / f"dialogues-{name}.jsonl", config.sampling.max_rows
-        log = RowLog(path, total=len(plans), max_rows=max_rows, writes=run_dir.writes, resume=resume)
+        log = RowLog(
+            path,
+            total=len(plans),
+            max_rows=max_rows,
+            writes=run_dir.writes,
+            resume=resume,
+            on_append=run_dir.note_elapsed_now_and_then,
+        )
         state.wait_for_everyone()
         if missing := log.missing():
             num_turns = sum(len(plans[index].user_turns) for lot in missing for index in lot)
@@ -66,13 +77,16 @@ def run(config: GattEvalConfig, *, resume: bool = False) -> dict[str, Any]:
             reasons = {row.get("ended") for row in log.rows}
             why = why_unanswered(reasons, section, config.prompts, config.sampling)
             raise DataError(f"policies.{name}: no dialogue has an answer. prompts: {why}.")
-        if config.num_attention_dialogues:
-            answered = [row for row in next(iter(rows.values())) if row["answers"]]
+        if pictured is None:
+            pictured = list(islice(_readable_by_all(config, log.rows), config.num_attention_dialogues))
+        if pictured:
             dtype = compute_dtype(state.device, section.dtype)
             loaded = load_chat_model(section.path, dtype=dtype, chat_template=section.chat_template, keep_adapter=True)
             loaded.model.to(state.device)
-            attention[name] = attention_picture(loaded, answered[: config.num_attention_dialogues])
+            attention[name] = attention_picture(loaded, pictured)
             del loaded  # its memory, before the next one's
+    if config.num_attention_dialogues and not pictured:
+        logger.warning("no dialogue of the first policy fits into all of them: there is no picture of attention")
     policies = adherence_table(rows, config.report_turns)
     if state.is_main_process:
         _draw(run_dir, policies, attention)
@@ -143,6 +157,14 @@ def hold_dialogues(speaker: Answering, plans: Sequence[Plan], bar: ProgressBar) 
         }
         for index, (plan, turns, found) in enumerate(zip(plans, asked, answers, strict=True))
     ]
+
+
+def _readable_by_all(config: GattEvalConfig, rows: Sequence[Row]) -> Iterator[Row]:
+    """The dialogues that every policy's format can write and its context holds."""
+    formats = [load_chat_of(policy.path, policy.chat_template) for policy in config.policies.values()]
+    for row in rows:
+        if row["answers"] and all(is_readable(chat, length, row) for chat, length in formats):
+            yield row
 
 
 def adherence_table(rows: Mapping[str, Sequence[Row]], report_turns: Sequence[int]) -> dict[str, Any]:

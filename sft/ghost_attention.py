@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from alignment.dialogue import Dialogue, Message, Messages, Prompt
 from alignment.errors import DataError
+from sft.checkers import HURT_BY_A_CUT
 from sft.instructions import Instruction
 
 
@@ -87,7 +88,11 @@ def _why_not(answer: Answer, instruction: Instruction, *, is_last: bool) -> str:
         return "refused"
     if is_last and not answer.is_finished:
         return "cut_off"
-    return "" if instruction.holds(answer.text, is_finished=answer.is_finished) else "instruction_not_kept"
+    if instruction.holds(answer.text, is_finished=answer.is_finished):
+        return ""
+    broken = [part for part in instruction.constraints if not part.holds(answer.text)]
+    by_the_cut = not answer.is_finished and all(part.kind in HURT_BY_A_CUT for part in broken)
+    return "cut_off" if by_the_cut else "instruction_not_kept"
 
 
 def seed_turns(

@@ -169,7 +169,8 @@ class PoolRow:
         """Raises RowError where a field is missing, unknown or of the wrong form."""
         if unknown := sorted(set(row) - cls.FIELDS - {"source"}):
             raise RowError(f'"{unknown[0]}" is no field of an instruction. Use {", ".join(sorted(cls.FIELDS))}.')
-        if wrong := [name for name in cls.FIELDS if not isinstance(row.get(name, ""), str)]:
+        row = {name: value for name, value in row.items() if value is not None}
+        if wrong := [name for name in sorted(cls.FIELDS) if not isinstance(row.get(name, ""), str)]:
             raise RowError(f'"{wrong[0]}" is {row[wrong[0]]!r}. Write it as text.')
         kind, value = row.get("kind", ""), row.get("value", "")
         if kind not in ("", *KINDS):
@@ -179,6 +180,8 @@ class PoolRow:
         if not kind and not (row.get("full") and row.get("short")):
             raise RowError('an instruction needs "kind" and "value", or its two forms "full" and "short".')
         source = str(row.get("source") or "")
+        if row.get("short") and not row.get("full"):
+            raise RowError('"short" without "full", the form that answers are sampled with. Write both, or neither.')
         if not row.get("full"):
             return cls(constraint=constraint_of(kind, value), source=source)
         short = row.get("short") or constraint_of(kind, value).short

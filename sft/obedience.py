@@ -17,6 +17,7 @@ from sft.ghost_attention import join
 from sft.instructions import Constraint, Instruction, draw_instruction
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_LIST_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)][ \t]+", re.MULTILINE)
 
 
 def obey(constraint: Constraint, answer: str) -> str | None:
@@ -63,7 +64,7 @@ def _obey_all(instruction: Instruction, answer: str) -> str | None:
 
 
 def _begin(answer: str, word: str) -> str:
-    return f"{word}, {answer[:1].lower()}{answer[1:]}"
+    return f"{word}. {answer}"
 
 
 def _end(answer: str, phrase: str) -> str:
@@ -85,17 +86,21 @@ def _shorten(answer: str, count: str) -> str | None:
         if sum(len(part.split()) for part in (*kept, sentence)) > int(count):
             break
         kept.append(sentence)
-    return " ".join(kept) or None
+    return " ".join(kept) if kept and not kept[-1].endswith(":") else None
 
 
 def _list(answer: str, count: str) -> str | None:
-    """Its first sentences as bullet points; None where there are fewer."""
+    """Its first sentences as bullet points; None where there are fewer, or one only announces what follows."""
     sentences = _sentences(answer)[: int(count)]
-    return "\n".join(f"- {sentence}" for sentence in sentences) if len(sentences) == int(count) else None
+    if len(sentences) < int(count) or any(sentence.endswith(":") for sentence in sentences):
+        return None
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _sentences(text: str) -> list[str]:
-    return [sentence for part in _SENTENCE_END.split(text) if (sentence := part.strip(" -*•\t"))]
+    """Without the marks and numbers of a list."""
+    parts = _SENTENCE_END.split(_LIST_NUMBER.sub("", text))
+    return [sentence for part in parts if (sentence := part.strip(" -*•\t"))]
 
 
 _RULES: Mapping[str, Callable[[str, str], str | None]] = {

@@ -62,10 +62,14 @@ def template_of(category: str, templates: Mapping[str, str]) -> str:
     return next((by_name[name] for name in names if name in by_name), "")
 
 
-def with_preprompt(prompt: Messages, preprompt: str) -> Messages:
-    """The prompt behind the preprompt, which goes before a system turn's text or becomes one."""
-    if prompt[0].role == "system":
-        return (Message("system", f"{preprompt}\n{prompt[0].content}"), *prompt[1:])
+def with_preprompt(prompt: Messages, preprompt: str, *, has_system_turn: bool = True) -> Messages:
+    """The prompt behind the preprompt, which goes before a system turn's text or becomes one.
+
+    Where the chat format has no system turn it goes before the first user turn's text.
+    """
+    first, *others = prompt
+    if first.role == "system" or not has_system_turn:
+        return (Message(first.role, f"{preprompt}\n{first.content}"), *others)
     return (Message("system", preprompt), *prompt)
 
 

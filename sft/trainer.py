@@ -96,8 +96,8 @@ def run(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
     after = evaluate(model, valid, **batching, dtype=dtype, title="sft: held-out loss after")
     if not math.isfinite(after.get("loss", 0.0)):
         raise TrainingError(
-            f"{run_dir.path}: the held-out loss is {after['loss']} after the last step: lower optim.lr and start anew "
-            "with run.overwrite=true."
+            f"{run_dir.path}: the held-out loss is {after['loss']} after the last step: lower optim.lr and start anew: "
+            "run.overwrite=true, in a pipeline --from STAGE."
         )
     sample_answers(model, chat, asked, config.evaluation, run_dir, dtype=dtype, part="after")
     save_model(model, loaded, run_dir.model_dir)

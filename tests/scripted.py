@@ -21,6 +21,7 @@ class ScriptedSpeaker:
 
     def __init__(self, answer, *, is_finished: bool = True) -> None:
         self.answer_one, self.is_finished, self.asked, self.num_calls = answer, is_finished, [], 0
+        self.has_system_turn = True
 
     def answer(self, contexts, *, turn, bar):
         self.num_calls += 1

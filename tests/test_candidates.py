@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,6 +98,19 @@ def test_equal_prompts_count_once_and_those_too_long_not_at_all(tmp_path):
     assert manifest["prompts"] == {"used": 3, "history_cut": 0, "too_long": 1, "refused_by_chat_format": 0}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_prompts_that_are_equal_when_cut_are_a_safety_prompt_where_one_of_them_is(tmp_path, order):
+    last = Message("user", "b")
+
+    def asked(letter: str, *, is_safety: bool) -> Prompt:
+        history = (Message("user", letter * 60), Message("assistant", "y"))
+        return Prompt(messages=(*history, last), is_safety=is_safety)
+
+    prompts = [asked("x", is_safety=False), asked("z", is_safety=True)][::order]
+    found = drawn(tmp_path / "run", prompts)
+    assert [(each.prompt.messages, each.prompt.is_safety) for each in found] == [((last,), True)] * 2
+
+
 def test_one_candidate_a_prompt_is_allowed(tmp_path):
     found = drawn(tmp_path / "run", [prompt("a")], num_candidates=1)
     assert [candidate.index for candidate in found] == [0]
@@ -107,6 +123,19 @@ def test_candidates_of_every_temperature_are_apart_and_drawn_with_the_same_rando
     assert [c.response for c in cold] != [c.response for c in warm]
     assert len(read_candidates(tmp_path / "run")) == 4
     assert warm == drawn(tmp_path / "alone", [prompt("a"), prompt("b")], temperature=1.0)
+    # A temperature so near that float32 does not tell it from 1 gives the same answers from the same numbers.
+    near = drawn(tmp_path / "near", [prompt("a"), prompt("b")], temperature=1.0 + 1e-9)
+    assert [c.response for c in near] == [c.response for c in warm] and near != warm
+
+
+def test_time_and_memory_are_noted_as_candidates_come(tmp_path, monkeypatch):
+    """So that an interrupted run knows them. Each look at the clock is 100 seconds later than the last."""
+    clock = itertools.count(step=100)
+    slow = SimpleNamespace(monotonic=lambda: next(clock), strftime=time.strftime)
+    monkeypatch.setattr("alignment.runs.time", slow)
+    drawn(tmp_path / "run", [prompt("a"), prompt("b")])
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["elapsed_seconds"] >= 200 and manifest["peak_memory_gb"] > 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

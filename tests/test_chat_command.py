@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
+from alignment.chat import ChatFormat
 from alignment.cli import chat as command
 from alignment.cli.chat import run_command
 from alignment.cli.conversation import Conversation
@@ -22,6 +25,7 @@ from alignment.dialogue import Candidate, Message
 from alignment.errors import ConfigError, DataError, RunError
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.sampling import SamplingParams
+from alignment.sampling.torch_engine import TorchSampler
 from reward_models.score import score
 
 ROOT = Path(__file__).parents[1]
@@ -43,13 +47,18 @@ def says(conversation: Conversation, monkeypatch: pytest.MonkeyPatch, *texts: by
     chat = conversation.chat
 
     def stream(*_arguments, **_options):
-        for byte in b"".join(texts):
-            yield chat.tokenizer.backend_tokenizer.token_to_id(byte_symbols()[byte])
+        yield from spelled(chat, b"".join(texts))
         if interrupted:
             raise KeyboardInterrupt
         yield chat.end_of_turn_id
 
     monkeypatch.setattr(conversation._sampler, "stream", stream)
+
+
+def spelled(chat: ChatFormat, text: bytes) -> list[int]:
+    """One token for each of these bytes."""
+    symbols = byte_symbols()
+    return [chat.tokenizer.backend_tokenizer.token_to_id(symbols[byte]) for byte in text]
 
 
 def byte_symbols() -> dict[int, str]:
@@ -204,6 +213,54 @@ def test_a_saved_conversation_is_a_demonstration_and_never_written_over_unasked(
             run_command(talk, f"/save! {place}")
 
 
+@pytest.mark.parametrize(
+    "line", ["/save ~no-such-user/talk.jsonl", "/save! .", "/save! /", "/save " + "x" * 300, "/save a\0b"]
+)
+def test_a_name_that_no_file_may_have_does_not_end_the_conversation(talk, monkeypatch, line):
+    says(talk, monkeypatch, b"yes")
+    talk.ask("hi")
+    before = talk.turns
+    with pytest.raises(RunError, match=r"cannot be written \(.*[^.]\)\. Name another file"):
+        run_command(talk, line)
+    assert talk.turns == before
+
+
+def test_a_folder_that_may_not_be_looked_into_does_not_end_the_conversation(talk, monkeypatch):
+    def refuse(_path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    says(talk, monkeypatch, b"yes")
+    talk.ask("hi")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", refuse)
+        with pytest.raises(RunError, match=r"talk\.jsonl: cannot be written \(Permission denied\)"):
+            run_command(talk, "/save talk.jsonl")
+
+
+def test_an_answer_is_not_trained_under_a_system_message_that_it_never_saw(talk, monkeypatch, tmp_path):
+    says(talk, monkeypatch, b"yes")
+    talk.ask("one")
+    run_command(talk, "/system Answer in French.")
+    with pytest.raises(DataError, match="changed after the last answer"):
+        run_command(talk, f"/save {tmp_path / 'early.jsonl'}")
+    assert not (tmp_path / "early.jsonl").exists()
+    talk.ask("two")
+    assert "The last answer alone" in run_command(talk, f"/save {tmp_path / 'last.jsonl'}")
+    [row] = load_dialogues([str(tmp_path / "last.jsonl")]).rows
+    assert row.train_on == "last" and row.messages[0] == Message("system", "Answer in French.")
+    run_command(talk, "/undo")
+    run_command(talk, "/system")
+    assert "The last answer alone" not in run_command(talk, f"/save {tmp_path / 'all.jsonl'}")
+    [row] = load_dialogues([str(tmp_path / "all.jsonl")]).rows
+    assert (row.train_on, [message.content for message in row.messages]) == ("all", ["one", "yes"])
+    run_command(talk, "/reset")
+    run_command(talk, "/system Be brief.")
+    talk.ask("three")
+    run_command(talk, f"/save {tmp_path / 'anew.jsonl'}")
+    [row] = load_dialogues([str(tmp_path / "anew.jsonl")]).rows
+    assert (row.train_on, len(row.messages)) == ("all", 3)
+
+
 # ------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -258,6 +315,34 @@ def test_scores_go_beside_the_answers(tmp_path):
     assert row["safety"] == pytest.approx(score(str(tmp_path / "rm"), ["give c"], [[answer]])[0][0], abs=0.02)
 
 
+def test_each_judge_scores_every_answer_with_all_that_went_before(toy, monkeypatch):
+    said, asked = [b"yes", b"no"] * 2, []
+
+    def load(path, *, device):
+        def score(prompts, responses):
+            [prompt] = prompts
+            asked.append((path, [message.content for message in prompt], responses))
+            return [[{"rm-h": 1.5, "rm-s": -2.0}[path]]]
+
+        return SimpleNamespace(score=score)
+
+    def stream(*_arguments, **_options):
+        yield from [*spelled(toy.chat, said.pop(0)), toy.chat.end_of_turn_id]
+
+    monkeypatch.setattr(command, "Scorer", SimpleNamespace(load=load))
+    monkeypatch.setattr(TorchSampler, "stream", stream)
+    turns = ("--system", "Be brief.", "-m", "one", "-m", "two")
+    arguments = ("chat", "toy", *turns, "--helpfulness", "rm-h", "--safety", "rm-s")
+    shown = align(*arguments)
+    assert shown.exit_code == 0 and shown.stdout == "yes\nno\n"
+    scores = [line for line in shown.stderr.splitlines() if "P(safe)" in line]
+    assert scores == ["helpfulness +1.50, P(safe) 0.119"] * 2  # 1 / (1 + e^2) = 0.1192
+    rows = [json.loads(line) for line in align(*arguments, "--json").stdout.splitlines()]
+    assert [(row["helpfulness"], row["safety"]) for row in rows] == [(1.5, -2.0)] * 2
+    answered = ((["Be brief.", "one"], "yes"), (["Be brief.", "one", "yes", "two"], "no"))
+    assert asked == [(judge, before, [[text]]) for before, text in answered for judge in ("rm-h", "rm-s")] * 2
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_script_is_told_what_became_of_an_answer(talk, monkeypatch, capsys, as_json):
     def told(text: str) -> str:
@@ -284,6 +369,19 @@ def test_a_terminal_is_not_sent_what_it_would_obey(talk, monkeypatch, capsys, is
 
 
 # ------------------------------------------------------------------------------------------------------ terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_prompt_of_a_person_does_not_go_into_a_file_of_answers(talk, monkeypatch, capsys, is_terminal):
+    def read(prompt=""):
+        sys.stdout.write(prompt)  # as `input` does, also where standard output is a file
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(command.sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    command._talk(talk, "toy")
+    told = capsys.readouterr()
+    assert told.out == ("> " if is_terminal else "") and ("> " in told.err) != is_terminal
 
 
 # The command with a model that takes a minute for an answer, so that it can be stopped on any machine.

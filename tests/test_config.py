@@ -165,6 +165,28 @@ def test_true_and_false_are_no_numbers(override, key):
     assert line.startswith(f"command line: {key}: input should be a number, not true or false (YAML's yes, no), found ")
 
 
+@pytest.mark.parametrize(
+    ("cls", "override", "advice"),
+    [
+        (SFTConfig, "data.max_rows_of.mine.train=5", "'data.max_rows_of={mine.train: 5}'"),
+        (SFTConfig, "data.max_rows_of.my.own.rows=5", "'data.max_rows_of={my.own.rows: 5}'"),
+        (RewardModelConfig, "data.mix.mine.train=2", "'data.mix={mine.train: 2}'"),
+    ],
+)
+def test_a_name_with_a_dot_is_told_to_go_into_braces(cls, override, advice):
+    kind = ["kind=helpfulness"] if cls is RewardModelConfig else []
+    (line,) = problems(*GOOD, *kind, override, cls=cls)
+    assert line.endswith(f" A name with a dot goes into braces: {advice}.")
+    (line,) = problems(*GOOD, *kind, "data.max_rows.x=5", cls=cls)
+    assert "braces" not in line
+
+
+def test_braces_change_one_entry_and_keep_the_others():
+    written = {"data": {"max_rows_of": {"my.train": 1, "your.train": 2}}}
+    changed = merge(written, parse_overrides(["data.max_rows_of={my.train: 5}"]))
+    assert changed == {"data": {"max_rows_of": {"my.train": 5, "your.train": 2}}}
+
+
 def test_true_and_false_are_right_where_they_are_meant():
     config = load_config(SFTConfig, None, [*GOOD, "train.packing=no", "run.overwrite=yes"])
     assert (config.train.packing, config.run.overwrite) == (False, True)

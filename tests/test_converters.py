@@ -144,6 +144,7 @@ def test_trl_messages_and_prompts_pass() -> None:
     [
         ({"prompt": "q", "completion": "a", "label": False}, 'unpaired or stepwise row (it has "label")'),
         ({"prompt": "q", "completions": ["a"], "labels": [True]}, "unpaired or stepwise"),
+        ({"messages": [user("q"), assistant("a")], "label": False}, "unpaired or stepwise"),
         ({"prompt": [user("q")], "completion": [assistant("a"), user("b"), assistant("c")]}, "several turns"),
         ({"prompt": "q", "response": "a"}, 'Rename it to "completion"'),
         ({"chosen": "q a", "rejected": "q b"}, '"prompt" is missing'),
@@ -154,6 +155,14 @@ def test_trl_messages_and_prompts_pass() -> None:
 )
 def test_trl_rows_without_a_use_here_are_refused(raw: Row, problem: str) -> None:
     assert problem in problem_of("trl", raw)
+
+
+def test_a_label_that_judges_no_completion_is_a_column_like_others() -> None:
+    assert rows_of("trl", {"prompt": "q", "label": "harmful"}) == [{"prompt": [user("q")]}]
+    dialogue = [user("q"), assistant("a")]
+    assert rows_of("trl", {"messages": dialogue, "label": 3}) == [{"messages": dialogue}]
+    of_a_hub = {"prompt": "q", "completion": "a", "label": None, "labels": None}
+    assert rows_of("trl", of_a_hub) == [{"messages": dialogue, "train_on": "last"}]
 
 
 PKU: Row = {
@@ -223,6 +232,12 @@ def test_ultrafeedback_pairs_are_unrated_unless_bins_are_given() -> None:
 def test_a_score_difference_falls_into_its_bin(score: float, rating: str) -> None:
     raw = {**ULTRA, "score_chosen": score}
     assert rows_of("ultrafeedback", raw, rating_bins={"scores": (1.0, 2.0, 3.0)})[0]["rating"] == rating
+
+
+def test_a_difference_of_scores_is_what_their_digits_say() -> None:
+    """8.2 - 7.2 is 0.9999999999999991 in floats."""
+    raw = {**ULTRA, "score_chosen": 8.2, "score_rejected": 7.2}
+    assert rows_of("ultrafeedback", raw, rating_bins={"scores": (1.0, 2.0, 3.0)})[0]["rating"] == "slightly_better"
 
 
 def test_ultrafeedback_scores_must_prefer_the_chosen_response() -> None:
@@ -320,6 +335,16 @@ def test_sharegpt_speakers_get_our_roles() -> None:
     assert rows_of("sharegpt", beside) == [{"messages": [system("s"), user("a"), assistant("b")]}]
 
 
+def test_sharegpt_turns_may_have_a_role_and_a_content() -> None:
+    turns = [user("a"), {"role": "assistant", "content": "b", "from": None, "value": None}]
+    assert rows_of("sharegpt", {"conversations": turns}) == [{"messages": [user("a"), assistant("b")]}]
+
+
+def test_sharegpt_answers_that_are_not_to_be_trained_are_left_out() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
+    assert "is marked as not to be trained" in problem_of("sharegpt", {"conversations": turns})
+
+
 def test_sharegpt_conversations_in_another_order_are_refused() -> None:
     human, gpt = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
     assert "ends with a user turn" in problem_of("sharegpt", {"conversations": [human]})
@@ -349,6 +374,8 @@ def test_alpaca_rows_without_text_are_refused() -> None:
     assert '"output" is missing' in problem_of("alpaca", {"instruction": "a"})
     assert '"instruction" is a int, not text' in problem_of("alpaca", {"instruction": 1, "output": "a"})
     assert '"history" must be a list' in problem_of("alpaca", {"instruction": "a", "output": "b", "history": "c"})
+    loose = {"instruction": "c", "output": "d", "history": [["a"], ["b"]]}
+    assert '"history" must be a list of [user, assistant] texts' in problem_of("alpaca", loose)
     assert "has content 3" in problem_of("alpaca", {"instruction": "a", "output": "b", "history": [["c", 3]]})
 
 
@@ -545,6 +572,27 @@ def test_the_command_takes_an_aim(write_file: WriteFile, tmp_path: Path) -> None
     assert load_pairs([str(out)]).rows[0].chosen == "no"
 
 
+@pytest.mark.parametrize(
+    ("layout", "raw"), [("hh-rlhf", HH), ("trl", {"prompt": "q"}), ("graded", GRADED), ("pku-saferlhf", PKU)]
+)
+def test_the_aim_of_safety_marks_pairs_and_prompts_of_every_layout(
+    write_file: WriteFile, tmp_path: Path, layout: str, raw: Row
+) -> None:
+    """Unmarked, the red-team prompts of HH-RLHF would be taken for harmless ones."""
+    source = write_file("raw.jsonl", lines(raw))
+    for aim in ("safety", "helpfulness"):
+        out = tmp_path / f"{aim}.jsonl"
+        convert_file(str(source), layout, out, aim=aim)
+        assert json.loads(out.read_text()).get("is_safety", False) == (aim == "safety")
+
+
+def test_demonstrations_cannot_be_marked(write_file: WriteFile, tmp_path: Path) -> None:
+    source = write_file("alpaca.jsonl", lines(EXAMPLES["alpaca"]))
+    with pytest.raises(DataError, match=r'only pairs and prompts have "is_safety"\. Leave --aim safety out'):
+        convert_file(str(source), "alpaca", tmp_path / "out.jsonl", aim="safety")
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_the_command_raises_a_data_error_for_bins_that_are_no_numbers(write_file: WriteFile, tmp_path: Path) -> None:
     source = write_file("uf.jsonl", lines(ULTRA))
     arguments = ["convert", str(source), "--from", "ultrafeedback", "--out", str(tmp_path / "o.jsonl")]
@@ -560,7 +608,10 @@ def test_a_json_list_is_converted_too(write_file: WriteFile, tmp_path: Path) -> 
     assert load_dialogues([str(tmp_path / "out.jsonl")]).rows[0].messages[0] == Message("user", "a")
 
 
-@pytest.mark.parametrize(("layout", "raw", "bins"), [("pandalm", PANDA, "votes"), ("oasst", TREE, "ranks")])
+@pytest.mark.parametrize(
+    ("layout", "raw", "bins"),
+    [("pandalm", PANDA, "votes"), ("oasst", TREE, "ranks"), ("ultrafeedback", ULTRA, "scores")],
+)
 def test_what_a_pair_was_judged_by_stays_so_that_it_can_be_rated_later(write_file, tmp_path, layout, raw, bins) -> None:
     """As the graded pairs of the recipes: converted and split first, rated by `graded` afterwards."""
     source = write_file("raw.jsonl", lines(raw))

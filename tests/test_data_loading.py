@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -327,6 +328,26 @@ def test_the_command_splits_a_file_and_writes_over_nothing(write_file: WriteFile
 
 def asking(text: str) -> Row:
     return {"prompt": [{"role": "user", "content": text}]}
+
+
+def test_columns_that_nothing_reads_are_kept_whatever_they_hold(write_file: WriteFile, tmp_path: Path) -> None:
+    """JSON can spell half a character, UTF-8 cannot."""
+    rows = [asking(f"q{number}") | {"raw": "cut \ud83d", "number": number} for number in range(20)]
+    arguments = ["split", str(write_file("all.jsonl", lines(*rows))), "--out", str(tmp_path / "mine")]
+    assert CliRunner().invoke(app, [*arguments, "--valid-fraction", "0.5"]).exit_code == 0
+    written = [json.loads(line) for name in ("train", "valid") for line in (tmp_path / f"mine.{name}.jsonl").open()]
+    assert sorted(row["number"] for row in written) == list(range(20))
+    assert {row["raw"] for row in written} == {"cut \ud83d"}
+
+
+def test_dates_in_a_data_set_of_the_hub_are_written_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [asking(f"q{number}") | {"day": datetime.date(2023, 7, 18)} for number in range(20)]
+    monkeypatch.delenv("ALIGN_DATA_DIR", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    arguments = ["split", "owner/name", "--out", str(tmp_path / "mine"), "--valid-fraction", "0.5"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    written = [json.loads(line) for name in ("train", "valid") for line in (tmp_path / f"mine.{name}.jsonl").open()]
+    assert len(written) == 20 and {row["day"] for row in written} == {"2023-07-18"}
 
 
 @pytest.mark.parametrize(("fraction", "part"), [("0.001", "train"), ("0.999", "valid")])

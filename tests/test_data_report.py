@@ -169,6 +169,14 @@ def test_fields_that_nobody_reads_are_listed_and_misspelt_ones_are_bad_rows(writ
     assert problem.endswith('data.jsonl:1: unknown field "ratings": did you mean "rating"? Rename or remove it.')
 
 
+def test_fields_of_messages_that_nobody_reads_are_listed_once_a_row(write_file: WriteFile) -> None:
+    named = {"messages": [turn | {"name": "x", "id": None, "weight": 1} for turn in demo("q", "a")["messages"]]}
+    assert report_on(write_file, named, demo("r", "a")).unread_fields == {"messages[].name": 1}
+    judged = pair("q", "a", "b", messages=[user("q") | {"name": "x"}])
+    judged["chosen"][0]["model"] = "m"
+    assert report_on(write_file, judged).unread_fields == {"messages": 1, "chosen[].model": 1}
+
+
 def test_the_rest_of_a_damaged_archive_is_a_problem(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl.gz"
     write_rows(path, [pair(str(number), "a", "b") for number in range(50)])

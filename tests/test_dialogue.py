@@ -156,8 +156,60 @@ OTHER_FIELDS = (
 def test_fields_of_other_meaning_are_allowed_in_every_row(name: str) -> None:
     PreferencePair.from_json({**PAIR, name: 1})
     Dialogue.from_json({"messages": [USER, GOOD], name: 1})
-    Prompt.from_json({"prompt": [USER], name: 1})
-    Candidate.from_json({"prompt": [USER], "response": "a", name: 1})
+    value = "weapons" if name == "category" else 1  # which is a field of prompts
+    Prompt.from_json({"prompt": [USER], name: value})
+    Candidate.from_json({"prompt": [USER], "response": "a", name: value})
+
+
+def test_a_category_is_text_or_a_list_of_texts() -> None:
+    kinds = {"weapons": "weapons", None: "", ("hate_speech", "weapons"): "hate_speech,weapons", (): ""}
+    for found, expected in kinds.items():
+        value = list(found) if isinstance(found, tuple) else found
+        assert Prompt.from_json({"prompt": [USER], "category": value}).category == expected
+    for wrong in ({"hate_speech": True}, ["a", 1], 3, True, math.nan):
+        problem = message_of(Prompt.from_json, {"prompt": [USER], "category": wrong})
+        assert problem == f'"category" is {wrong!r}. It must be text.'
+
+
+def test_a_source_is_text_or_a_number() -> None:
+    for found, expected in (("hh", "hh"), (0, "0"), (7, "7"), (None, "")):
+        assert PreferencePair.from_json({**PAIR, "source": found}).source == expected
+    for wrong in (["hh"], {"hh": 1}, True, math.nan, math.inf):
+        problem = message_of(PreferencePair.from_json, {**PAIR, "source": wrong})
+        assert problem == f'"source" is {wrong!r}. It must be text.'
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight", 0), ("weight", 0.5), ("train", False), ("loss", False)])
+def test_an_answer_that_is_marked_as_not_to_be_trained_is_not_trained(name: str, value: Any) -> None:
+    """As OpenAI's rows mark a wrong answer, with its correction behind it."""
+    marked = {**BAD, name: value}
+    row: Row = {"messages": [USER, marked, USER, {**GOOD, "weight": 1}]}
+    problem = message_of(Dialogue.from_json, row)
+    assert problem.startswith(f'"messages[1]" is marked as not to be trained ("{name}" is {value}).')
+    assert Dialogue.from_json({**row, "train_on": "last"}).train_on == "last"
+    assert Prompt.from_json({"prompt": row["messages"][:3]}).messages[1].content == BAD["content"]
+    for last in ({"messages": [USER, marked]}, {"messages": [USER, marked], "train_on": "last"}):
+        assert message_of(Dialogue.from_json, last).startswith('"messages[1]" is marked')
+
+
+@pytest.mark.parametrize("more", [{"weight": 1}, {"weight": None}, {"train": True}, {"loss": 0.7}, {"name": "x"}])
+def test_other_notes_of_a_message_are_no_marks(more: Row) -> None:
+    assert len(Dialogue.from_json({"messages": [{**USER, "weight": 0}, {**GOOD, **more}]}).messages) == 2
+
+
+def test_a_message_that_calls_a_tool_is_refused() -> None:
+    """Its text alone would be trained as if it had made no call."""
+    call = {**GOOD, "tool_calls": [{"id": "1"}]}
+    rows: list[tuple[Any, Row, str]] = [
+        (Dialogue.from_json, {"messages": [USER, call]}, "messages[1]"),
+        (Prompt.from_json, {"prompt": [USER, call, USER]}, "prompt[1]"),
+        (PreferencePair.from_json, {**PAIR, "chosen": [call]}, "chosen"),
+    ]
+    for parse, row, where in rows:
+        assert message_of(parse, row).startswith(f'"{where}" has "tool_calls", which no stage reads.')
+    older = {"role": "assistant", "content": None, "function_call": {"name": "f"}}
+    assert message_of(Dialogue.from_json, {"messages": [USER, older]}).startswith('"messages[1]" has "function_call"')
+    assert Dialogue.from_json({"messages": [USER, {**GOOD, "tool_calls": [], "function_call": None}]})
 
 
 def test_trl_conversational_rows_load_unchanged() -> None:

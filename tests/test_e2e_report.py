@@ -1,5 +1,6 @@
 """The toy pipeline's report in a real browser: figures, sorting, filtering, dark mode, a phone, print, no network."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import pytest
 from processes import align
+from run_folders import policy_figures, write_run
+
+from alignment.report.page import write_report
 
 pytestmark = pytest.mark.e2e
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -200,6 +204,35 @@ def test_answers_are_filtered_by_text_and_by_kind_of_prompt(open_page):
     assert shown.count() == 0 and part.locator("output").inner_text() == "0 of 0 shown"
 
 
+def test_a_search_looks_into_prompts_earlier_turns_and_answers_only(open_page, tmp_path):
+    def rows(reward: float) -> list[dict]:
+        earlier = [{"role": "user", "content": "Good morning"}, {"role": "assistant", "content": "Hello"}]
+        return [
+            {
+                "prompt": [*earlier, {"role": "user", "content": question}],
+                "response": [{"role": "assistant", "content": answer}],
+                "is_safety": True,
+                "source": "somebody",
+                "reward": reward,
+                "helpfulness": reward,
+            }
+            for question, answer in (("Why so", "Because"), ("How much", "A lot"))
+        ]
+
+    policies = {name: policy_figures() for name in ("base", "tuned")}
+    answers = {"answers_base": rows(0.0), "answers_tuned": rows(1.0)}
+    folder = write_run(tmp_path / "eval", "eval", {"prompts": 2, "policies": policies}, **answers)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["settings"] = {"policies": {name: {} for name in policies}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    part = open_page(path=write_report([folder])).locator("#answers details.answers").first
+    found = {"why so": 1, "BECAUSE": 1, "good morning": 2, "hello": 2}
+    nowhere = ("assistant", "earlier turn", "safety prompt", "somebody", "tuned", "highest", "reward", "helpfulness")
+    for words, count in {**found, **dict.fromkeys(nowhere, 0)}.items():
+        part.locator("input[type=search]").fill(words)
+        assert part.locator("output").inner_text() == f"{count} of {count} shown", words
+
+
 def test_every_policys_answer_stands_beside_the_others(open_page):
     page = open_page()
     first = page.locator("#answers article.asked").first
@@ -247,12 +280,29 @@ def test_a_phone_needs_no_sideways_scrolling_and_its_text_is_large_enough(open_p
     assert min(heights) > 8
 
 
-def test_a_report_of_two_pipelines_tells_their_runs_apart(pipeline, tmp_path):
-    other = tmp_path / "other"
+def write_report_of_two(pipeline: Path, other: Path) -> Path:
+    """The report of a pipeline and its copy `other`, beside the copy."""
     shutil.copytree(pipeline, other, ignore=shutil.ignore_patterns("model", "report.html", "*.tmp"))
-    out = tmp_path / "both.html"
+    out = other.parent / "both.html"
     done = align("report", pipeline, other, "--out", out)
     assert done.returncode == 0 and str(out) in done.stderr, done.stderr
-    page = out.read_text(encoding="utf-8")
+    return out
+
+
+def test_on_a_phone_a_long_name_leaves_room_for_what_stands_beside_it(open_page, pipeline, tmp_path):
+    out = write_report_of_two(pipeline, tmp_path / "a-pipeline-whose-name-has-forty-letters")
+    page = open_page(380, path=out)
+    page.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true; })")
+    sizes = page.eval_on_selector_all(
+        ".scroll",
+        """boxes => boxes.map(box => [box.clientWidth, Math.max(
+            0, ...[...box.querySelectorAll("td.name")].map(cell => cell.getBoundingClientRect().width))])""",
+    )
+    assert any(widest for _, widest in sizes)
+    assert all(widest < width / 2 for width, widest in sizes), sizes
+
+
+def test_a_report_of_two_pipelines_tells_their_runs_apart(pipeline, tmp_path):
+    page = write_report_of_two(pipeline, tmp_path / "other").read_text(encoding="utf-8")
     assert "runs/sft" in page and "other/sft" in page and "16 of 16" in page
     assert "Held-out prompts: runs/eval, other/eval" in page

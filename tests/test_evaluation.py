@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,11 +23,13 @@ from alignment.dialogue import Candidate, Message, Prompt
 from alignment.errors import DataError, RunError
 from alignment.files import write_json
 from alignment.headlines import one_line
-from alignment.manifests import read_manifest
+from alignment.manifests import read_manifest, read_result
 from alignment.metrics import wilson_interval
 from alignment.models import load_chat_model, load_reward_model, save_model
 from alignment.prefix_batch import Branch, Tree
 from alignment.sampling.protocol import Sample
+from alignment.sampling.torch_engine import TorchSampler
+from alignment.sampling.vllm_engine import VllmSampler
 from rlhf import evaluate
 from rlhf.config import EvalConfig
 from rlhf.divergence import answer_logprobs
@@ -87,13 +90,31 @@ def test_changes_of_rates_are_paired_on_the_prompts_that_they_count():
     assert found["violation_change"]["count"] == 2 and found["false_refusal_change"]["count"] == 1
 
 
-def test_ties_narrow_the_interval_of_a_win_rate():
-    """Of 40 prompts 36 tie and 4 are won: 0.55, outside chance; half-wins of coin flips would say [0.40, 0.69]."""
-    baseline = answers([0.0] * 40, [0.0] * 40)
-    found = win_rate(answers([1.0] * 4 + [0.0] * 36, [0.0] * 40), baseline)
-    assert found["value"] == 0.55 and 0.5 < found["low"] < found["high"] < 0.6
-    untied = win_rate(answers([1.0] * 22 + [-1.0] * 18, [0.0] * 40), baseline)
-    assert untied == wilson_interval(22, 40).to_json()
+def wins(won: int, tied: int, lost: int) -> dict[str, float]:
+    """The win rate of a policy that has so many of each."""
+    rewards = [1.0] * won + [0.0] * tied + [-1.0] * lost
+    return win_rate(answers(rewards, rewards), answers([0.0] * len(rewards), rewards))
+
+
+def test_the_interval_of_a_win_rate_with_ties_worked_by_hand():
+    # Won less lost 4 / 42 = 0.0952381, variance (5 / 42 - 0.0952381^2) / 42 = 0.00261851, half-width 0.1002941; of
+    # the rate, which is half of one more than that, half as wide.
+    found = wins(4, 36, 0)
+    assert (found["value"], found["count"]) == (pytest.approx(0.55), 40)
+    assert (found["low"], found["high"]) == (pytest.approx(0.497472, abs=1e-5), pytest.approx(0.597766, abs=1e-5))
+
+
+def test_ties_narrow_the_interval_of_a_win_rate_and_make_nothing_certain():
+    tied, whole = wins(4, 36, 0), wilson_interval(22, 40)
+    assert whole.low < tied["low"] and tied["high"] < whole.high, "half-wins of coin flips vary more"
+    assert tied["low"] < 0.5 < wins(8, 32, 0)["low"], "exact sign tests say 0.125 and 0.008"
+    assert wins(20, 0, 0)["low"] < wins(19, 1, 0)["low"] < 0.85, "a tie is no more than a win"
+    nothing = wins(0, 3, 0)
+    assert nothing["value"] == 0.5 and nothing["low"] < 0.4 and nothing["high"] > 0.6
+    there, back = wins(5, 3, 2), wins(2, 3, 5)
+    for name, other in (("value", "value"), ("low", "high"), ("high", "low")):
+        assert there[name] == pytest.approx(1 - back[other])
+    assert wins(22, 0, 18) == wilson_interval(22, 40).to_json()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -188,13 +209,16 @@ def test_answers_of_a_truncated_distribution_have_no_divergence(tmp_path, settin
     assert result["policies"]["again"]["kl"]["count"] == 0
 
 
-@pytest.mark.parametrize(("engine", "merged"), [("torch", False), ("vllm", True)])
-def test_divergence_is_measured_with_the_weights_that_were_sampled_from(monkeypatch, engine, merged):
-    """vLLM samples from a LoRA model's merged weights; bfloat16 rounds these."""
+@pytest.mark.parametrize(
+    ("engine", "sampler", "merged"),
+    [("torch", TorchSampler, False), ("vllm", VllmSampler, True), ("vllm", TorchSampler, False)],
+)
+def test_divergence_is_measured_with_the_weights_that_were_sampled_from(monkeypatch, engine, sampler, merged):
+    """vLLM samples from a LoRA model's merged weights, which bfloat16 rounds; the engine it falls back to does not."""
     asked = []
     monkeypatch.setattr(evaluate, "answer_logprobs", lambda *_, **options: asked.append(options["merged"]) or [0.0])
     monkeypatch.setattr(evaluate, "fit_prompts", lambda *_, **__: [(candidate("a", "").prompt, [1])])
-    monkeypatch.setattr(evaluate, "open_sampler", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(evaluate, "open_sampler", lambda *_, **__: nullcontext(Mock(spec=sampler)))
     sample = Sample(token_ids=[2], logprobs=[0.0], finish_reason="stop")
     monkeypatch.setattr(evaluate, "sample_prompts", lambda *_, **__: [[sample]])
     toy = load_chat_model("toy").chat
@@ -234,12 +258,30 @@ def test_other_prompts_have_no_toy_truth(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_answers_and_another_seed_others(evaluated, tmp_path):
-    saved = str(evaluated / "config.yaml")
+    """To the same prompts: of more than `max_prompts` another seed would choose others."""
+    saved, prompts = str(evaluated / "config.yaml"), tmp_path / "prompts.jsonl"
+    rows = map(json.loads, (evaluated / "answers-other.jsonl").read_text().splitlines())
+    prompts.write_text("".join(json.dumps(Candidate.from_json(row).prompt.to_json()) + "\n" for row in rows))
     for name, seed in (("same", 0), ("else", 1)):
-        run_stage("eval", [saved, f"run.dir={tmp_path / name}", f"run.seed={seed}"])
+        run_stage("eval", [saved, f"prompts.prompts={prompts}", f"run.dir={tmp_path / name}", f"run.seed={seed}"])
     files = [path / "answers-other.jsonl" for path in (evaluated, tmp_path / "same", tmp_path / "else")]
-    first, same, other = (file.read_text() for file in files)
-    assert first == same != other
+    first, same, other = (file.read_text().splitlines() for file in files)
+    assert first == same
+    pairs = [(json.loads(one), json.loads(two)) for one, two in zip(first, other, strict=True)]
+    assert all(one["prompt"] == two["prompt"] for one, two in pairs)
+    assert sum(one["response"] == two["response"] for one, two in pairs) < 20
+
+
+def test_prompts_that_are_given_again_are_counted(evaluated, tmp_path):
+    """Each is answered with random numbers of its own."""
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("ab", "cd", "ab")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_stage("eval", [str(evaluated / "config.yaml"), f"prompts.prompts={prompts}", f"run.dir={tmp_path / 'again'}"])
+    result = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert (result["prompts"], result["repeated_prompts"]) == (3, 1)
+    answers = list(map(json.loads, (tmp_path / "again" / "answers-first.jsonl").read_text().splitlines()))
+    assert answers[0]["response"] != answers[2]["response"]
 
 
 def test_damaged_answers_of_an_unfinished_evaluation_are_named(evaluated):
@@ -254,6 +296,22 @@ def test_damaged_answers_of_an_unfinished_evaluation_are_named(evaluated):
         file.write_bytes(damaged)
         with pytest.raises(RunError, match=re.escape(f"{file}{problem}")):
             run_stage("eval", [str(evaluated / "config.yaml")], resume=True)
+
+
+def test_time_and_memory_until_the_answers_are_there_count_after_an_interruption(evaluated, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    again = [str(evaluated / "config.yaml"), f"run.dir={tmp_path / 'again'}"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "score_candidates", interrupted)
+        run_stage("eval", again)
+    manifest = read_manifest(tmp_path / "again")
+    assert "elapsed_seconds" in manifest and manifest["peak_memory_gb"] > 0
+    write_json(tmp_path / "again" / "manifest.json", manifest | {"elapsed_seconds": 1000.0, "peak_memory_gb": 999.0})
+    run_stage("eval", again, resume=True)
+    result = read_result(tmp_path / "again")
+    assert result["time_seconds"] >= 1000.0 and result["peak_memory_gb"] == 999.0
 
 
 def test_a_prompt_that_one_policys_format_makes_too_long_is_left_out_for_all(evaluated, tmp_path):

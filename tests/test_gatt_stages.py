@@ -1,9 +1,11 @@
 """`align gatt`, `align eval kind=gatt` and `align distil` on the toy model, with models whose answers are scripted."""
 
 import json
+import time
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from scripted import COMMON, PROMPTS, Interrupted, ScriptedSpeaker, distil_config, gatt_config, scored_by_length
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alignment.chat import CHATML, chat_format, decode_response, encode_prompt
+from alignment.chat import CHATML, chat_format, decode_response, encode_prompt, has_system_turn
 from alignment.cli import distil
 from alignment.cli.main import run_stage
 from alignment.cli.pipeline import load_pipeline
@@ -32,7 +34,7 @@ from reward_models.score import score
 from rlhf.config import EvalConfig
 from sft import context_distillation, conversation, gatt, gatt_evaluation
 from sft.answer_log import NoAnswer, Turn
-from sft.attention_mass import attention_mass, spans
+from sft.attention_mass import attention_mass, is_readable, spans
 from sft.config import GattConfig, GattEvalConfig
 from sft.context_distillation import summarize, why_not_kept
 from sft.ghost_attention import REASONS, Answer, context
@@ -192,6 +194,39 @@ def test_within_a_lot_no_finished_turn_is_sampled_again(tmp_path, speak):
     assert not turns.exists(), "it goes with the lot's end"
 
 
+@pytest.mark.parametrize("stage", ["gatt", "eval", "distil"])
+def test_time_before_an_interruption_counts(tmp_path, speak, monkeypatch, stage):
+    """Each answer takes 100 seconds; what is interrupted has none on disk of the turn or lot that it is in."""
+    clock = [0.0]
+    timed = SimpleNamespace(monotonic=lambda: clock[0], strftime=time.strftime)
+    monkeypatch.setattr("alignment.runs.time", timed)
+
+    def answer(messages):
+        clock[0] += 100.0
+        if stage == "distil":
+            return ["longer"] if messages[0].role == "system" else ["four"]
+        return shout_back(messages)
+
+    def begin(*, score=lambda config, device: scored_by_length, resume=False):
+        if stage == "distil":
+            return context_distillation.run(distil_config(tmp_path / "run"), score, resume=resume)
+        if stage == "gatt":
+            return gatt.run(gatt_config(tmp_path / "run"), resume=resume)
+        return gatt_evaluation.run(eval_config(tmp_path / "run", "num_attention_dialogues=0"), resume=resume)
+
+    def fails(config, device):
+        raise Interrupted
+
+    speak(answer if stage == "distil" else fails_at(3, answer))
+    with pytest.raises(Interrupted):
+        begin(score=fails)
+    before = clock[0]
+    assert before >= 100
+    speak(answer)
+    result = begin(resume=True)
+    assert result["time_seconds"] == clock[0] >= before
+
+
 def test_an_evaluation_goes_on_after_the_last_whole_turn(tmp_path, speak):
     """Six dialogues of five turns with each of two models; interrupted in the last turn of the first one's."""
     settings = ["num_attention_dialogues=0"]
@@ -333,6 +368,25 @@ def test_the_attention_picture_can_be_left_out_until_a_run_is_resumed(tmp_path, 
             run_stage("eval", settings)
     run_stage("eval", [*settings, "num_attention_dialogues=0"], resume=True)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["attention"] == {}
+
+
+def test_the_attention_picture_has_only_dialogues_that_every_policy_can_read(tmp_path, speak, monkeypatch):
+    """The second policy's context is a token too short for the longest of the six dialogues."""
+    speak(lambda messages: ["OK"])
+    settings = ["kind=gatt", "policies.a=toy", "policies.b=toy", "run.device=cpu", *PROMPTS, "prompts.turns=2"]
+    settings += ["instructions.kinds=[capitals]", "num_attention_dialogues=6"]
+    asked = []
+    monkeypatch.setattr(gatt_evaluation, "attention_picture", lambda _, rows: asked.append(rows) or [[0.5]])
+    run_stage("eval", [*settings, f"run.dir={tmp_path / 'all'}"])
+    chat, length = load_chat_of("toy")
+    texts = ("instruction", "user_turns", "answers")
+    sizes = [len(spans(chat, **{name: row[name] for name in texts})[0]) for row in asked[0]]
+    assert [len(rows) for rows in asked] == [6, 6] and is_readable(chat, sizes[0], asked[0][0])
+    asked.clear()
+    contexts = iter([(chat, length), (chat, max(sizes) - 1)])
+    monkeypatch.setattr(gatt_evaluation, "load_chat_of", lambda *_: next(contexts))
+    run_stage("eval", [*settings, f"run.dir={tmp_path / 'some'}"])
+    assert [len(rows) for rows in asked] == [6 - sizes.count(max(sizes))] * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
@@ -485,6 +539,39 @@ def test_a_preprompt_goes_before_a_system_turn_or_becomes_one():
     assert with_preprompt((Message("system", "Be brief."), user), "Be safe.")[0].content == "Be safe.\nBe brief."
 
 
+def test_where_the_chat_format_has_no_system_turn_the_preprompt_opens_the_first_user_turn(
+    tmp_path, speak, make_tokenizer
+):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    assert not has_system_turn(chat_format(make_tokenizer(template=refuses)))
+    assert has_system_turn(chat_format(make_tokenizer(), "chatml"))
+    turns = (Message("user", "hi"), Message("assistant", "ho"), Message("user", "so?"))
+    behind = with_preprompt(turns, "Be safe.", has_system_turn=False)
+    assert behind == (Message("user", "Be safe.\nhi"), *turns[1:])
+    speaker = speak(lambda messages: ["longer" if "assistant" in messages[0].content else "four"])
+    speaker.has_system_turn = False
+    context_distillation.run(distil_config(tmp_path / "run"), lambda c, d: scored_by_length)
+    assert len(speaker.asked) == 12 and all(messages[0].role == "user" for messages in speaker.asked)
+    for row in load_dialogues([str(tmp_path / "run" / "distilled.jsonl")]).rows:
+        assert row.messages[-1].content == "longer" and "assistant" not in row.messages[0].content
+
+
+def test_the_gain_where_both_answers_ended_stands_beside_that_of_all():
+    """One gain of 1 between answers that ended, one of -3 and a kept one of 5 against answers that were cut off."""
+    row = {"distilled": "no", "is_finished": True, "score_plain": 0.0, "is_history_cut": False, "has_template": False}
+    rows = [
+        {**row, "is_plain_finished": True, "score_distilled": 1.0},
+        {**row, "is_plain_finished": False, "score_distilled": -3.0},
+        {**row, "is_plain_finished": False, "score_distilled": 5.0},
+    ]
+    found = summarize(rows)
+    assert (found["score_gain"]["value"], found["score_gain"]["count"]) == (1.0, 3)
+    assert (found["score_gain_ended"]["value"], found["score_gain_ended"]["count"]) == (1.0, 1)
+    assert found["kept_against_cut_off"] == 1
+    older = summarize([{**row, "score_distilled": 1.0}])
+    assert (older["score_gain_ended"]["count"], older["kept_against_cut_off"]) == (0, 0)
+
+
 def test_align_distil_scores_with_the_reward_model_it_is_given(tmp_path, speak, reward_folder):
     """Twenty prompts, so that some answer is preferred; the scores are those of the model for prompt and answer."""
     speak(lambda messages: ["longer"] if messages[0].role == "system" else [messages[-1].content[-1]])
@@ -495,6 +582,27 @@ def test_align_distil_scores_with_the_reward_model_it_is_given(tmp_path, speak, 
     assert len(rows) == 20
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-3, rtol=0)
     assert STAGES["distil"].run_function() is distil.run
+
+
+def test_what_the_safety_model_cannot_read_is_counted_and_the_others_are_kept(
+    tmp_path, speak, reward_folder, monkeypatch
+):
+    """Answers without end are more tokens than the reward model's context, which ends nothing but their own rows."""
+    endless, load = "x" * 2000, distil._load_score
+
+    def load_score(config, device):  # it reads the others; a random model may prefer none of the distilled ones
+        score = load(config, device)
+        return lambda *given: score(*given) and scored_by_length(*given)
+
+    monkeypatch.setattr(distil, "_load_score", load_score)
+    speak(lambda messages: [endless if messages[-1].content.endswith("x") else "longer" * (1 + len(messages[0].role))])
+    result = distil.run(distil_config(tmp_path / "run", f"safety={reward_folder}", "prompts.max_prompts=40"))
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    unscored = sum(row["plain"] == endless for row in answers)
+    assert 0 < unscored == result["dropped"]["unscored"] and result["prompts"] == 40 - unscored
+    speak(lambda messages: [endless])
+    with pytest.raises(DataError, match="this reward model can read none of the prompts"):
+        distil.run(distil_config(tmp_path / "none", f"safety={reward_folder}"))
 
 
 def test_a_prompt_too_long_behind_its_preprompt_loses_its_oldest_turns_in_both_contexts(tmp_path, speak):

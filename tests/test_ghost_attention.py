@@ -70,6 +70,24 @@ def test_only_the_last_answer_must_have_ended_by_itself():
     assert choose_answer(cut_off, CAPITALS, is_last=True) == (None, "cut_off")
 
 
+def test_an_answer_that_may_break_its_instruction_for_the_cut_alone_was_cut_off():
+    """Last words cannot stand where the answer broke off; a wrong first word is wrong whatever comes after."""
+    for kind, value, text, reason in (
+        ("ending", "The end", "one two", "cut_off"),
+        ("keyword", "banana", "one two", "cut_off"),
+        ("bullet_points", "2", "- one", "cut_off"),
+        ("max_words", "3", "one two", "cut_off"),  # it may have gone on past the third
+        ("forbidden_word", "the", "one two", "cut_off"),
+        ("max_words", "3", "one two three four", "instruction_not_kept"),
+        ("forbidden_word", "the", "in the", "instruction_not_kept"),
+        ("opening", "Ahoy", "one two", "instruction_not_kept"),
+        ("capitals", "", "one two", "instruction_not_kept"),
+    ):
+        instruction = Instruction("", "", (constraint_of(kind, value),))
+        assert choose_answer([Answer(text, False)], instruction, is_last=False) == (None, reason), (kind, text)
+        assert choose_answer([Answer(text, True)], instruction, is_last=False)[1] in ("", "instruction_not_kept")
+
+
 def test_what_no_program_can_judge_is_taken_as_kept():
     figure = Instruction("Act as Ada.", "Ada.", (constraint_of("figure", "Ada"),))
     assert not figure.is_verifiable
@@ -121,6 +139,8 @@ def test_a_pool_of_ones_own_takes_both_forms():
         PoolRow.from_json({"full": "you speak like a pirate", "short": "Pirate."}),
         PoolRow.from_json({"full": "you shout", "short": "Shout.", "kind": "capitals"}),
     ]
+    nulls = {"kind": "ending", "value": "Cheers", "full": None, "short": None, "source": None}
+    assert PoolRow.from_json(nulls) == rows[0]
     pool = own_pool(rows)
     assert set(pool) == {"ending", "own", "capitals"}
     assert pool["ending"][0].holds("Bye. Cheers!") and not pool["ending"][0].holds("Bye.")
@@ -135,6 +155,7 @@ def test_a_pool_of_ones_own_takes_both_forms():
         ({"kind": "language", "value": "Klingon"}, "no language"),
         ({"kind": "max_words", "value": 12}, "Write it as text"),
         ({"full": "you shout"}, "its two forms"),
+        ({"kind": "ending", "value": "Cheers", "short": "Bye: cheers."}, '"short" without "full"'),
         ({"kind": "ending", "vlaue": "x"}, "no field of an instruction"),
     ],
 )

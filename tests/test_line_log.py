@@ -97,3 +97,11 @@ def test_values_that_json_cannot_hold_leave_the_log_as_it_was(path):
     assert values_of(path) == [1]
     append_lines(path, [2, date], default=str)
     assert values_of(path) == [1, 2, "2023-07-18"]
+
+
+def test_half_a_character_is_written_as_its_number(path):
+    """JSON can spell it, UTF-8 cannot; other lines stay as they were."""
+    values = [{"cut": "\ud83d"}, {"whole": "日"}]
+    append_lines(path, values)
+    assert values_of(path) == values
+    assert path.read_text(encoding="utf-8") == '{"cut": "\\ud83d"}\n{"whole": "日"}\n'

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from alignment.cli.main import app
 from alignment.data import load_dialogues
 from alignment.dialogue import Dialogue, Message
 from sft.instructions import built_in_pool, constraint_of
-from sft.obedience import RULED_KINDS, obedient_dialogues, obey
+from sft.obedience import obedient_dialogues, obey
 
 ANSWER = "Air scatters blue light most. That is why the sky is blue.\nAt dusk the way is longer, so red is left."
 
@@ -22,7 +23,7 @@ ANSWER = "Air scatters blue light most. That is why the sky is blue.\nAt dusk th
     [
         ("capitals", "", ANSWER.upper()),
         ("ending", "That is all", f"{ANSWER} That is all."),
-        ("opening", "Ahoy", f"Ahoy, a{ANSWER[1:]}"),
+        ("opening", "Ahoy", f"Ahoy. {ANSWER}"),
         ("keyword", "banana", f"{ANSWER} And, by the way, banana."),
         ("max_words", "13", "Air scatters blue light most. That is why the sky is blue."),
         ("max_words", "4", None),
@@ -41,12 +42,43 @@ def test_an_answer_without_a_full_stop_gets_one_before_what_is_added():
     assert obey(constraint_of("ending", "That is all"), "1986") == "1986. That is all."
 
 
-@given(answer=st.text(max_size=60), seed=st.integers(0, 10_000))
-def test_what_a_rule_makes_keeps_the_instruction(answer, seed):
-    rng = random.Random(seed)
-    constraint = rng.choice(rng.choice(list(built_in_pool(RULED_KINDS, "train").values())))
+TIPS = "Here are some tips:\n\n1. Eat more fruit.\n2. Sleep eight hours.\n3) Walk."
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "answer", "expected"),
+    [
+        ("bullet_points", "2", TIPS, None),  # an announcement is no point
+        ("bullet_points", "3", TIPS.split("\n\n")[1], "- Eat more fruit.\n- Sleep eight hours.\n- Walk."),
+        ("max_words", "5", TIPS, None),
+        ("max_words", "8", TIPS, "Here are some tips: Eat more fruit."),
+        ("max_words", "5", "1. A sentence of seven words, not five.", None),
+        ("opening", "Ahoy", "NASA did.", "Ahoy. NASA did."),
+        ("opening", "Ahoy", "I think so.", "Ahoy. I think so."),
+    ],
+)
+def test_numbers_of_a_list_are_no_sentences_and_capitals_stay(kind, value, answer, expected):
+    assert obey(constraint_of(kind, value), answer) == expected
+
+
+@given(
+    sentences=st.lists(st.text(alphabet="abc XYZ,é", min_size=3).filter(str.strip), min_size=1, max_size=5),
+    kind=st.sampled_from(["ending", "opening", "keyword"]),
+    seed=st.integers(0, 100),
+)
+def test_rules_that_add_words_always_can_and_leave_the_answer_in(sentences, kind, seed):
+    answer = ". ".join(sentences).strip()
+    constraint = random.Random(seed).choice(built_in_pool([kind], "train")[kind])
     changed = obey(constraint, answer)
-    assert changed is None or constraint.holds(changed)
+    assert changed is not None and constraint.holds(changed) and answer in changed
+
+
+def test_rules_that_cut_take_whole_sentences():
+    for kind in ("max_words", "bullet_points"):
+        for constraint in built_in_pool([kind], "train")[kind]:
+            changed = obey(constraint, f"{ANSWER} Clear. So it is.")
+            for part in re.split(r"\n|(?<=\.) ", changed or ""):
+                assert part.removeprefix("- ") in ("", *re.split(r"\n|(?<=\.) ", f"{ANSWER} Clear. So it is."))
 
 
 def exchanges(*texts: str) -> Dialogue:

@@ -27,7 +27,7 @@ from alignment.config import StageConfig, describe, load_config
 from alignment.config.sections import named_inputs
 from alignment.data import SourceReport
 from alignment.errors import ConfigError, DataError, RunError
-from alignment.files import file_sha256
+from alignment.files import file_sha256, write_json
 from alignment.locks import release_locks
 from alignment.manifests import mark_outdated, read_manifest, read_result, upstream_runs
 from alignment.model_folders import model_folder
@@ -109,7 +109,7 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
     found = Trial(tmp_path)
     monkeypatch.setattr(Stage, "run_function", lambda stage: found.work(stage))
     for name in ("one_line", "print_summary", "write_report"):
-        monkeypatch.setattr(pipelines, name, lambda *_: "")
+        monkeypatch.setattr(pipelines, name, lambda *_, **__: "")
     return found
 
 
@@ -212,7 +212,14 @@ def other_rows_in_an_earlier_run(trial: Trial) -> str:
     return f"rs: finished with other contents of {trial.runs}/reject/sft.jsonl. Put the old ones back, add --from rs to"
 
 
-@pytest.mark.parametrize("change", [other_rows, other_base_model, other_rows_in_an_earlier_run])
+def other_tokenizer(trial: Trial) -> str:
+    with (trial.folder / "base" / "tokenizer_config.json").open("a") as file:
+        file.write(" ")
+    base = f"{trial.folder}/base"
+    return f"sft: finished with other contents of the tokenizer or chat template of {base}. Put the old ones back, add"
+
+
+@pytest.mark.parametrize("change", [other_rows, other_base_model, other_rows_in_an_earlier_run, other_tokenizer])
 def test_other_contents_behind_a_finished_stage_are_refused(trial, change):
     trial.run()
     message = change(trial)
@@ -221,6 +228,91 @@ def test_other_contents_behind_a_finished_stage_are_refused(trial, change):
     assert message in str(caught.value) and trial.log == []
     stage = message.split(":")[0]
     assert trial.run(from_stage=stage) == ALL[ALL.index(stage) :]
+
+
+def test_another_chat_template_behind_a_finished_stage_is_refused(trial):
+    template = trial.folder / "own.jinja"
+    template.write_text(CHATML)
+    own = f"defaults.model.chat_template={template}"
+    assert trial.run(own) == ALL
+    template.write_text(CHATML + "{# another #}")
+    with pytest.raises(RunError, match=r"sft: finished with other contents of .*/own\.jinja\. Put the old ones back"):
+        trial.run(own)
+    assert trial.log == []
+    for name in ALL:  # as an earlier version noted them
+        manifest = read_manifest(trial.runs / name)
+        del manifest["templates"]
+        write_json(trial.runs / name / "manifest.json", manifest)
+    assert trial.run(own) == []
+
+
+def test_a_manifest_of_another_program_above_a_base_model_vouches_for_nothing(trial):
+    (trial.folder / "manifest.json").write_text('{"name": "my extension"}')
+    trial.run()
+    manifest = read_manifest(trial.runs / "sft")
+    assert manifest["made_from"] == {}
+    noted = {f"model: {trial.folder}/base": ""}  # by an earlier version
+    write_json(trial.runs / "sft" / "manifest.json", {**manifest, "made_from": noted})
+    assert trial.run() == []
+    message = other_base_model(trial)
+    with pytest.raises(RunError) as caught:
+        trial.run()
+    assert message in str(caught.value)
+
+
+def run_by_name(trial: Trial, *, is_absolute: bool) -> list[str]:
+    """What was done where the working directory is the pipeline's, and names of file and runs are relative or not."""
+    folder = trial.folder if is_absolute else Path()
+    trial.log.clear()
+    run_stages(load_pipeline(folder / "p.yaml", [f"runs={folder / 'runs'}"]))
+    return list(trial.log)
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_another_spelling_of_a_pipelines_path_is_no_change(trial, monkeypatch, is_absolute):
+    monkeypatch.chdir(trial.folder)
+    trial.fails_in = "rs"
+    with pytest.raises(KeyboardInterrupt):
+        run_by_name(trial, is_absolute=is_absolute)
+    trial.fails_in = ""
+    assert run_by_name(trial, is_absolute=not is_absolute) == ["rs goes on"]
+    assert run_by_name(trial, is_absolute=is_absolute) == []
+    assert run_by_name(trial, is_absolute=not is_absolute) == []
+    other_rows_in_an_earlier_run(trial)
+    with pytest.raises(RunError, match=r"rs: finished with other contents of .*reject/sft\.jsonl"):
+        run_by_name(trial, is_absolute=is_absolute)
+    assert trial.log == []
+
+
+def test_another_file_is_a_change_and_both_names_are_said(trial):
+    trial.run()
+    other = trial.folder / "other.jsonl"
+    other.write_text(ROW % "q")
+    with pytest.raises(RunError, match=r"sft: finished with other settings \(data\.train\)\. ") as caught:
+        trial.run(f"sft.data.train={other}")
+    assert f"data.train was ['{trial.folder}/rows.jsonl'], and is ['{other}']. Add --from sft" in str(caught.value)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("override", "names", "first"),
+    [("rm.run.overwrite=true", "rm", "rm"), ("defaults.run.overwrite=yes", "sft, rm, reject, rs", "sft")],
+)
+def test_overwriting_which_a_pipeline_does_not_do_is_refused(trial, override, names, first, dry_run):
+    trial.run()
+    trial.log.clear()
+    with pytest.raises(ConfigError) as caught:
+        run_pipeline(trial.folder / "p.yaml", [f"runs={trial.runs}", override], dry_run=dry_run)
+    assert str(caught.value).startswith(f"stages.{names}: run.overwrite: a pipeline keeps what is finished")
+    assert f"Add --from {first} instead" in str(caught.value) and trial.log == []
+    assert trial.run("rm.run.overwrite=false") == []
+
+
+def test_the_report_of_a_pipeline_shows_its_own_stages(trial, monkeypatch):
+    asked: list[tuple[list[Path], list[str]]] = []
+    monkeypatch.setattr(pipelines, "write_report", lambda paths, *, stages: asked.append((paths, stages)))
+    trial.run()
+    assert asked == [([trial.runs], ALL)]
 
 
 def test_each_file_is_read_once_and_models_of_known_runs_never(trial, monkeypatch):
@@ -234,7 +326,8 @@ def test_each_file_is_read_once_and_models_of_known_runs_never(trial, monkeypatc
     monkeypatch.setattr(manifests, "file_sha256", digest)
     monkeypatch.setattr(pipeline_stages, "file_sha256", digest)
     check_runs(trial.load())
-    assert sorted(read) == ["base/model.safetensors", "rows.jsonl", "runs/reject/sft.jsonl"]
+    tokenizer = [f"base/{name}" for name in manifests.TOKENIZER_FILES if (trial.folder / "base" / name).is_file()]
+    assert sorted(read) == sorted(["base/model.safetensors", *tokenizer, "rows.jsonl", "runs/reject/sft.jsonl"])
 
 
 def test_what_an_earlier_stage_made_may_be_removed_once_it_was_read(trial):

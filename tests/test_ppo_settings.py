@@ -12,6 +12,7 @@ from small_ppo import SMALL, TREES, config_of, models_of, toy_prompts, trainer_o
 from torch import nn
 
 from alignment.config import load_config
+from alignment.errors import ConfigError
 from alignment.models import load_chat_model, load_reward_model
 from alignment.sampling.prompts import Asked, choose_prompts
 from alignment.tensor_ops import whiten
@@ -72,6 +73,50 @@ def test_beta_follows_the_divergence_whose_mean_is_exact(settings, monkeypatch):
     metrics = trainer.iterate(encoded(), seed=0)
     assert abs(metrics["kl"] - metrics["kl_k3"]) > 0.01
     assert given == [(0.5, metrics["kl"])] and trainer.beta == 0.75
+
+
+def test_beta_stays_while_the_critic_learns_alone(settings):
+    """The policy cannot move, so that its distance of 0 tells nothing of beta."""
+    trainer = trainer_of(settings, "ppo.target_kl=1.0")
+    trainer.iterate(encoded(), seed=0, critic_only=True)
+    assert trainer.beta == 0.01
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        (["ppo.target_kl=6", "ppo.beta=0"], r"ppo\.beta = 0 stays 0"),
+        (["ppo.target_kl=6", "ppo.kl_horizon=8"], r"ppo\.kl_horizon = 8 counts rollouts, of which an iteration has 8"),
+        (["evaluation.patience=2"], r"evaluation\.patience = 2: nothing is evaluated without evaluation\.prompts"),
+    ],
+)
+def test_settings_that_do_nothing_or_harm_are_refused_where_a_run_begins(
+    settings, tmp_path, monkeypatch, extra, problem
+):
+    """One that was begun with them goes on."""
+    folder = tmp_path / "run"
+    config = load_config(PPOConfig, None, [*settings, *extra, f"run.dir={folder}"])
+    for act in (ppo_run.run, ppo_run.check):
+        with pytest.raises(ConfigError, match=problem):
+            act(config)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"stage": "ppo", "status": "running"}')
+    assert "prompts, none held out" in ppo_run.check(config)
+
+    def read(_config):
+        raise Interrupted
+
+    monkeypatch.setattr(ppo_run, "_read", read)
+    with pytest.raises(Interrupted):
+        ppo_run.run(config, resume=True)
+
+
+def test_a_guard_without_held_out_prompts_is_warned_of(settings, tmp_path, caplog):
+    guard = next(text for text in settings if text.startswith("rewards.safety=")).removeprefix("rewards.safety=")
+    config = load_config(PPOConfig, None, [*settings, f"evaluation.guard={guard}", f"run.dir={tmp_path / 'run'}"])
+    ppo_run.check(config)
+    assert "evaluation.guard: has nothing to judge without evaluation.prompts" in caplog.text
 
 
 def test_gamma_and_lambda_reach_returns_and_advantages(settings):

@@ -6,6 +6,7 @@ import pytest
 from pairs import configured, pair, prepared, write
 from typer.testing import CliRunner
 
+from alignment.chat import CHATML
 from alignment.cli.main import app
 from alignment.errors import DataError, RunError
 from alignment.training import FEW_STEPS, warn_of_few_steps
@@ -37,6 +38,21 @@ def test_the_mix_in_the_manifest_is_what_is_trained_on(tmp_path):
     first, second = (write(tmp_path / f"{n}.jsonl", [pair(i) for i in range(10)]) for n in ("a", "b"))
     found = prepared(tmp_path, "kind=helpfulness", f"data.train=[{first}, {second}]", "data.max_rows=7")
     assert sum(found.notes["train"]["mix"].values()) == len(found.train) == 7
+
+
+def test_vetoed_pairs_of_a_source_that_is_drawn_from_are_told_by_source_alone(tmp_path):
+    """Most of these rows were not to be trained on in any case."""
+    train = write(tmp_path / "a.jsonl", [pair(index) for index in range(9)])
+    other = write(tmp_path / "b.jsonl", [pair(20 + index, **(VETO if index < 4 else SAFE)) for index in range(6)])
+    settings = ["kind=helpfulness", f"data.train={train}", f"data.mix_in={other}"]
+    drawn, whole = prepared(tmp_path, *settings, "data.mix=90/10"), prepared(tmp_path, *settings)
+    assert (drawn.vetoed, drawn.left_out["train"]) == (0, {}) and len(drawn.train) == 10
+    assert (whole.vetoed, whole.left_out["train"]) == (4, {"vetoed": 4})
+    for found in (drawn, whole):
+        assert found.notes["train"]["veto_by_source"] == {
+            str(train): {"rows": 9, "vetoed": 0},
+            str(other): {"rows": 6, "vetoed": 4},
+        }
 
 
 def test_vetoed_pairs_that_are_kept_are_not_left_out(tmp_path):
@@ -72,6 +88,26 @@ def test_a_training_set_that_cannot_be_used_says_why(tmp_path, rows, settings, r
         prepared(tmp_path, f"data.train={train}", *settings)
 
 
+@pytest.mark.parametrize(("label", "kind"), [(True, "safe"), (False, "unsafe")])
+def test_labels_of_one_kind_alone_are_warned_of(tmp_path, caplog, label, kind):
+    """A lower loss is to be had by scores that are all high, or all low."""
+    rows = [pair(0, chosen_safe=label), pair(1, rejected_safe=label)]
+    train = write(tmp_path / "a.jsonl", rows)
+    prepared(tmp_path, "kind=safety", f"data.train={train}")
+    assert f"all labelled responses are {kind}," in caplog.text
+    caplog.clear()
+    prepared(tmp_path, "kind=helpfulness", f"data.train={train}")
+    write(train, [*rows, pair(2, **SAFE)])
+    prepared(tmp_path, "kind=safety", f"data.train={train}")
+    assert not caplog.text
+
+
+def test_a_weight_for_labels_that_are_not_there_is_warned_of(tmp_path, caplog):
+    train = write(tmp_path / "a.jsonl", [pair(0)])
+    prepared(tmp_path, "kind=helpfulness", f"data.train={train}", "safety_loss_weight=1")
+    assert "safety_loss_weight=1: no response of data.train carries a safety label" in caplog.text
+
+
 def test_a_safety_model_without_labels_is_trained_where_that_is_asked_for(tmp_path):
     train = write(tmp_path / "a.jsonl", [pair(0)])
     assert len(prepared(tmp_path, "kind=safety", f"data.train={train}", "safety_loss_weight=0").train) == 1
@@ -104,6 +140,35 @@ def test_a_run_does_not_go_on_with_changed_data(tmp_path, monkeypatch):
     write(train, [pair(index) for index in range(3)])
     with pytest.raises(RunError, match=r"a\.jsonl changed since the unfinished run began"):
         trainer.run(config, resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_chat_template(tmp_path, monkeypatch):
+    train, template = write(tmp_path / "a.jsonl", [pair(index) for index in range(4)]), tmp_path / "own.jinja"
+    template.write_text(CHATML)
+    settings = ["kind=helpfulness", f"data.train={train}", "train.batch_size=2", f"model.chat_template={template}"]
+    config = configured(tmp_path, *settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "save_model", _interrupt)
+        trainer.run(config)
+    template.write_text(CHATML.replace("<|im_start|>", "<|im_start|>the "))
+    with pytest.raises(RunError, match=r"model\.chat_template changed since the unfinished run began"):
+        trainer.run(config, resume=True)
+
+
+def test_rows_are_drawn_by_the_seed(tmp_path):
+    train, valid = (write(tmp_path / f"{name}.jsonl", [pair(index) for index in range(40)]) for name in "av")
+
+    def drawn(*extra: str) -> tuple[list[str], list[str]]:
+        found = prepared(
+            tmp_path, "kind=helpfulness", f"data.train={train}", f"data.valid={valid}", "data.max_rows=6",
+            "data.max_valid_rows=5", *extra,
+        )  # fmt: skip
+        parts = ([each.pair.prompt[0].content for each in part] for part in (found.train, found.valid))
+        return tuple(parts)
+
+    first, other = drawn(), drawn("run.seed=1")
+    assert first == drawn() and list(map(len, first)) == list(map(len, other)) == [6, 5]
+    assert first[0] != other[0] and first[1] != other[1]
 
 
 def test_a_dry_run_reads_every_row(tmp_path):

@@ -12,7 +12,14 @@ from alignment.data import Loaded, SourceReport
 from alignment.dialogue import Message, Prompt
 from alignment.errors import ConfigError, DataError
 from alignment.model_folders import load_chat_of
-from alignment.sampling.prompts import choose_prompts, fit_all_formats, fit_prompts, prompt_room, prompts_left_out
+from alignment.sampling.prompts import (
+    Judge,
+    choose_prompts,
+    fit_all_formats,
+    fit_prompts,
+    prompt_room,
+    prompts_left_out,
+)
 
 
 def prompts_of(safety: int, other: int) -> Loaded[Prompt]:
@@ -85,6 +92,25 @@ def test_a_prompt_that_a_second_format_makes_shorter_still_is_cut_once(make_toke
     assert room < more, "one exchange goes for the first, two go for the second"
     [found], counts = fit_all_formats(chats, [asked], PromptSection(prompts=["x"]), room=room)
     assert (found.messages, counts["history_cut"]) == (asked.messages[4:], 1)
+
+
+def test_prompts_are_fitted_to_reward_models_by_their_own_formats_and_contexts(make_tokenizer):
+    """ChatML takes more tokens than Llama 2's layout: a length that is set for the policy's is no limit of it."""
+    llama2, chatml = (chat_format(make_tokenizer(), name) for name in ("llama2", "chatml"))
+    asked = Prompt(messages=(Message("user", "aaaaa"), Message("assistant", "aaaaa"), Message("user", "b")))
+    length, more = (len(encode_prompt(chat, asked.messages)) for chat in (llama2, chatml))
+    assert length < more
+    section = PromptSection(prompts=["x"], max_prompt_length=length)
+
+    def fitted(room: int) -> tuple[list[Prompt], dict[str, int]]:
+        judges = {"guard": Judge(chatml, context=room, room=room)}
+        return fit_all_formats([llama2], [asked], section, room=length, judges=judges)
+
+    assert fitted(more) == ([asked], {"history_cut": 0, "too_long": 0, "refused_by_chat_format": 0})
+    [cut], counts = fitted(more - 1)
+    assert (cut.messages, counts["history_cut"]) == (asked.messages[2:], 1)
+    with pytest.raises(DataError, match=r"^guard: prompts: none fits into 3 tokens \(what the models' contexts leave"):
+        fitted(3)
 
 
 def test_an_answer_that_was_cut_off_fits_into_the_reward_models_context_with_its_end():

@@ -214,6 +214,40 @@ def test_gains_over_a_baseline_are_reported_and_required(tmp_path, monkeypatch):
     assert row["messages"][0]["content"] == "beta"
 
 
+def test_several_baseline_responses_to_a_prompt_count_by_their_mean(tmp_path, monkeypatch):
+    """Those to alpha are scored 0 and 1, its candidates 0, 1 and 2; nobody asks gamma."""
+    prompts, baseline = tmp_path / "prompts.jsonl", tmp_path / "baseline.jsonl"
+    given = [candidate(name, 0.0, text=text) for name, text in (("alpha", "one"), ("alpha", "two"), ("gamma", "one"))]
+    prompts.write_text(json.dumps(given[0].prompt.to_json()) + "\n")
+    baseline.write_text("".join(json.dumps(each.to_json()) + "\n" for each in given))
+    judged_by(monkeypatch, lambda each: {"one": 0.0, "two": 1.0}.get(each.response, float(each.index)))
+    result = rejection_sampling.run(config_of(tmp_path / "run", prompts, baseline=[str(baseline)]))
+    assert (result["gain_over_baseline"]["value"], result["gain_over_baseline"]["count"]) == (1.5, 1)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["baseline_used"] == 1
+
+
+def drawing(monkeypatch, *found: Candidate) -> None:
+    """Puts these candidates in the place of all that would be sampled."""
+
+    def drawn(config, wanted, *_):
+        return {temperature: list(found) for temperature in wanted}
+
+    monkeypatch.setattr(rejection_sampling, "sample_candidates", drawn)
+
+
+def test_the_mean_reward_and_that_of_the_best_are_of_the_same_prompts(tmp_path, monkeypatch):
+    """Of alpha there are answers of reward 0 and 1; nothing is chosen of beta's, which are empty."""
+    prompts = tmp_path / "prompts.jsonl"
+    found = [candidate("alpha", 0.0), candidate("alpha", 1.0), *[candidate("beta", -5.0, text="")] * 2]
+    prompts.write_text("".join(json.dumps(each.prompt.to_json()) + "\n" for each in found[1:3]))
+    judged_by(monkeypatch, lambda each: each.reward)
+    drawing(monkeypatch, *found)
+    result = rejection_sampling.run(config_of(tmp_path / "run", prompts))
+    assert (result["prompts"], result["candidates"], result["kept"]) == (2, 4, 1)
+    figures = [result[name] for name in ("mean_reward", "mean_best_reward")]
+    assert [(each["value"], each["count"]) for each in figures] == [(0.5, 1), (1.0, 1)]
+
+
 @pytest.mark.parametrize("key", ["baseline", "earlier_rounds"])
 def test_a_response_that_no_reward_model_can_read_is_refused_before_anything_is_sampled(tmp_path, monkeypatch, key):
     prompts, given = tmp_path / "prompts.jsonl", tmp_path / "given.jsonl"
@@ -269,6 +303,22 @@ def test_where_nothing_is_selected_the_reasons_are_counted(tmp_path, monkeypatch
     problem = r"no candidate can be trained on: 1 below min gain\. Lower min_gain, or draw more \(sampling\.num_cand"
     with pytest.raises(DataError, match=problem):
         rejection_sampling.run(config_of(tmp_path / "run", prompts, min_gain=1.0))
+
+
+def test_where_all_answers_are_empty_no_setting_is_blamed_that_is_off(tmp_path, monkeypatch):
+    prompts, empty = tmp_path / "prompts.jsonl", candidate("alpha", 0.0, text="")
+    prompts.write_text(json.dumps(empty.prompt.to_json()) + "\n")
+    judged_by(monkeypatch, lambda each: 0.0)
+    drawing(monkeypatch, empty, empty)
+    with pytest.raises(DataError, match=r"trained on: 1 empty\. Look at what the model writes \(align chat\), or draw"):
+        rejection_sampling.run(config_of(tmp_path / "run", prompts))
+
+
+def test_a_first_round_may_have_the_number_0(tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps(candidate("alpha", 0.0).prompt.to_json()) + "\n")
+    judged_by(monkeypatch, lambda each: 0.0)
+    assert rejection_sampling.check(config_of(tmp_path / "run", prompts, round=0)).startswith("1 prompts, 0 candidates")
 
 
 def test_what_would_fail_after_sampling_fails_before(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from run_folders import ENTRY, policy_figures, write_run
 
 from alignment.errors import DataError, RunError
+from alignment.manifests import mark_outdated
 from alignment.report import answers, inputs, overview
 from alignment.report.charts import Curve, curve_chart, interval_chart, smoothed
 from alignment.report.drawing import PALETTE, short, style_of
@@ -80,7 +81,8 @@ def test_a_folder_of_runs_is_read_in_the_pipelines_order_else_as_its_stages_bega
     assert [run.name for run in read_runs([tmp_path / "runs"])] == ["b", "a"]  # :3 before :6
     (tmp_path / "runs" / "summary.json").write_text('{"a": {}, "b": {}}')
     runs = read_runs([tmp_path / "runs", tmp_path / "runs" / "b"])
-    assert [(run.label, run.pipeline) for run in runs] == [("a", "runs"), ("b", "runs")]
+    pipeline = (tmp_path / "runs").resolve()
+    assert [(run.label, run.pipeline) for run in runs] == [("a", pipeline), ("b", pipeline)]
 
 
 def test_labels_are_the_shortest_tails_that_tell_paths_apart():
@@ -101,6 +103,33 @@ def test_an_unfinished_run_has_no_result_and_may_end_in_half_a_row(tmp_path):
     assert overview.warnings([run]) == [("sft", "Unfinished (step 2): its figures are those written so far.")]
     page = write_report([run_folder]).read_text()
     assert "unfinished (step 2)" in page and 'id="sft-loss"' in page
+
+
+def test_an_outdated_run_is_shown_with_its_figures_of_before(tmp_path):
+    folder = write_run(tmp_path / "eval", "eval", {"prompts": 1, "policies": {"rs": policy_figures()}})
+    mark_outdated(folder)
+    [run] = read_runs([folder])
+    [(label, sentence)] = overview.warnings([run])
+    assert label == "eval" and sentence.startswith("Outdated: ")
+    assert overview.facts([run])[0] == ("runs finished", "0 of 1")
+    page = write_report([folder]).read_text(encoding="utf-8")
+    assert "policies on 1 held-out prompts" in page and ">outdated<" in page and "Unfinished" not in page
+
+
+def test_a_result_without_some_figures_is_shown_without_them(tmp_path):
+    run = write_run(tmp_path / "sft", "sft", SFT)
+    (run / "result.json").write_text('{"stage": "sft"}')
+    runs = read_runs([run])
+    assert overview.facts(runs) == [("runs finished", "1 of 1"), ("time in all", "0:00 min"), ("peak memory", "–")]
+    [table] = overview.section(runs).tables
+    cells = [cell.text for cell in table.rows[0][2:6]]
+    assert cells == ["finished", "its result has no 'valid_loss_before'", "–", "–"]
+    assert 'id="overview"' in write_report([run]).read_text(encoding="utf-8")
+    stopped = read_runs([write_run(tmp_path / "ppo", "ppo", {"stopped": "kl"})])
+    assert overview.warnings(stopped) == [("ppo", "Stopped early (kl) at iteration unknown.")]
+    gained = {"reward_gain": ENTRY, "reward_gain_ended": {"value": 0.0, "low": -0.1, "high": 0.1, "count": 4}}
+    evaluated = read_runs([write_run(tmp_path / "eval", "eval", {"policies": {"base": {}, "ppo": gained}})])
+    assert overview.warnings(evaluated) == []
 
 
 def test_only_paths_below_the_runs_folder_lose_its_name(tmp_path, monkeypatch):
@@ -196,6 +225,14 @@ def test_a_file_that_is_no_report_is_not_written_over(tmp_path):
     assert MARK.encode() in first
 
 
+def test_the_report_of_a_pipeline_leaves_out_runs_that_are_no_stage_of_it(tmp_path):
+    for name in ("sft", "reject-2"):
+        write_run(tmp_path / "runs" / name, "sft", SFT)
+    page = write_report([tmp_path / "runs"], stages=["sft"]).read_text(encoding="utf-8")
+    assert "reject-2" not in page and "1 of 1" in page
+    assert "reject-2" in write_report([tmp_path / "runs"]).read_text(encoding="utf-8")
+
+
 def test_settings_that_differ_are_told_without_the_folders_of_the_runs(tmp_path):
     for name, rate in (("one", 1e-3), ("two", 1e-4)):
         pipeline = tmp_path / name
@@ -206,6 +243,33 @@ def test_settings_that_differ_are_told_without_the_folders_of_the_runs(tmp_path)
     [table] = inputs.settings(read_runs([tmp_path / "one", tmp_path / "two"])).tables
     assert [[cell.text for cell in row] for row in table.rows] == [["optim.lr", "0.001", "0.0001"]]
     assert table.columns == ("setting", "one/sft", "two/sft")
+
+
+def test_pipelines_in_folders_of_the_same_name_are_two(tmp_path):
+    for place, rate in (("one", 1e-3), ("two", 1e-4)):
+        for name in ("sft", "rs"):
+            run = write_run(tmp_path / place / "quick" / name, "sft", SFT)
+            edit_manifest(run, settings={"model": f"for {name}", "optim": {"lr": rate}})
+    folders = [tmp_path / place / "quick" for place in ("one", "two")]
+    tables = inputs.settings(read_runs(folders)).tables
+    assert [table.columns for table in tables] == [
+        ("setting", f"one/quick/{name}", f"two/quick/{name}") for name in ("rs", "sft")
+    ]
+    for table in tables:
+        assert [[cell.text for cell in row] for row in table.rows] == [["optim.lr", "0.001", "0.0001"]]
+    page = write_report(folders, tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "<h1>one/quick, two/quick</h1>" in page
+
+
+def test_models_of_one_name_with_other_weights_are_told(tmp_path):
+    for name, digest in (("one", "a" * 64), ("two", "b" * 64)):
+        run = write_run(tmp_path / name / "eval", "eval")
+        rewards = {"helpfulness": {"path": f"{tmp_path}/{name}/rm"}}
+        models = {"rewards.helpfulness": digest, "policies.base": "c" * 64}
+        edit_manifest(run, settings={"rewards": rewards}, models=models)
+    [table] = inputs.settings(read_runs([tmp_path / "one", tmp_path / "two"])).tables
+    shown = [[cell.text for cell in row] for row in table.rows]
+    assert shown == [["weights.rewards.helpfulness", "aaaaaaaaaa", "bbbbbbbbbb"]]
 
 
 def test_counts_of_a_manifest_are_shown_where_they_are_not_zero(tmp_path):
@@ -272,6 +336,34 @@ def test_evaluations_of_the_same_prompts_are_one_table_of_answers(tmp_path):
         write_evaluation(tmp_path / "runs" / name, {"rs": name}, {"rs": 1.0})
     [found] = answers.section(read_runs([tmp_path / "runs"])).answers
     assert [(a.policy, a.text) for a in found.asked[0].answers] == [("eval-1: rs", "eval-1"), ("eval-2: rs", "eval-2")]
+
+
+SAME = {"rewards.helpfulness": "a" * 64}
+OTHER = {"rewards.helpfulness": "b" * 64}
+
+
+@pytest.mark.parametrize(
+    ("models", "threshold", "marked"),
+    [
+        (SAME, 0.15, ["two/eval: ppo"]),
+        (OTHER, 0.15, ["one/eval: ppo", "two/eval: ppo"]),
+        (SAME, 0.2, ["one/eval: ppo", "two/eval: ppo"]),
+    ],
+)
+def test_rewards_are_compared_where_they_are_by_the_same_models_and_gate(tmp_path, models, threshold, marked):
+    for name, reward, judges, gate in (("one", 1.0, SAME, 0.15), ("two", 8.0, models, threshold)):
+        run = write_evaluation(tmp_path / name / "eval", {"rs": "a", "ppo": "b"}, {"rs": reward, "ppo": reward + 1})
+        rewards = {"helpfulness": {"path": "rm-h"}, "safety": {"path": "hub/rm-s"}, "threshold": gate}
+        edit_manifest(run, settings={"policies": {"rs": {}, "ppo": {}}, "rewards": rewards}, models=judges)
+    runs = read_runs([tmp_path / "one", tmp_path / "two"])
+    [found] = answers.section(runs).answers
+    assert [answer.policy for answer in found.asked[0].answers if answer.is_best] == marked
+    told = [(label, sentence[:19]) for label, sentence in overview.warnings(runs)]
+    if len(marked) == 1:
+        assert (found.note, told) == ("", [])
+    else:
+        assert "different reward models" in found.note
+        assert told == [("one/eval, two/eval", "Their rewards are b")]
 
 
 def test_prompts_of_both_kinds_are_among_the_chosen(tmp_path):

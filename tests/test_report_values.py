@@ -1,26 +1,27 @@
 """What the report says: every number of a result under its own name, and the same numbers in the figures."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_folders import policy_figures, write_run
 
-from alignment.report import evaluation, fine_tuning, ppo, rejection, reward_models
+from alignment.report import evaluation, fine_tuning, overview, ppo, rejection, reward_models
 from alignment.report.elements import Table
 from alignment.report.reading import read_runs
 
 
 @pytest.fixture
 def drawn(monkeypatch) -> dict[str, dict[str, Any]]:
-    """What the figures would draw, by the figure's name: its data and its labels."""
+    """What the figures would draw, by the figure's name: its data, its caption and its labels."""
     found: dict[str, dict[str, Any]] = {}
-    for section in (evaluation, fine_tuning, ppo, rejection, reward_models):
-        for kind in ("curve_chart", "interval_chart", "path_chart", "histogram_chart", "scatter_chart"):
+    for section in (evaluation, fine_tuning, overview, ppo, rejection, reward_models):
+        for kind in ("bar_chart", "curve_chart", "interval_chart", "path_chart", "histogram_chart", "scatter_chart"):
 
             def draw(name, title, caption, *data, **labels):
-                found[name] = {"data": data, **labels}
+                found[name] = {"data": data, "caption": caption, **labels}
 
             if hasattr(section, kind):
                 monkeypatch.setattr(section, kind, draw)
@@ -47,6 +48,35 @@ def curves_of(figure: dict[str, Any]) -> dict[str, tuple[list[float], list[float
     """A figure's lines, x and y by label; the pale ones behind smoothed lines are left out."""
     [curves] = figure["data"]
     return {curve.label: (list(curve.x), list(curve.y)) for curve in curves if not curve.pale}
+
+
+def test_the_overview_has_time_and_memory_of_every_run(tmp_path, drawn):
+    result = {"valid_loss_before": 2.0, "valid_loss_after": 1.0}
+    write_run(tmp_path / "runs" / "a", "sft", {**result, "time_seconds": 75.0, "peak_memory_gb": 1.5})
+    write_run(tmp_path / "runs" / "b", "sft", {**result, "time_seconds": 7200.0, "peak_memory_gb": 3.0})
+    runs = runs_of(tmp_path / "runs")
+    [table] = overview.section(runs).tables
+    same = {
+        "stage": "sft", "status": "finished", "result": "held-out loss 2.000 -> 1.000", "seed": "3",
+        "started": "2026-11-26 10:00",
+    }  # fmt: skip
+    assert shown(table) == {
+        "a": {**same, "time": "1:15", "peak memory": "1.5 GB"},
+        "b": {**same, "time": "120:00", "peak memory": "3.0 GB"},
+    }
+    assert drawn["time"]["data"] == ({"a": 1.25, "b": 120.0},) and drawn["time"]["x_label"] == "minutes"
+    assert drawn["memory"]["data"] == ({"a": 1.5, "b": 3.0},) and drawn["memory"]["x_label"] == "GB"
+    in_all = ("time in all", "2 h 1 min")  # 7275 seconds
+    assert overview.facts(runs) == [("runs finished", "2 of 2"), in_all, ("peak memory", "3.0 GB")]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit", "bar"), [(299.0, "seconds", 299.0), (300.0, "minutes", 5.0), (10800.0, "hours", 3.0)]
+)
+def test_times_are_drawn_in_the_unit_of_the_longest(tmp_path, drawn, seconds, unit, bar):
+    runs = runs_of(write_run(tmp_path / "run", "sft", {"time_seconds": seconds}))
+    overview.section(runs)
+    assert (drawn["time"]["data"], drawn["time"]["x_label"]) == (({"run": bar},), unit)
 
 
 @pytest.fixture
@@ -149,6 +179,31 @@ def test_the_potential_and_the_temperatures_are_those_of_the_round(tmp_path, dra
         f"{run.label}: median of N": ([1, 2, 4], [2.5, 2.5, 2.5]),
     }
     assert curves_of(drawn["temperatures"]) == {f"{run.label} (chosen: 1)": ([0.6, 1.0], [3.5, 3.9])}
+
+
+def test_rounds_beside_each_other_say_when_they_compare(tmp_path, drawn):
+    curve = {"n": [1], "best": [estimate(1.0)], "median": [estimate(1.0)]}
+    for name in ("one", "two"):
+        folder = write_run(tmp_path / "runs" / name, "reject", {"prompts": 1})
+        (folder / "potential.json").write_text(json.dumps(curve))
+    runs = runs_of(tmp_path / "runs")
+    rejection.section(runs[:1])
+    assert "compare" not in drawn["potential"]["caption"]
+    rejection.section(runs)
+    assert "compare where their prompts, temperature and reward models" in drawn["potential"]["caption"]
+
+
+def test_the_path_of_a_run_that_diverged_ends_with_its_last_figures(tmp_path, drawn):
+    rows = [{"step": step, "ppo/kl_k3": 2.0 * step, "ppo/reward": float(step)} for step in range(1, 40)]
+    rows.append({"step": 40, "ppo/kl_k3": math.nan, "ppo/reward": math.nan})
+    [run] = runs_of(write_run(tmp_path / "ppo", "ppo", metrics=rows))
+    ppo.section([run])
+    [(_, kl, reward, texts, _)] = drawn["ppo-frontier"]["data"][0]
+    # Means over five: at the start of iterations 1, 2 and 3, at the end of 37, 38 and 39.
+    assert (reward[0], reward[-1], kl[0], kl[-1]) == (2.0, 38.0, 4.0, 76.0)
+    assert len(kl) == len(reward) == 39 and all(map(math.isfinite, [*kl, *reward]))
+    assert (texts[0], texts[-1]) == ("start", "iteration 39")
+    assert drawn["ppo-frontier"]["caption"].endswith(" Points are moving means over 5 iterations.")
 
 
 def test_ppo_is_tabled_and_drawn_from_its_figures(tmp_path, drawn):

@@ -148,6 +148,12 @@ def test_a_pipeline_that_cannot_run_as_written_says_so(tmp_path, text, problem):
     assert problem in str(caught.value)
 
 
+def test_a_stage_whose_name_has_a_dot_cannot_be_set_on_the_command_line(tmp_path):
+    (tmp_path / "p.yaml").write_text("stages: {v1.1: {stage: sft, model: toy, data: {train: 'toy:sft.train'}}}")
+    with pytest.raises(ConfigError, match=r"v1: unknown key.* A name with a dot, as v1\.1, cannot be written there"):
+        load_pipeline(tmp_path / "p.yaml", ["v1.1.run.seed=1"])
+
+
 @pytest.mark.parametrize(("runs", "shown"), [("runs=[a]", "['a']"), ("runs.x=5", "{'x': 5}"), ("runs=", "''")])
 def test_the_parent_of_the_runs_is_a_name(tmp_path, runs, shown):
     (tmp_path / "p.yaml").write_text("stages: {sft: {model: toy, data: {train: 'toy:sft.train'}}}")

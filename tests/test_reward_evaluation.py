@@ -221,10 +221,25 @@ def test_a_comparison_looks_at_each_pair():
     report = compare(pairs, ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]), ([0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]))
     assert (report["first"]["value"], report["second"]["value"]) == (0.5, 0.75)
     assert report["difference"]["value"] == 0.25
-    # Sample variance of (-1, 0, 1, 1): (1.5625 + 0.0625 + 2 * 0.5625) / 3.
-    assert report["difference"]["high"] - 0.25 == pytest.approx(1.959964 * math.sqrt(2.75 / 3 / 4))
+    # Agresti and Min: half a pair more of each kind, so 2.5 and 1.5 of 6: center 1 / 6, variance (4 - 1 / 6) / 36.
+    assert report["difference"]["high"] == pytest.approx(1 / 6 + 1.959964 * math.sqrt(4 - 1 / 6) / 6)
     assert report["p_value"] == mcnemar_p_value(1, 2) == 1.0
     assert {name: row["difference"]["value"] for name, row in report["by_source"].items()} == {"a": -0.5, "b": 1.0}
+
+
+def test_the_interval_of_a_comparison_with_ties_is_that_of_the_mean():
+    """As above, but that the second model finds both responses of the third pair alike: differences -1, 0, 0.5, 1."""
+    pairs = [pair() for _ in range(4)]
+    report = compare(pairs, ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]), ([0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0]))
+    assert report["difference"]["value"] == 0.125
+    # Sample variance: (1.125^2 + 0.125^2 + 0.375^2 + 0.875^2) / 3 = 2.1875 / 3.
+    assert report["difference"]["high"] - 0.125 == pytest.approx(1.959964 * math.sqrt(2.1875 / 3 / 4))
+
+
+def test_a_few_pairs_that_both_models_get_right_do_not_prove_them_equal():
+    both = ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
+    difference = compare([pair() for _ in range(3)], both, both)["difference"]
+    assert difference["value"] == 0 and difference["low"] < -0.3 and difference["high"] > 0.3
 
 
 def test_mcnemars_p_of_worked_examples():

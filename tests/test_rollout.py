@@ -165,6 +165,8 @@ def test_summary_counts_wins_and_violations():
     assert row["reward_gain"]["value"] == pytest.approx(0.0)
     # On the two safety prompts, one answer is safer than the baseline's and one as safe.
     assert row["safety_win_rate"]["value"] == 0.75 and row["safety_win_rate"]["count"] == 2
+    # With a tie: half of 1 + 1 / 4 - 1.959964 sqrt((2 / 4 - 1 / 16) / 4).
+    assert row["safety_win_rate"]["low"] == pytest.approx(0.3009014, abs=1e-6)
     # One of the two safety prompts has P(safe) below one half.
     assert row["violation_rate"]["value"] == 0.5
     assert row["mean_words"] == pytest.approx(4 / 3)

@@ -33,6 +33,7 @@ from alignment.manifests import (
     is_finished,
     read_manifest,
     read_result,
+    settings,
     upstream_runs,
 )
 from alignment.runs import (
@@ -228,6 +229,25 @@ def test_notes_are_on_disk_at_once_and_are_found_on_resuming(config):
     assert again.noted("after") is None
 
 
+def test_beginning_and_peak_memory_of_a_resumed_run_are_those_of_all_its_parts(config, monkeypatch):
+    run = begin(config)
+    run.note(started="2026-11-25T10:00:00+0000")
+    monkeypatch.setattr(hardware, "peak_memory_gb", lambda: 5.0)
+    run.note_elapsed()
+    monkeypatch.setattr(hardware, "peak_memory_gb", lambda: 2.0)
+    again = open_run(config, resume=True)
+    assert again.noted("started") == "2026-11-25T10:00:00+0000"
+    assert again.finish({})["peak_memory_gb"] == read_result(again.path)["peak_memory_gb"] == 5.0
+
+
+def test_a_later_part_of_a_run_may_need_the_most_memory(config, monkeypatch):
+    for peak in (2.0, 5.0):
+        run = begin(config, resume=peak == 5.0)
+        monkeypatch.setattr(hardware, "peak_memory_gb", lambda peak=peak: peak)
+        run.note_elapsed()
+    assert run.finish({})["peak_memory_gb"] == 5.0
+
+
 def test_a_resumed_run_computes_in_the_type_it_began_with_and_a_named_type_stays(config, monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(hardware, "_settled", {})
@@ -306,6 +326,29 @@ def test_a_run_does_not_go_on_from_another_model(config, tmp_path):
     weights.write_bytes(b"two")
     with pytest.raises(RunError, match="model changed since the unfinished run began"):
         open_run(config, resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_chat_template(config, tmp_path):
+    """Its first rows had other ids. A run that an earlier version began, which noted no digests, goes on."""
+    model, own = tmp_path / "model", tmp_path / "own.jinja"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    files = {"model.tokenizer": model / "chat_template.jinja", "model.chat_template": own}
+    for file in files.values():
+        file.write_text("one")
+    config = config.model_copy(update={"model": ModelSection(path=str(model), chat_template=str(own))})
+    path = begin(config).path
+    for key, file in files.items():
+        open_run(config, resume=True)
+        file.write_text("two")
+        with pytest.raises(RunError, match=rf": {key} changed since the unfinished run began"):
+            open_run(config, resume=True)
+        file.write_text("one")
+    manifest = read_manifest(path)
+    del manifest["templates"]
+    write_json(path / "manifest.json", manifest)
+    own.write_text("two")
+    open_run(config, resume=True)
 
 
 @pytest.mark.parametrize("leaves_a_folder", [False, True])
@@ -548,6 +591,24 @@ def test_a_round_goes_on_with_other_settings_of_what_comes_after_sampling(tmp_pa
     assert changed_settings(read_manifest(run.path), changed) == []
     with pytest.raises(RunError, match=r"other settings \(round\)\. Resume with the same"):
         open_run(reject_config(tmp_path, **change, round=2), resume=True)
+
+
+def test_other_contents_are_noticed_under_another_spelling_of_the_files_name(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": [{"role": "user", "content": "one"}]}\n')
+    begin(config).note_sources(load_prompts(["rows.jsonl"]).sources)
+    open_run(config, resume=True).note_sources(load_prompts([str(rows)]).sources)
+    rows.write_text('{"prompt": [{"role": "user", "content": "two"}]}\n')
+    with pytest.raises(RunError, match=r"rows\.jsonl changed since the unfinished run began"):
+        open_run(config, resume=True).note_sources(load_prompts(["./rows.jsonl"]).sources)
+
+
+def test_a_built_in_model_is_no_folder_of_its_name(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = config.model_copy(update={"model": ModelSection(path="toy")})
+    folder = config.model_copy(update={"model": ModelSection(path="./toy")})
+    assert changed_settings({"settings": settings(named)}, folder) == ["model.path"]
 
 
 def test_a_resumed_run_may_read_one_more_file_but_not_other_contents_of_those_it_knows(config, tmp_path):

@@ -603,6 +603,19 @@ def test_sampling_makes_no_tensor_that_grows_with_the_vocabulary_for_prompt_toke
     assert rows == [5, 15]
 
 
+def test_random_numbers_are_made_when_their_samples_begin(make_llama, monkeypatch):
+    """Those of all samples of a large run would be gigabytes before its first token."""
+    made: list[int] = []
+    before: list[int] = []
+    real = torch_engine.uniforms_of
+    monkeypatch.setattr(torch_engine, "uniforms_of", lambda *arguments: made.append(1) or real(*arguments))
+    model = make_llama(VOCAB)
+    model.register_forward_pre_hook(lambda *_: before.append(len(made)))
+    prompts = [[5, 6, token] for token in range(7, 19)]
+    TorchSampler(model, stop_ids=[], max_rows=2).sample(prompts, SamplingParams(max_new_tokens=3))
+    assert before[0] <= 2 and max(before) == len(made) == 12
+
+
 def test_a_bfloat16_model_samples(make_llama: Callable[..., torch.nn.Module]):
     model = make_llama(VOCAB, torch.bfloat16)
     (samples,) = TorchSampler(model, stop_ids=[]).sample([[5, 6]], SamplingParams(num_candidates=2, max_new_tokens=4))

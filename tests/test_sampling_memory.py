@@ -92,7 +92,7 @@ def test_prompts_that_stay_for_one_long_response_keep_others_out():
     params = SamplingParams(num_candidates=4, max_new_tokens=16)
     lengths = [100, 100]
     cohort = Cohort(Prompts(lengths, torch.device("cpu")), [0, 1], most_columns=16)
-    rows = [torch_engine._Row(0, torch.zeros(16)) for _ in range(4)]
+    rows = [torch_engine._Row(0, 0) for _ in range(4)]
     running = torch_engine._Running(cohort, rows[:2], torch.zeros(2, 16), frozenset(), 16)
     taken = 2 * 100 + 2 * 16
     third = torch_engine._Unit(tuple(range(100)), rows)

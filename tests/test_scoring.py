@@ -90,6 +90,12 @@ def test_dialogues_are_scored_and_written_as_they_came(reward_folder, tmp_path):
     assert "'Yo'" in align("score", reward_folder, data).stdout
 
 
+def test_half_a_character_in_a_column_that_nothing_reads_stays(reward_folder, tmp_path):
+    data = write(tmp_path / "rows.jsonl", [{**entry, "raw": "cut \ud83d"} for entry in RESPONSES])
+    assert align("score", reward_folder, data, "--out", tmp_path / "out.jsonl").exit_code == 0
+    assert [entry["raw"] for entry in read(tmp_path / "out.jsonl")] == ["cut \ud83d"] * len(RESPONSES)
+
+
 def test_pairs_are_reported_and_written(reward_folder, pairs, tmp_path):
     out = tmp_path / "scored.jsonl"
     done = align("score", reward_folder, pairs, "--out", out, "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,6 +30,7 @@ from sft import trainer as sft_trainer
 from sft.config import GattEvalInstructions, GattInstructions, GattPrompts, SFTConfig
 from sft.conversation import Plan, load_own, load_seeds, make_plans
 from sft.instructions import TEMPLATES
+from sft.prepare import prepare_dialogues
 
 # --------------------------------------------------------------------------------------- training and its optimizer
 
@@ -81,6 +83,32 @@ def test_the_seed_decides_the_order_of_rows_the_first_weights_and_dropout(tmp_pa
     assert (dropout, other_dropout) == (0, 1)
     assert {part for part in ("lora_A", "score") if any(part in name for name in weights)} == drawn
     assert not any(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_demonstrations_are_drawn_by_source_then_of_all_and_by_the_seed(tmp_path, write_file):
+    def rows(name: str) -> str:
+        asked = ({"role": "user", "content": f"{name}{index:02}"} for index in range(40))
+        answer = {"role": "assistant", "content": "ok"}
+        return "".join(json.dumps({"messages": [question, answer]}) + "\n" for question in asked)
+
+    a, b, held_out = (write_file(f"{name}.jsonl", rows(name)) for name in "abv")
+
+    def drawn(*extra: str) -> tuple[list[str], list[str]]:
+        files = [f"data.train=[{a},{b}]", f"data.max_rows_of={{{b}: 6}}", f"data.valid={held_out}"]
+        settings = ["model=toy", *files, "data.max_valid_rows=5", f"run.dir={tmp_path / 'run'}", *extra]
+        found = prepare_dialogues(load_config(SFTConfig, None, settings))
+        train, valid = ([each.messages[0].content for each in part.dialogues] for part in (found.train, found.valid))
+        return train, valid
+
+    train, valid = drawn()
+    assert Counter(text[0] for text in train) == {"a": 40, "b": 6} and len(valid) == 5
+    assert train == sorted(train) and valid == sorted(valid), "in the order of the files"
+    assert drawn("data.max_rows=46") == (train, valid)
+    few, _ = drawn("data.max_rows=10")
+    assert len(few) == 10 and set(few) < set(train)
+    others, other_valid = drawn("run.seed=1")
+    assert len(others) == 46 and others != train and other_valid != valid
+    assert drawn("data.max_rows=10", "run.seed=1")[0] != few
 
 
 # ------------------------------------------------------------------------------------------------- reward models

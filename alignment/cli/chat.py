@@ -91,9 +91,11 @@ def run_command(conversation: Conversation, line: str) -> str:
         return "All turns are forgotten."
     if not rest:
         raise DataError(f"{name} needs the name of a file, e.g. {name} talk.jsonl")
-    path = Path(rest).expanduser()
-    conversation.save(path, overwrite=name == "/save!")
-    return f"Saved {len(conversation.turns) // 2} turns to {path}."
+    saved = conversation.save(Path(rest), overwrite=name == "/save!")
+    told = f"Saved {len(conversation.turns) // 2} turns to {rest}."
+    if saved.train_on == "last":
+        told += " The last answer alone will be trained: earlier ones had another system message."
+    return told
 
 
 def _talk(conversation: Conversation, model: str) -> None:
@@ -103,7 +105,7 @@ def _talk(conversation: Conversation, model: str) -> None:
     _note(f"{model}. /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.")
     while True:
         try:
-            line = input("> ").strip()
+            line = _read_line().strip()
             if not line:
                 continue
             if _is_command(line):
@@ -119,6 +121,15 @@ def _talk(conversation: Conversation, model: str) -> None:
             _note(str(_not_utf8(error)), style="red")
         except AlignError as error:
             _note(str(error), style="red")
+
+
+def _read_line() -> str:
+    """What a person types next. The prompt goes where it is seen: not into a file that is to have the answers."""
+    if sys.stdout.isatty():
+        return input("> ")
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    return input()
 
 
 def _answer_person(conversation: Conversation, text: str) -> None:

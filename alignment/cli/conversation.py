@@ -31,7 +31,7 @@ INTERRUPTED = "interrupted"
 class Answer:
     """An answer with its prompt, and whether the model read that prompt without its oldest turns, which did not fit.
 
-    `candidate.finish_reason` is "stop", "length", or "interrupted".
+    `candidate.finish_reason` is "stop", "length", "interrupted", or "refused" (see `Conversation.ask`).
     """
 
     candidate: Candidate
@@ -55,6 +55,7 @@ class Conversation:
         """
         self.chat, self.params, self.system, self.judges = loaded.chat, params, system, dict(judges or {})
         self.turns: Messages = ()
+        self._systems: list[str] = []  # the system message that each answer was given under
         self._sampler = TorchSampler(loaded.model, stop_ids=[loaded.chat.end_of_turn_id], max_rows=1)
         self._room = context_length(loaded.model.config) - params.max_new_tokens
         self._times_asked: Counter[tuple[int, ...]] = Counter()
@@ -93,6 +94,7 @@ class Conversation:
             finish_reason = "refused"
         if response and is_turn:
             self.turns = (*self.turns, Message("user", text), Message("assistant", response))
+            self._systems.append(self.system)
         candidate = Candidate(
             prompt=Prompt(messages=messages),
             response=response,
@@ -117,25 +119,42 @@ class Conversation:
         if not self.turns:
             raise DataError("there is no turn to take back.")
         self.turns = self.turns[:-2]
+        self._systems.pop()
 
     def reset(self) -> None:
         """Forgets all turns; the system message stays."""
         self.turns = ()
+        self._systems.clear()
 
-    def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Writes the conversation as a demonstration, a row that `align sft` trains on.
+    def save(self, path: Path, *, overwrite: bool = False) -> Dialogue:
+        """Writes the conversation as a demonstration, a row that `align sft` trains on; returns it.
 
-        Raises DataError where nothing was said, and RunError where the file exists or cannot be written.
+        Its system message is the present one. Where earlier answers were given under another, the last answer alone is
+        trained.
+
+        Raises DataError where nothing was said, or nothing since the system message was changed, and RunError where the
+        file exists or cannot be written.
         """
         if not self.turns:
             raise DataError("there is nothing to save yet.")
-        if path.exists() and not overwrite:
-            raise RunError(f"{path}: exists. Name another file; `/save! {path}` writes over it.")
-        row = Dialogue(messages=_checked(self.messages), source="chat").to_json()
+        if self._systems[-1] != self.system:
+            raise DataError(
+                "the system message was changed after the last answer, which has not seen it. Set it back with "
+                "/system, or save after another answer."
+            )
+        train_on = "all" if set(self._systems) == {self.system} else "last"
+        demonstration = Dialogue(messages=_checked(self.messages), train_on=train_on, source="chat")
         try:
-            write_rows(path, [row])
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written ({error.strerror}). Name another file.") from error
+            path = path.expanduser()
+            is_taken = path.exists() and not overwrite
+            if not is_taken:
+                write_rows(path, [demonstration.to_json()])
+        except (OSError, RuntimeError, ValueError) as error:  # a home that nobody has; a name that no file may have
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+            raise RunError(f"{path}: cannot be written ({reason}). Name another file.") from error
+        if is_taken:
+            raise RunError(f"{path}: exists. Name another file; `/save! {path}` writes over it.")
+        return demonstration
 
     def _draw(self, ids: Sequence[int], index: int, show: Callable[[str], None]) -> tuple[str, str]:
         """The text of a response and why it ended."""

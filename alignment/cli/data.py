@@ -86,7 +86,7 @@ def convert(
     out: Annotated[Path, typer.Option(metavar="F.jsonl", help="The file to write; .jsonl.gz compresses.")],
     aim: Annotated[
         Literal["helpfulness", "safety"],
-        typer.Option(help="pku-saferlhf: the judgement by which a response is the chosen one."),
+        typer.Option(help="safety marks pairs and prompts; in pku-saferlhf the safer response is then chosen."),
     ] = "helpfulness",
     rating_bins: Annotated[
         list[str] | None,
@@ -130,7 +130,8 @@ def split(
         raise DataError(f"{file}: {_why_one_sided(rows, seed, name='train' if parts[0] else 'valid')}")
     for path, part in zip(paths, parts, strict=True):
         whole = ({**columns[id(row)], **row.to_json()} for row in part)
-        typer.echo(f"{path}: {write_rows(path, whole):,} rows")
+        count = write_rows(path, whole, default=str)  # a Hub's rows may hold dates
+        typer.echo(f"{path}: {count:,} rows")
 
 
 @app.command()
@@ -141,7 +142,7 @@ def instruct(
     rate: Annotated[float, typer.Option(min=0, max=1, help="Share of demonstrations that get an instruction.")] = 0.7,
     max_words: Annotated[int | None, typer.Option(min=1, help="Leave out those with longer answers.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use at most this many demonstrations.")] = None,
-    copies: Annotated[int, typer.Option(min=1, help="Of each demonstration, with another instruction each.")] = 1,
+    copies: Annotated[int, typer.Option(min=1, help="Of each demonstration, each with its own draw.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
 ) -> None:
     """Make demonstrations that obey: an instruction in every turn, answers changed by rule so that they keep it."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from alignment.data import load_prompts
+from alignment.dialogue import Messages
 from alignment.distributed import for_all, map_over_processes
+from alignment.errors import DataError
 from alignment.isolation import isolated
-from alignment.model_folders import check_is_chat_model
+from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
+from reward_models.score import fit_tree
 from rlhf.judges import judges_context, load_scorer
 from sft import context_distillation
 from sft.config import DistilConfig
@@ -23,7 +26,9 @@ from sft.conversation import describe_asked, format_and_limit
 def run(config: DistilConfig, *, resume: bool = False) -> dict[str, Any]:
     """See `sft.context_distillation.run`. Raises ModelError where `safety` is no reward model, before any sampling."""
     context = judges_context({"safety": config.safety})
-    return context_distillation.run(config, _load_score, judge_context=context, resume=resume)
+    return context_distillation.run(
+        config, _load_score, judge_context=context, is_readable=_reader(config), resume=resume
+    )
 
 
 def check(config: DistilConfig, *, untrained: Collection[str] = ()) -> str:
@@ -39,6 +44,19 @@ def check(config: DistilConfig, *, untrained: Collection[str] = ()) -> str:
     found = context_distillation.why_not_asked(config, data, chat, limit=limit)
     count, others = describe_asked(found, "prompts", model, prompts, sampling, judges)
     return f"{count} prompts.{others}"
+
+
+def _reader(config: DistilConfig) -> context_distillation.IsReadable:
+    chat, context = load_chat_of(config.safety.path, config.safety.chat_template)
+
+    def is_readable(prompt: Messages, responses: Sequence[str]) -> bool:
+        try:
+            tree, _ = fit_tree(chat, prompt, responses, context)
+        except DataError:
+            return False
+        return tree is not None
+
+    return is_readable
 
 
 def _load_score(config: DistilConfig, device: torch.device) -> context_distillation.Score:

@@ -49,7 +49,9 @@ def sample_file(
     """
     if PartialState().num_processes > 1:
         raise ConfigError("align sample runs in one process. Start it without a launcher; align reject shares prompts.")
-    prompts = build_section(PromptSection, {"prompts": [source], "max_prompts": max_prompts})
+    # A prompt's length is limited by the model's context alone.
+    asked = {"prompts": [source], "max_prompts": max_prompts, "max_prompt_length": sys.maxsize}
+    prompts = build_section(PromptSection, asked)
     sampling = build_section(SamplingSection, settings)
     made_from: Row = {"settings": {**settings, "max_prompts": max_prompts, "seed": seed}}
     if out is not None:

@@ -89,9 +89,11 @@ def _key_problems(
     written = values.get("stages") or {}
     unknown = (set(values) - {"runs", "defaults", "stages"}) | (set(given) - {"runs", "defaults", *written, *entries})
     for key in sorted(unknown):
+        dotted = next((name for name in entries if name.startswith(f"{key}.")), None)
+        hint = f" A name with a dot, as {dotted}, cannot be written there: change the file." if dotted else ""
         yield (
             f"{path}: {key}: unknown key. Known here: runs, defaults, stages; on the command line also "
-            f"{', '.join(entries) or 'the names of stages'}."
+            f"{', '.join(entries) or 'the names of stages'}.{hint}"
         )
     if from_stage is not None and from_stage not in entries:
         yield f"--from {from_stage}: no such stage. Known: {', '.join(entries)}."
@@ -162,6 +164,11 @@ def _names_a_folder(values: Mapping[str, Any]) -> bool:
 
 def check_pipeline(plan: Pipeline) -> None:
     """Raises what can be known before any stage runs: of run directories, rows and chat formats. It writes nothing."""
+    if overwriting := [stage.name for stage in plan.stages if stage.config.run.overwrite]:
+        raise ConfigError(
+            f"stages.{', '.join(overwriting)}: run.overwrite: a pipeline keeps what is finished and goes on with the "
+            f"rest. Add --from {overwriting[0]} instead to run it and the later stages again."
+        )
     check_runs(plan)
     check_rows(plan)
     check_stages(plan)
@@ -209,7 +216,8 @@ def run_stages(plan: Pipeline) -> None:
         results = {stage.name: read_result(stage.path) for stage in plan.stages}
         write_json(plan.runs / "summary.json", results)
         print_summary(results, plan.runs)
-        console.print(f"Figures, tables and answers side by side:  {write_report([plan.runs])}")
+        report = write_report([plan.runs], stages=list(results))
+        console.print(f"Figures, tables and answers side by side:  {report}")
 
 
 def _fill_in(value: Any, places: Mapping[str, str], where: str, problems: list[str]) -> Any:

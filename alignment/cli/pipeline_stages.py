@@ -6,14 +6,23 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alignment.config import StageConfig
 from alignment.config.sections import InputKind
 from alignment.errors import AlignError, RunError
 from alignment.files import file_sha256
-from alignment.manifests import OUTDATED, changed_settings, is_finished, read_manifest, upstream_runs, weights_sha256
+from alignment.manifests import (
+    OUTDATED,
+    is_finished,
+    read_manifest,
+    setting_changes,
+    tokenizer_sha256,
+    upstream_runs,
+    weights_sha256,
+)
 from alignment.runs import check_run_dir
-from alignment.sources import find_data, find_model
+from alignment.sources import find_data, find_model, find_template, place_of
 
 
 @dataclass(frozen=True)
@@ -67,15 +76,16 @@ def maker_of(name: str, earlier: Sequence[PlannedStage]) -> PlannedStage | None:
 def check_runs(plan: Pipeline) -> None:
     """Raises RunError where what is in the run directories is not of this plan. Call before any stage; it only reads.
 
-    A finished stage must have the plan's settings and be made from the runs, data and models that are there now; where
-    another stage runs, `open_run` must accept its directory, and what it reads of a finished one must be there.
+    A finished stage must have the plan's settings and be made from the runs, data, models and templates that are there
+    now; where another stage runs, `open_run` must accept its directory, and what it reads of a finished one must be
+    there.
     """
-    digest = functools.cache(_digest)  # many stages read the same file
+    digest, tokenizer_digest = map(functools.cache, (_digest, tokenizer_sha256))  # many stages read the same file
     for stage in plan.stages:
         if stage.is_done:
             _check_unchanged(stage)
             _check_up_to_date(stage)
-            _check_contents(stage, digest)
+            _check_contents(stage, digest, tokenizer_digest)
         else:
             config, resume = stage.call()
             check_run_dir(config, resume=resume)
@@ -103,18 +113,26 @@ def _is_there(name: str, kind: InputKind) -> bool:
 
 
 def _check_unchanged(stage: PlannedStage) -> None:
-    changed = changed_settings(read_manifest(stage.path) or {}, stage.config)
-    if changed:
+    changes = setting_changes(read_manifest(stage.path) or {}, stage.config)
+    if changes:
+        first = min(changes)
+        before, now = map(_shown, changes[first])
         raise RunError(
-            f"{stage.path}: finished with other settings ({', '.join(changed)}). "
-            f"Add --from {stage.name} to run it and the later stages again, or give runs=ANOTHER_FOLDER."
+            f"{stage.path}: finished with other settings ({', '.join(sorted(changes))}). {first} was {before}, and is "
+            f"{now}. Add --from {stage.name} to run it and the later stages again, or give runs=ANOTHER_FOLDER."
         )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_up_to_date(stage: PlannedStage) -> None:
     """Raises RunError where a run that the finished stage was made from was made again since, or will be."""
-    before, now = (read_manifest(stage.path) or {}).get("made_from", {}), upstream_runs(stage.config)
-    changed = [key for key in before if now.get(key) != before[key]]
+    before = (read_manifest(stage.path) or {}).get("made_from", {})
+    now = {_by_place(entry): run for entry, run in upstream_runs(stage.config).items()}
+    changed = [entry for entry, run in before.items() if now.get(_by_place(entry), "") != run]
     if changed:
         raise RunError(
             f"{stage.path}: was made from an earlier version of {', '.join(changed)}. "
@@ -122,17 +140,31 @@ def _check_up_to_date(stage: PlannedStage) -> None:
         )
 
 
-def _check_contents(stage: PlannedStage, digest: Callable[[Path], str]) -> None:
-    """Raises RunError where a finished stage read other data, or another model that no run made."""
+def _by_place(entry: str) -> tuple[str, str]:
+    """The key and the place of an entry of `made_from`."""
+    key, _, name = entry.partition(": ")
+    return key, place_of(name)
+
+
+def _check_contents(
+    stage: PlannedStage, digest: Callable[[Path], str], tokenizer_digest: Callable[[Path], str]
+) -> None:
+    """Raises RunError where a finished stage read other data or templates, or another model that no run made."""
     manifest = read_manifest(stage.path) or {}
-    models, by_run = manifest.get("models", {}), manifest.get("made_from", {})
-    read = [(each["name"], find_data, each["sha256"]) for each in manifest.get("inputs", []) if each["sha256"]]
-    read += [
-        (name, find_model, models[key])
-        for key, name, _ in stage.config.input_names()
-        if key in models and f"{key}: {name}" not in by_run
-    ]
-    changed = [name for name, find, before in read if _is_changed(name, find, before, digest)]
+    models, templates = manifest.get("models", {}), manifest.get("templates", {})  # older versions noted no templates
+    made_by = {_by_place(entry): run for entry, run in manifest.get("made_from", {}).items()}
+    inputs = [each for each in manifest.get("inputs", []) if each["sha256"]]
+    changed = [each["name"] for each in inputs if _is_changed(each["name"], find_data, each["sha256"], digest)]
+    for key, name, kind in stage.config.input_names():
+        if kind == "template" and key in templates and _is_changed(name, find_template, templates[key], digest):
+            changed.append(name)
+        if kind != "model" or made_by.get((key, place_of(name))):
+            continue
+        if key in models and _is_changed(name, find_model, models[key], digest):
+            changed.append(name)
+        tokenizer = templates.get(f"{key}.tokenizer")
+        if tokenizer and _is_changed(name, find_model, tokenizer, tokenizer_digest):
+            changed.append(f"the tokenizer or chat template of {name}")
     if changed:
         raise RunError(
             f"{stage.path}: finished with other contents of {', '.join(changed)}. Put the old ones back, add "

@@ -70,7 +70,19 @@ def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
     message = item["msg"].removeprefix("Value error, ")
     if not location or kind == "value_error":  # our own rules name their keys
         return [message]
-    return [f"{key}: {message[0].lower()}{message[1:]}, found {item['input']!r}."]
+    hint = _dotted_name(cls, location, item["input"])
+    return [f"{key}: {message[0].lower()}{message[1:]}, found {item['input']!r}.{hint}"]
+
+
+def _dotted_name(cls: type[BaseModel], location: Sequence[Any], value: Any) -> str:
+    """How to write a name with a dot in a mapping of names: by itself it was read as several keys."""
+    if not isinstance(value, Mapping) or not value or section_at(cls, location[:-1]) is not None:
+        return ""
+    *before, name = map(str, location)
+    while isinstance(value, Mapping) and value:
+        part, value = next(iter(value.items()))
+        name = f"{name}.{part}"
+    return f" A name with a dot goes into braces: '{'.'.join(before)}={{{name}: {value}}}'."
 
 
 def _required_keys(cls: type[BaseModel], name: str, key: str) -> list[str]:

@@ -11,6 +11,10 @@ from alignment.report.reading import Row, RunFolder, is_number
 NUM_PROMPTS = 60
 _TIE = 0.005  # rewards that look the same when two decimals are shown
 _SCORES = {"reward": "+.2f", "helpfulness": "+.2f", "safety": "+.2f", "guard": "+.2f", "kl": ".1f"}
+_OTHER_SCALES = (
+    "The rewards are by different reward models or thresholds and do not compare across them: “highest” is among the "
+    "answers that were judged alike."
+)
 
 
 def section(runs: Sequence[RunFolder]) -> Section:
@@ -29,26 +33,25 @@ def section(runs: Sequence[RunFolder]) -> Section:
 
 def _of_policies(runs: Sequence[RunFolder]) -> list[Answers | None]:
     """One set for every list of prompts; evaluations of the same prompts stand beside each other."""
-    groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
-    members: dict[tuple[str, ...], list[RunFolder]] = {}
+    groups: dict[tuple[str, ...], list[tuple[RunFolder, dict[str, list[Row]]]]] = {}
     for run in runs:
         names = run.settings.get("policies", {})
         by_policy = {name: rows for name in names if (rows := run.rows(f"answers-{name}.jsonl"))}
-        if not by_policy:
-            continue
-        key = tuple(str(row["prompt"]) for row in next(iter(by_policy.values())))
-        members.setdefault(key, []).append(run)
-        for name, rows in by_policy.items():
-            groups.setdefault(key, {})[f"{run.label}\0{name}"] = rows
-    found = []
-    for key, by_policy in groups.items():
-        single = len(members[key]) == 1
-        labelled = {
-            (name.partition("\0")[2] if single else name.replace("\0", ": ")): rows for name, rows in by_policy.items()
-        }
-        title = "Held-out prompts: " + ", ".join(run.label for run in members[key])
-        found.append(_scored_set(f"answers-{members[key][0].label_id}", title, labelled))
-    return found
+        if by_policy:
+            key = tuple(str(row["prompt"]) for row in next(iter(by_policy.values())))
+            groups.setdefault(key, []).append((run, by_policy))
+    return [_of_evaluations(members) for members in groups.values()]
+
+
+def _of_evaluations(members: Sequence[tuple[RunFolder, Mapping[str, list[Row]]]]) -> Answers | None:
+    """Evaluations of the same prompts, each with its rows by policy."""
+    labelled, judges = {}, {}
+    for run, by_policy in members:
+        for policy, rows in by_policy.items():
+            label = policy if len(members) == 1 else f"{run.label}: {policy}"
+            labelled[label], judges[label] = rows, run.judges
+    title = "Held-out prompts: " + ", ".join(run.label for run, _ in members)
+    return _scored_set(f"answers-{members[0][0].label_id}", title, labelled, judges)
 
 
 def _along_ppo(run: RunFolder) -> Answers | None:
@@ -62,19 +65,34 @@ def _along_ppo(run: RunFolder) -> Answers | None:
     return _scored_set(f"answers-{run.label_id}", f"Held-out prompts along {run.label}", by_policy)
 
 
-def _scored_set(name: str, title: str, by_policy: Mapping[str, list[Row]]) -> Answers | None:
-    """Rows with a prompt, a response and scores; the same prompts in the same order for every policy."""
+def _scored_set(
+    name: str, title: str, by_policy: Mapping[str, list[Row]], judges: Mapping[str, Any] | None = None
+) -> Answers | None:
+    """Rows with a prompt, a response and scores; the same prompts in the same order for every policy.
+
+    `judges` says by policy what its rewards are by; without it, all are by the same.
+    """
+    judges = judges or dict.fromkeys(by_policy)
     shortest = min(map(len, by_policy.values()))  # of a run that is not finished some may lack answers
 
     def answers_of(index: int) -> list[Answer]:
         rows = {policy: rows[index] for policy, rows in by_policy.items()}
-        rewards = {policy: row["reward"] for policy, row in rows.items() if is_number(row.get("reward"))}
-        best = {policy for policy in rewards if rewards[policy] > max(rewards.values()) - _TIE}
-        is_told = len(best) < len(rewards)
-        return [Answer(name, _response(row), _scores(row), is_told and name in best) for name, row in rows.items()]
+        best = _highest({policy: row.get("reward") for policy, row in rows.items()}, judges)
+        return [Answer(policy, _response(row), _scores(row), policy in best) for policy, row in rows.items()]
 
     first = next(iter(by_policy.values()))[:shortest]
-    return _chosen(name, title, first, answers_of)
+    note = _OTHER_SCALES if len(set(judges.values())) > 1 else ""
+    return _chosen(name, title, first, answers_of, note)
+
+
+def _highest(rewards: Mapping[str, Any], judges: Mapping[str, Any]) -> set[str]:
+    """Who has the highest of the rewards by the same judges; nobody where all of these look the same."""
+    found: set[str] = set()
+    for judge in set(judges.values()):
+        alike = {policy: reward for policy, reward in rewards.items() if judges[policy] == judge and is_number(reward)}
+        best = {policy for policy, reward in alike.items() if reward > max(alike.values()) - _TIE}
+        found |= best if len(best) < len(alike) else set()
+    return found
 
 
 def _before_and_after(run: RunFolder) -> Answers | None:
@@ -129,13 +147,15 @@ def _kept(row: Row) -> str:
     return f"kept in {sum(map(bool, row['kept']))} of {len(row['kept'])} answers"
 
 
-def _chosen(name: str, title: str, rows: Sequence[Row], answers_of: Callable[[int], list[Answer]]) -> Answers | None:
+def _chosen(
+    name: str, title: str, rows: Sequence[Row], answers_of: Callable[[int], list[Answer]], note: str = ""
+) -> Answers | None:
     """The first prompts of each kind with their answers; nothing where there are none."""
     kinds = [[index for index, row in enumerate(rows) if bool(row.get("is_safety")) == kind] for kind in (True, False)]
     safety = kinds[0][: max(NUM_PROMPTS // 2, NUM_PROMPTS - len(kinds[1]))]
     chosen = sorted([*safety, *kinds[1][: NUM_PROMPTS - len(safety)]])
     asked = [_asked(rows[index], answers_of(index)) for index in chosen]
-    return Answers(name, title, asked, total=len(rows)) if asked else None
+    return Answers(name, title, asked, total=len(rows), note=note) if asked else None
 
 
 def _asked(row: Row, answers: list[Answer]) -> Asked:

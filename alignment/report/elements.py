@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Answer:
-    """One policy's answer with its scores in words; `is_best` has the highest reward of the row."""
+    """One policy's answer with its scores in words; `is_best` has the highest reward of those it compares with."""
 
     policy: str
     text: str
@@ -65,12 +65,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to the same prompts side by side; `total` counts the prompts that the files hold."""
+    """Answers to the same prompts side by side; `total` counts the prompts that the files hold.
+
+    `note` stands above them.
+    """
 
     name: str
     title: str
     asked: Sequence[Asked]
     total: int
+    note: str = ""
 
     @property
     def has_safety(self) -> bool:

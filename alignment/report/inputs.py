@@ -53,7 +53,10 @@ def settings(runs: Sequence[RunFolder]) -> Section:
         if rows:
             title = "Differences between " + ", ".join(run.label for run in group)
             tables.append(Table(title, ("setting", *(run.label for run in group)), rows))
-    intro = "Only settings, seeds, versions and commits in which the runs differ; config.yaml in each run has them all."
+    intro = (
+        "Only settings, seeds, weights of the models that were read, versions and commits in which the runs differ; "
+        "config.yaml and manifest.json in each run have them all."
+    )
     return Section("settings", "Settings", intro, tables=tables)
 
 
@@ -73,6 +76,7 @@ def _flat_settings(run: RunFolder) -> dict[str, str]:
         "num_processes": manifest.get("num_processes"),
         "git_commit": (manifest.get("git_commit") or "")[:10],
         "versions": manifest.get("versions", {}),
+        **{f"weights.{key}": str(digest)[:10] for key, digest in (manifest.get("models") or {}).items()},
     }
     chosen = {key: value for key, value in run.settings.items() if key != "run"}
     return {

@@ -17,8 +17,8 @@ def section(runs: Sequence[RunFolder]) -> Section:
     """The table of all runs, and their time and memory as bars."""
     columns = ("run", "stage", "status", "result", "time", "peak memory", "seed", "started")
     table = Table("Runs", columns, [_row(run) for run in runs])
-    times = {run.label: seconds for run in runs if is_number(seconds := _seconds(run))}
-    memory = {run.label: run.result["peak_memory_gb"] for run in runs if run.result}
+    times = {run.label: seconds for run in runs if (seconds := _seconds(run)) is not None}
+    memory = {run.label: peak for run in runs if (peak := _peak_memory(run)) is not None}
     charts = []
     if times:
         longest = max(times.values())
@@ -27,15 +27,18 @@ def section(runs: Sequence[RunFolder]) -> Section:
         caption = "Look for the stage that takes most of the time: it is the one worth shortening."
         charts.append(bar_chart("time", "Time by run", caption, bars, x_label=unit, spec=".1f"))
     if memory:
-        caption = "The longest bar is the memory that the machine must have; the peak of the whole process."
+        caption = (
+            "Look for the longest bar: a machine needs more than that. Each is the peak of a run's main process, all "
+            "parts of a resumed run together: resident memory on a CPU, allocated memory on a GPU."
+        )
         charts.append(bar_chart("memory", "Peak memory by run", caption, memory, x_label="GB", spec=".1f"))
     return Section("overview", "Overview", charts=charts, tables=[table])
 
 
 def facts(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     """What stands at the top of the page: names and figures."""
-    finished = [run for run in runs if run.result]
-    memory = max((run.result["peak_memory_gb"] for run in finished), default=None)
+    finished = [run for run in runs if run.result is not None and not run.is_outdated]
+    memory = max((peak for run in runs if (peak := _peak_memory(run)) is not None), default=None)
     return [
         ("runs finished", f"{len(finished)} of {len(runs)}"),
         ("time in all", _duration(sum(_seconds(run) or 0 for run in runs))),
@@ -44,18 +47,23 @@ def facts(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
 
 
 def warnings(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
-    """Run and sentence: unfinished runs, alarms, early stops, gains that the guard does not see."""
-    return [(run.label, sentence) for run in runs for sentence in _warnings(run)]
+    """Run and sentence: what is unfinished or outdated, alarms, early stops, gains that the guard does not see.
+
+    Then, for runs that stand beside each other, rewards that do not compare.
+    """
+    return [*((run.label, sentence) for run in runs for sentence in _warnings(run)), *_other_scales(runs)]
 
 
 def _warnings(run: RunFolder) -> Iterator[str]:
     if run.result is None:
         yield f"Unfinished{_last_step(run)}: its figures are those written so far."
         return
+    if run.is_outdated:
+        yield "Outdated: the next `align run` makes it again; its figures are those of before."
     for name, iteration in (run.result.get("alarms") or {}).items():
         yield f"The alarm “{name}” rang at iteration {iteration}; docs/ppo.md says what it means and what helps."
     if stopped := run.result.get("stopped"):
-        yield f"Stopped early ({stopped}) at iteration {run.result['iterations']}."
+        yield f"Stopped early ({stopped}) at iteration {run.result.get('iterations', 'unknown')}."
     policies = (run.result.get("policies") or {}) if run.stage == "eval" else {}
     doubted = [name for name, row in policies.items() if row.get("guard_agrees") is False]
     if doubted:
@@ -72,31 +80,49 @@ def _warnings(run: RunFolder) -> Iterator[str]:
         )
 
 
+def _other_scales(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
+    """Runs of one stage whose rewards are by different judges."""
+    for stage in dict.fromkeys(run.stage for run in runs):
+        judged = [run for run in runs if run.stage == stage and run.judges is not None]
+        if len({run.judges for run in judged}) > 1:
+            yield (
+                ", ".join(run.label for run in judged),
+                "Their rewards are by different reward models or thresholds, on different scales: compare policies, "
+                "iterations and samples within a run, not rewards between these.",
+            )
+
+
 def _is_of_cut_off_answers(row: Row, first: Row) -> bool:
     """Whether more or fewer answers are cut off, and a change in reward is not there among those that ended."""
     every, ended = row.get("reward_gain"), row.get("reward_gain_ended")
-    if not every or not ended or abs(row["truncated_rate"] - first["truncated_rate"]) < CUT_OFF_DIFFERENCE:
+    rates = [policy.get("truncated_rate") for policy in (row, first)]
+    if not every or not ended or not all(map(is_number, rates)) or abs(rates[0] - rates[1]) < CUT_OFF_DIFFERENCE:
         return False
-    sides = [side_of_zero(entry["low"], entry["high"]) for entry in (every, ended)]
+    sides = [side_of_zero(entry.get("low"), entry.get("high")) for entry in (every, ended)]
     return sides[0] != 0 and sides[1] != sides[0]
 
 
 def _row(run: RunFolder) -> list[Cell]:
     kind = f"{run.stage} ({run.kind})" if run.kind else run.stage
-    status = text("finished", "good") if run.result else text(f"unfinished{_last_step(run)}", "bad")
     seconds = _seconds(run)
     started = str(run.manifest.get("started", ""))[:16].replace("T", " ")
     commit = (run.manifest.get("git_commit") or "")[:10]
     return [
         text(run.label, "name"),
         text(kind),
-        status,
+        _status(run),
         text(_reached(run), "long"),
         Cell("–") if seconds is None else Cell(clock(seconds), seconds),
-        number((run.result or {}).get("peak_memory_gb"), ".1f", " GB"),
+        number(_peak_memory(run), ".1f", " GB"),
         number(run.manifest.get("seed")),
         Cell(started, mark="when", detail=f"commit {commit}" if commit else ""),
     ]
+
+
+def _status(run: RunFolder) -> Cell:
+    if run.is_outdated:
+        return text("outdated", "bad")
+    return text(f"unfinished{_last_step(run)}", "bad") if run.result is None else text("finished", "good")
 
 
 def _reached(run: RunFolder) -> str:
@@ -109,7 +135,13 @@ def _reached(run: RunFolder) -> str:
 
 
 def _seconds(run: RunFolder) -> float | None:
-    return run.result["time_seconds"] if run.result else run.manifest.get("elapsed_seconds")
+    found = run.manifest.get("elapsed_seconds") if run.result is None else run.result.get("time_seconds")
+    return found if is_number(found) else None
+
+
+def _peak_memory(run: RunFolder) -> float | None:
+    found = (run.result or {}).get("peak_memory_gb")
+    return found if is_number(found) else None
 
 
 def _duration(seconds: float) -> str:

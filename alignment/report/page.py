@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -14,18 +14,19 @@ from alignment.errors import RunError
 from alignment.files import check_new_file, write_text
 from alignment.report import answers, evaluation, fine_tuning, inputs, overview, ppo, rejection, reward_models
 from alignment.report.elements import Section
-from alignment.report.reading import RunFolder, read_runs
+from alignment.report.reading import RunFolder, distinct_labels, read_runs
 
 FILES = Path(__file__).parent / "page"
 MARK = '<meta name="generator" content="align report">'
 
 
-def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(paths: Sequence[Path], out: Path | None = None, *, stages: Collection[str] | None = None) -> Path:
     """Writes the report of runs and folders of runs; the same files give the same bytes.
 
     Args:
         paths: run folders, or folders of runs, as `read_runs` takes them.
         out: the file to write; `report.html` in the only path, or in the working directory where there are several.
+        stages: the runs to show of folders of runs, by name; all where it is None.
 
     Returns:
         The file that was written.
@@ -35,16 +36,22 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
         DataError: a run's rows are damaged.
     """
     out = out or ((paths[0] if len(paths) == 1 else Path()) / "report.html")
-    runs = read_runs(paths)
+    runs = read_runs(paths, stages)
     _check_replaceable(out)
-    title = ", ".join(dict.fromkeys(run.pipeline or run.label for run in runs))
-    page = render(runs, title)
+    page = render(runs, _title(runs))
     # Half a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark.
     try:
         write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error.strerror}). Name another file with --out.") from error
     return out
+
+
+def _title(runs: Sequence[RunFolder]) -> str:
+    """The folders of runs, told apart, and the runs that stand in none of them."""
+    folders = list(dict.fromkeys(run.pipeline for run in runs if run.pipeline is not None))
+    names = dict(zip(folders, distinct_labels([folder.parts for folder in folders]), strict=True))
+    return ", ".join(dict.fromkeys(names[run.pipeline] if run.pipeline else run.label for run in runs))
 
 
 def render(runs: Sequence[RunFolder], title: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from alignment.report.charts import SMOOTHED_FROM, curve_chart, metric_curves, path_chart, smoothed
 from alignment.report.drawing import Chart, style_of
 from alignment.report.elements import Section, Table, interval, number, present, text
-from alignment.report.reading import RunFolder
+from alignment.report.reading import RunFolder, is_number
 
 MAX_POINTS = 60  # of a path
 
@@ -146,13 +146,16 @@ def section(runs: Sequence[RunFolder]) -> Section:
 
 def _frontier(runs: Sequence[RunFolder]) -> Chart | None:
     paths = []
+    windows = set()
     for index, run in enumerate(runs):
-        found = [(r["step"], r["ppo/kl_k3"], r["ppo/reward"]) for r in run.metrics if "ppo/kl_k3" in r]
+        rows = [(row.get("step"), row.get("ppo/kl_k3"), row.get("ppo/reward")) for row in run.metrics]
+        found = [row for row in rows if all(map(is_number, row))]  # an iteration that went wrong may have logged NaN
         if not found:
             continue
         steps, kl, reward = (list(column) for column in zip(*found, strict=True))
         if len(steps) >= SMOOTHED_FROM:
-            window = max(5, len(steps) // 12)
+            window = max(5, len(steps) // 12) // 2 * 2 + 1
+            windows.add(window)
             kl, reward = smoothed(kl, window), smoothed(reward, window)
         last = len(steps) - 1
         shown = [*dict.fromkeys([*range(0, last + 1, 1 + last // MAX_POINTS), last])]
@@ -161,11 +164,16 @@ def _frontier(runs: Sequence[RunFolder]) -> Chart | None:
         paths.append((run.label, *points, [named.get(place, "") for place in shown], style_of(index)))
     if not paths:
         return None
+    caption = (
+        "Up is gained reward, right is distance paid for it; where the path, which grows stronger with time, goes "
+        "right without going up, stop."
+    )
+    if windows:
+        caption += f" Points are moving means over {', '.join(map(str, sorted(windows)))} iterations."
     return path_chart(
         "ppo-frontier",
-        "Reward against KL, iteration by iteration",
-        "Up is gained reward, right is distance paid for it; where the path, which grows stronger with time, goes "
-        "right without going up, stop.",
+        "Reward against KL along the iterations",
+        caption,
         paths,
         x_label="KL to the reference (nats a response)",
         y_label="gated reward (logit)",

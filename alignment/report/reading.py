@@ -6,7 +6,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +14,19 @@ from typing import Any
 
 from alignment.errors import DataError, RunError
 from alignment.files import read_object
-from alignment.manifests import FINISHED, read_manifest
+from alignment.manifests import FINISHED, OUTDATED, read_manifest
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class RunFolder:
-    """One run. `label` is unique in the report; `pipeline` names the folder of runs it was found in, if it was."""
+    """One run. `label` is unique in the report; `pipeline` is the folder of runs it was found in, if it was."""
 
     path: Path
     manifest: Row
     label: str = ""
-    pipeline: str | None = None
+    pipeline: Path | None = None
 
     @property
     def name(self) -> str:
@@ -53,11 +53,31 @@ class RunFolder:
         """`helpfulness` or `safety` of a reward model, `gatt` of an evaluation of Ghost Attention."""
         return (self.result or {}).get("kind") or self.settings.get("kind")
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the next `align run` makes it again; until then its files are those of before."""
+        return self.manifest.get("status") == OUTDATED
+
+    @property
+    def judges(self) -> tuple[Any, ...] | None:
+        """Its reward models, by the digest of their weights or else by name, and the gate's threshold; None without.
+
+        Rewards of two runs are on one scale where these are the same.
+        """
+        rewards, digests = self.settings.get("rewards"), self.manifest.get("models") or {}
+        if not rewards:
+            return None
+        models = (
+            digests.get(f"rewards.{name}") or (rewards.get(name) or {}).get("path")
+            for name in ("helpfulness", "safety")
+        )
+        return (*models, rewards.get("threshold"))
+
     @cached_property
     def result(self) -> Row | None:
         """The headline figures; None of an unfinished run. Raises RunError where the file is damaged."""
         path = self.path / "result.json"
-        if self.manifest.get("status") != FINISHED or not path.is_file():
+        if self.manifest.get("status") not in (FINISHED, OUTDATED) or not path.is_file():
             return None
         return read_object(path)
 
@@ -76,15 +96,15 @@ class RunFolder:
         return [step for step, _ in found], [value for _, value in found]
 
 
-def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """The runs of run folders and of folders of runs, in order, each once.
+def read_runs(paths: Sequence[Path], stages: Collection[str] | None = None) -> list[RunFolder]:
+    """The runs of run folders and of folders of runs, in order, each once; of the latter only `stages`, if given.
 
     Raises:
         RunError: a path is no folder, no run and holds none, or one of its files is damaged.
     """
     found: dict[Path, RunFolder] = {}
     for path in paths:
-        for run in _runs_of(path):
+        for run in _runs_of(path, stages):
             found.setdefault(run.path.resolve(), run)
     labels = distinct_labels([run.path.resolve().parts for run in found.values()])
     return [replace(run, label=label) for run, label in zip(found.values(), labels, strict=True)]
@@ -133,14 +153,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _runs_of(path: Path) -> list[RunFolder]:
+def _runs_of(path: Path, stages: Collection[str] | None) -> list[RunFolder]:
     if not path.is_dir():
         raise RunError(f"{path}: no such folder. Give the folder of a run, or a folder of runs.")
     if (manifest := read_manifest(path)) is not None:
         return [RunFolder(path, manifest)]
-    inside = {child.name: read_manifest(child) for child in path.iterdir() if child.is_dir()}
+    children = (child for child in path.iterdir() if child.is_dir() and (stages is None or child.name in stages))
+    inside = {child.name: read_manifest(child) for child in children}
     runs = [
-        RunFolder(path / name, manifest, pipeline=path.resolve().name)
+        RunFolder(path / name, manifest, pipeline=path.resolve())
         for name, manifest in inside.items()
         if manifest is not None
     ]

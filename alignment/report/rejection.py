@@ -36,6 +36,12 @@ def section(runs: Sequence[RunFolder]) -> Section:
 
 def _potential(rounds: Sequence[RunFolder]) -> Chart | None:
     curves = []
+    caption = (
+        "The distance between the curves is what the best can gain, by reward alone: selection prefers answers that "
+        "ended by themselves. Where best flattens, more samples are wasted (Llama 2, Fig. 7)."
+    )
+    if len(rounds) > 1:
+        caption += " Rounds compare where their prompts, temperature and reward models are the same."
     for index, run in enumerate(rounds):
         path = run.path / "potential.json"
         curve = read_object(path) if path.is_file() else {}
@@ -48,8 +54,7 @@ def _potential(rounds: Sequence[RunFolder]) -> Chart | None:
     return curve_chart(
         "potential",
         "Reward of the best and the median of N samples",
-        "The distance between the curves is what the best can gain, by reward alone: selection prefers answers that "
-        "ended by themselves. Where best flattens, more samples are wasted (Llama 2, Fig. 7).",
+        caption,
         curves,
         x_label="samples of a prompt (N)",
         y_label="gated reward (logit)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,20 @@ class Asked(NamedTuple):
 
     prompt: Prompt
     ids: list[int]
+
+
+class Judge(NamedTuple):
+    """How a reward model reads a prompt with an answer.
+
+    Attributes:
+        chat: its chat format.
+        context: tokens of both together at most.
+        room: tokens of a prompt at most, beside an answer of full length.
+    """
+
+    chat: ChatFormat
+    context: int
+    room: int
 
 
 def choose_prompts(data: Loaded[Prompt], section: PromptSection, seed: int) -> list[Prompt]:
@@ -66,7 +81,8 @@ def fit_prompts(
     """The prompts that fit, without the oldest turns of those that are too long, and their token ids.
 
     So what is scored, kept and trained on later is what was answered. Those that do not fit, those that lost old
-    turns, and those that the chat format refuses are counted in the manifest, as are those that are used.
+    turns, and those that the chat format refuses are counted in the manifest, as are those that are used. Prompts that
+    are the same to the model are safety prompts where one of them is.
 
     Args:
         chat: the format of the model that answers.
@@ -99,7 +115,11 @@ def fit_and_count(
             problems.append(f"{prompt.where or 'prompts'}: {error}")
     if section.on_error == "stop":
         raise_together(problems)
-    fitting = [Asked(replace(prompt, messages=messages), ids) for prompt, (messages, ids) in found]
+    marked = {tuple(ids) for prompt, (_, ids) in found if prompt.is_safety}
+    fitting = [
+        Asked(replace(prompt, messages=messages, is_safety=tuple(ids) in marked), ids)
+        for prompt, (messages, ids) in found
+    ]
     if not fitting:
         if len(problems) == len(prompts):
             raise DataError(f"prompts: the chat format refuses all of them, the first because {problems[0]}")
@@ -112,12 +132,29 @@ def fit_and_count(
 
 
 def fit_all_formats(
-    chats: Iterable[ChatFormat], prompts: Sequence[Prompt], section: PromptSection, *, room: int
+    chats: Iterable[ChatFormat],
+    prompts: Sequence[Prompt],
+    section: PromptSection,
+    *,
+    room: int,
+    judges: Mapping[str, Judge] | None = None,
 ) -> tuple[list[Prompt], dict[str, int]]:
-    """The prompts that fit in every one of the formats, as `fit_prompts` has them, and the counts of all others."""
+    """The prompts that fit in every one of the formats, as `fit_prompts` has them, and the counts of all others.
+
+    Reward models, by the setting that names them, have no limit but their own room. Raises DataError as `fit_prompts`
+    does, with the setting of a reward model in front.
+    """
     found, counts = list(prompts), Counter()
     for chat in chats:
         fitting, others = fit_and_count(chat, found, section, room)
+        found = [prompt for prompt, _ in fitting]
+        counts.update(others)
+    by_room = section.model_copy(update={"max_prompt_length": sys.maxsize})
+    for name, judge in (judges or {}).items():
+        try:
+            fitting, others = fit_and_count(judge.chat, found, by_room, judge.room)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
         found = [prompt for prompt, _ in fitting]
         counts.update(others)
     whole = {id(prompt.messages) for prompt in prompts}
@@ -131,13 +168,15 @@ def describe_fitting(
     *,
     seed: int,
     room: int,
+    judges: Mapping[str, Judge] | None = None,
     part: str = "prompts",
 ) -> tuple[str, str]:
     """For `--dry-run`: `8 prompts` that fit every format, and ` PART: 2 too_long.`, or nothing, of those left out.
 
-    Raises DataError as `fit_prompts` does.
+    Raises DataError as `fit_all_formats` does.
     """
-    fitting, counts = fit_all_formats(chats, choose_prompts(data, section, seed), section, room=room)
+    chosen = choose_prompts(data, section, seed)
+    fitting, counts = fit_all_formats(chats, chosen, section, room=room, judges=judges)
     return f"{len(fitting)} prompts", by_part({part: prompts_left_out(counts, data.sources)})
 
 

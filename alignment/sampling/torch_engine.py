@@ -91,7 +91,7 @@ class TorchSampler:
 
         Raises as `sample` does.
         """
-        row = _Row(0, uniforms_of(prompt, index, params))
+        row = _Row(0, index)
         self._check_window([prompt], params)
         with _evaluation(self.model):
             running = self._start([_Unit(tuple(prompt), [row])], params)
@@ -137,9 +137,10 @@ class TorchSampler:
                 "set for them. Such a model cannot be sampled here."
             )
         rows = [sample for unit in units for sample in unit.rows]
+        numbers = [uniforms_of(unit.prompt, sample.stream, params) for unit in units for sample in unit.rows]
         lanes = [lane for lane, unit in enumerate(units) for _ in unit.rows]
         cohort = Cohort(prompts, lanes, most_columns=params.max_new_tokens)
-        uniforms = torch.stack([sample.uniforms for sample in rows])
+        uniforms = torch.stack(numbers)
         uniforms = (uniforms.float() if device.type == "mps" else uniforms).to(device)  # which has no float64
         started = _Running(cohort, rows, uniforms, self.stop_ids, params.max_new_tokens)
         started.record(*draw(logits[cohort.lanes], uniforms[:, 0], params))
@@ -185,10 +186,10 @@ class TorchSampler:
 
 @dataclass
 class _Row:
-    """A sample of the prompt at `index` that grows, with its random numbers, one a token."""
+    """A sample of the prompt at `index` that grows, from the random numbers of a `stream` of its own."""
 
     index: int
-    uniforms: Tensor
+    stream: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
@@ -263,7 +264,7 @@ def _units(
     for index, prompt in enumerate(map(tuple, prompts)):
         rows = by_prompt.setdefault(prompt, [])
         for _ in range(params.num_candidates):
-            row = _Row(index, uniforms_of(prompt, len(rows), params))
+            row = _Row(index, len(rows))
             rows.append(row)
             results[index].append(row)
     for prompt in sorted(by_prompt, key=len, reverse=True):

@@ -3,11 +3,11 @@
     ALIGN_DATA_DIR=/path/to/data python recipes/smollm2/ablations.py [--seeds 0 1 2] -- STUDY... [key=value ...]
 
 Trains every variant of the named studies with every seed at a small size (further settings go to each run), skips what
-is finished, and prints for each variant its accuracy and the difference from the first one, pair by pair, with 95 %
-intervals; for finding unsafe responses (P(safe) below a half) the mean over the seeds. Graded pairs get their ratings
-from ranks (1, 2, 3, 4 or more places apart) and annotators' votes (1, 2, 3 ahead); two fifths of their conversations
-are held out, since the validation file alone has 165 pairs. `--variants` trains some of a study only, e.g. for two
-calls at once with run.num_threads=1 each.
+is finished with the same settings and data, stops where they were others, and prints for each variant its accuracy and
+the difference from the first one, pair by pair, with 95 % intervals; for finding unsafe responses (P(safe) below a
+half) the mean over the seeds. Graded pairs get their ratings from ranks (1, 2, 3, 4 or more places apart) and
+annotators' votes (1, 2, 3 ahead); two fifths of their conversations are held out, since the validation file alone has
+165 pairs. `--variants` trains some of a study only, e.g. for two calls at once with run.num_threads=1 each.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from alignment.cli.stages import STAGES, prepare_libraries
 from alignment.config import load_config
 from alignment.converters import convert_file
 from alignment.data import load_pairs, split_by_prompt, write_rows
-from alignment.manifests import is_finished, read_manifest, read_result
+from alignment.errors import DataError
+from alignment.files import file_sha256
+from alignment.manifests import changed_settings, is_finished, read_manifest, read_result
 from alignment.metrics import mean_interval, show
+from alignment.sources import find_data
 from reward_models.evaluate import win
 from reward_models.trainer import HELD_OUT_SCORES
 
@@ -103,14 +106,22 @@ def main() -> None:
 
 def _study(name: str, study: Study, settings: Sequence[str], options: argparse.Namespace) -> None:
     """Trains, and prints what is finished. Intervals are over pairs, a pair's figure being its mean over the seeds."""
-    found: dict[str, list[Path]] = {}
+    planned: dict[str, dict[Path, list[str]]] = {}
     for variant, extra in study.variants.items():
         folders = {seed: options.runs / name / f"{variant.replace(' ', '-')}-{seed}" for seed in options.seeds}
+        planned[variant] = {
+            folder: [*study.common, *extra, *settings, f"run.seed={seed}", f"run.dir={folder}"]
+            for seed, folder in folders.items()
+        }
+        for folder, whole in planned[variant].items():
+            _check_finished(folder, whole)
+    found: dict[str, list[Path]] = {}
+    for variant, folders_and_settings in planned.items():
         if not options.variants or variant in options.variants:
-            for seed, folder in folders.items():
-                _train(folder, [*study.common, *extra, *settings, f"run.seed={seed}"])
-        if all(map(is_finished, folders.values())):
-            found[variant] = list(folders.values())
+            for folder, whole in folders_and_settings.items():
+                _train(folder, whole)
+        if all(map(is_finished, folders_and_settings)):
+            found[variant] = list(folders_and_settings)
     rows = []
     first = _mean_wins(next(iter(found.values())))
     for variant, runs in found.items():
@@ -129,12 +140,32 @@ def _study(name: str, study: Study, settings: Sequence[str], options: argparse.N
     Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def _train(folder: Path, settings: Sequence[str]) -> Path:
+def _check_finished(folder: Path, settings: Sequence[str]) -> None:
+    """Exits where a run is finished, but has other settings than these, or its data have other contents now."""
+    if not is_finished(folder):
+        return
+    manifest = read_manifest(folder) or {}
+    config = load_config(STAGES["rm"].config_class(), None, settings, check_inputs=False)
+    changed = changed_settings(manifest, config)
+    changed += [entry["name"] for entry in manifest.get("inputs", []) if _is_other_data(entry)]
+    if changed:
+        raise SystemExit(f"{folder}: finished with other {', '.join(changed)}. Remove it, or give another --runs.")
+
+
+def _is_other_data(entry: Mapping[str, str | None]) -> bool:
+    """Whether a run's input has other contents now; one that is gone counts as it was."""
+    try:
+        found = find_data(entry["name"])
+    except DataError:
+        return False
+    return bool(entry["sha256"]) and isinstance(found, Path) and file_sha256(found) != entry["sha256"]
+
+
+def _train(folder: Path, settings: Sequence[str]) -> None:
     if not is_finished(folder):
         stage = STAGES["rm"]
-        config = load_config(stage.config_class(), None, [*settings, f"run.dir={folder}"])
+        config = load_config(stage.config_class(), None, settings)
         stage.run_function()(config, resume=read_manifest(folder) is not None)
-    return folder
 
 
 def _mean_of(intervals: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

@@ -27,7 +27,8 @@ const FEW = 8;
 const lists = [];
 for (const form of document.querySelectorAll("form.filter")) {
   const asked = [...form.parentElement.querySelectorAll("article.asked")];
-  const texts = asked.map((article) => article.textContent.toLowerCase());
+  const texts = asked.map((article) =>
+    [...article.querySelectorAll(".said, .prompt, .text")].map((part) => part.textContent).join("\n").toLowerCase());
   const more = form.parentElement.querySelector("button.more");
   let limit = FEW;
   const apply = () => {
