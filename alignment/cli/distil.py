@@ -9,13 +9,12 @@ import torch
 from accelerate import PartialState
 
 from alignment.data import load_prompts
-from alignment.dialogue import Messages
+from alignment.dialogue import Messages, RowError
 from alignment.distributed import for_all, map_over_processes
-from alignment.errors import DataError
 from alignment.isolation import isolated
 from alignment.model_folders import check_is_chat_model, load_chat_of
 from alignment.progress import ProgressBar
-from reward_models.score import fit_tree
+from reward_models.score import check_fits
 from rlhf.judges import judges_context, load_scorer
 from sft import context_distillation
 from sft.config import DistilConfig
@@ -51,10 +50,10 @@ def _reader(config: DistilConfig) -> context_distillation.IsReadable:
 
     def is_readable(prompt: Messages, responses: Sequence[str]) -> bool:
         try:
-            tree, _ = fit_tree(chat, prompt, responses, context)
-        except DataError:
+            check_fits(chat, context, prompt, responses)
+        except RowError:
             return False
-        return tree is not None
+        return True
 
     return is_readable
 
