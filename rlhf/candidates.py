@@ -18,7 +18,7 @@ from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.engines import open_sampler
-from alignment.sampling.prompts import Asked, Judge, as_candidate, fit_all_formats, fit_prompts, sampling_params
+from alignment.sampling.prompts import Asked, Judge, as_candidate, fit_prompts, sampling_params
 from alignment.sampling.protocol import Sample, Sampler
 from rlhf.config import RejectionSamplingConfig
 
@@ -32,16 +32,15 @@ def distinct_prompts(
     run_dir: Run,
     judges: Mapping[str, Judge] | None = None,
 ) -> list[Asked]:
-    """The prompts of `fit_all_formats`, those that are the same to the model once; the manifest counts the others.
+    """The prompts of `fit_prompts`, those that are the same to the model once; the manifest counts the others.
 
     Raises DataError as it does.
     """
-    found, counts = fit_all_formats([chat], prompts, section, room=room, judges=judges)
-    fitting = fit_prompts(chat, found, section, room=room)
+    fitting = fit_prompts(chat, prompts, section, room=room, judges=judges, run_dir=run_dir)
     distinct: dict[tuple[int, ...], Prompt] = {}
     for prompt, ids in fitting:
         distinct.setdefault(tuple(ids), prompt)
-    run_dir.note(prompts={"used": len(fitting), **counts}, duplicate_prompts=len(fitting) - len(distinct))
+    run_dir.note(duplicate_prompts=len(fitting) - len(distinct))
     return [Asked(prompt, list(ids)) for ids, prompt in distinct.items()]
 
 

@@ -20,7 +20,6 @@ from alignment.sampling.prompts import (
     Judge,
     as_candidate,
     choose_prompts,
-    fit_all_formats,
     fit_prompts,
     sample_shared,
     sampling_params,
@@ -64,9 +63,8 @@ class HeldOut:
         self._prompts = choose_prompts(data, self.section.as_prompts(config.prompts), config.run.seed)
         self._asked: list[Asked] = []
         if self._prompts:
-            fitting, counts = fit_all_formats([chat], self._prompts, config.prompts, room=room, judges=judges)
-            self._asked = fit_prompts(chat, fitting, config.prompts, room=room)
-            run_dir.note(evaluation_prompts={"used": len(self._asked), **counts})
+            noted = {"run_dir": run_dir, "noted_as": "evaluation_prompts"}
+            self._asked = fit_prompts(chat, self._prompts, config.prompts, room=room, judges=judges, **noted)
         self.history: list[dict[str, float]] = []
         self.best_iteration = 0
         self._best: dict[str, torch.Tensor] = {}

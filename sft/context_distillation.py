@@ -205,9 +205,9 @@ def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, bool]], bar: P
     `dropped` says why there are none: `too_long`, or `refused` where the chat format cannot write the prompt or one of
     the answers; null otherwise.
     """
-    asked, contexts = [], {}
+    asked, contexts, writes_system = [], {}, speaker.has_system_turn
     for index, (prompt, preprompt, _) in enumerate(given):
-        behind = partial(with_preprompt, preprompt=preprompt, has_system_turn=speaker.has_system_turn)
+        behind = partial(with_preprompt, preprompt=preprompt, has_system_turn=writes_system)
         messages = _shortened(speaker.fits, prompt.messages, behind)
         asked.append(messages)
         contexts[2 * index], contexts[2 * index + 1] = messages, behind(messages)

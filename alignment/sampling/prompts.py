@@ -75,6 +75,7 @@ def fit_prompts(
     section: PromptSection,
     *,
     room: int,
+    judges: Mapping[str, Judge] | None = None,
     run_dir: Run | None = None,
     noted_as: str = "prompts",
 ) -> list[Asked]:
@@ -89,13 +90,18 @@ def fit_prompts(
         prompts: what it is asked.
         section: its `max_prompt_length` is the limit; its `on_error` decides about those that are refused.
         room: tokens that a model's context leaves for a prompt beside its response: a limit too.
+        judges: reward models that have to read it, too, as in `fit_all_formats`.
         run_dir: with a manifest to count in.
         noted_as: the name of its entry.
 
     Raises:
         DataError: no prompt fits, or the chat format refuses one and bad rows are not to be skipped.
     """
-    fitting, counts = fit_and_count(chat, prompts, section, room)
+    if judges:
+        prompts, counts = fit_all_formats([chat], prompts, section, room=room, judges=judges)
+        fitting, _ = fit_and_count(chat, prompts, section, room)
+    else:
+        fitting, counts = fit_and_count(chat, prompts, section, room)
     if run_dir is not None:
         run_dir.note(**{noted_as: {"used": len(fitting), **counts}})
     return fitting
