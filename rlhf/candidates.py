@@ -71,6 +71,14 @@ def sample_candidates(
     }
 
 
+def round_seed(seed: int, number: int) -> int:
+    """The seed of a round's samples: the run's own in round 1, another in every other round.
+
+    With the same one a policy that has changed little would begin its answers as the policy before it did.
+    """
+    return (seed + 1_000_003 * (number - 1)) % 2**32
+
+
 def read_candidates(folder: Path) -> dict[tuple[Messages, float | None], list[Candidate]]:
     """Candidates by prompt and temperature, of all processes' files; a line that was being written is not there."""
     found = {}
@@ -109,7 +117,8 @@ def _sample(
         for temperature, prompts in missing.items():
             mine = [prompts[index] for index in shares(prompts, state.num_processes)[state.process_index]]
 
-            params = replace(sampling_params(sampling, config.run.seed), temperature=temperature)
+            seed = round_seed(config.run.seed, config.round)
+            params = replace(sampling_params(sampling, seed), temperature=temperature)
 
             def keep(index: int, samples: list[Sample], mine=mine, params=params) -> None:
                 prompt, _ = mine[index]

@@ -86,7 +86,7 @@ class RejectionSamplingConfig(StageConfig):
     sampling: RejectSampling = RejectSampling()
 
     round: NonNegativeInt = 1
-    """Number of this round, written into its candidates."""
+    """Number of this round, written into its candidates. Each draws with random numbers of its own."""
 
     earlier_rounds: DataSources = []
     """`candidates.jsonl` of earlier rounds."""

@@ -14,7 +14,7 @@ from alignment.errors import RunError
 from alignment.hardware import process_state
 from alignment.model_folders import load_chat_of
 from alignment.runs import open_run
-from rlhf.candidates import distinct_prompts, read_candidates, remove_candidates, sample_candidates
+from rlhf.candidates import distinct_prompts, read_candidates, remove_candidates, round_seed, sample_candidates
 from rlhf.config import RejectionSamplingConfig
 
 
@@ -27,11 +27,12 @@ def line(text: str, *responses: str) -> str:
     return json.dumps(rows) + "\n"
 
 
-def settings(folder, **sampling) -> RejectionSamplingConfig:
+def settings(folder, round_number: int = 1, **sampling) -> RejectionSamplingConfig:
     model = {"path": "toy", "dtype": "float32"}
     return RejectionSamplingConfig.model_validate(
         {
             "model": model,
+            "round": round_number,
             "rewards": {"helpfulness": model, "safety": model},
             "prompts": {"prompts": "toy:prompts.train", "max_prompt_length": 60},
             "sampling": {"num_candidates": 2, "max_new_tokens": 6, **sampling},
@@ -126,6 +127,16 @@ def test_candidates_of_every_temperature_are_apart_and_drawn_with_the_same_rando
     # A temperature so near that float32 does not tell it from 1 gives the same answers from the same numbers.
     near = drawn(tmp_path / "near", [prompt("a"), prompt("b")], temperature=1.0 + 1e-9)
     assert [c.response for c in near] == [c.response for c in warm] and near != warm
+
+
+def test_every_round_draws_with_random_numbers_of_its_own(tmp_path):
+    """The same policy, prompts and seed. In round 1 they are those of the run's seed."""
+    rounds = [drawn(tmp_path / f"{number}", [prompt("a"), prompt("b")], round_number=number) for number in range(4)]
+    answers = {tuple(candidate.response for candidate in found) for found in rounds}
+    assert len(answers) == 4
+    assert [found[0].seed for found in rounds] == [round_seed(5, number) for number in range(4)]
+    assert round_seed(5, 1) == 5 and round_seed(0, 0) >= 0
+    assert rounds[2] == drawn(tmp_path / "again", [prompt("a"), prompt("b")], round_number=2)
 
 
 def test_time_and_memory_are_noted_as_candidates_come(tmp_path, monkeypatch):

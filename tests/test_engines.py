@@ -185,9 +185,10 @@ def test_results_come_in_the_order_of_prompts_and_candidates_however_they_finish
     heard: list[int] = []
     prompts: dict[int, list[Sample]] = {}
     params = SamplingParams(num_candidates=3, max_new_tokens=1)
-    found = sampler.sample(PROMPTS, params, on_progress=heard.append, on_prompt=prompts.__setitem__)
+    assert sampler.sample(PROMPTS, params, on_progress=heard.append, on_prompt=prompts.__setitem__) == [[], [], []]
     assert heard == [3, 3, 3]
     assert list(prompts) == [2, 1, 0]
+    found = sampler.sample(PROMPTS, params)
     assert found == [prompts[index] for index in range(3)]
     for of_prompt in found:
         (first,) = of_prompt[0].token_ids

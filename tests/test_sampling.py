@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -330,6 +331,21 @@ def test_samples_do_not_depend_on_how_many_follow(exact_llama, expected_samples)
     fewer = SamplingParams(num_candidates=2, max_new_tokens=14, temperature=1.2, seed=7)
     found = ids(TorchSampler(exact_llama, stop_ids=[3, 4]).sample(PROMPTS, fewer))
     assert found == [of_prompt[:2] for of_prompt in expected_samples]
+
+
+def test_samples_that_are_handed_over_are_not_kept(exact_llama, expected_samples):
+    """Of 20 samples in lots of four no more than two lots live at once."""
+    handed: dict[int, list[list[int]]] = {}
+    living: list[int] = []
+
+    def take(index: int, samples: list[Sample]) -> None:
+        [handed[index]] = ids([samples])
+        living.append(sum(isinstance(each, torch_engine._Row) and bool(each.token_ids) for each in gc.get_objects()))
+
+    sampler = TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=4)
+    assert sampler.sample(PROMPTS, PARAMS, on_prompt=take) == [[] for _ in PROMPTS]
+    assert [handed[index] for index in range(len(PROMPTS))] == expected_samples
+    assert max(living) <= 8
 
 
 def test_a_larger_limit_lengthens_samples_without_changing_them(exact_llama, expected_samples):

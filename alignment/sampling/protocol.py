@@ -53,6 +53,7 @@ class Sampler(Protocol):
             prompts: not empty, each of at least one token.
             params: how many samples, and how they are drawn.
             on_progress: hears of finished samples, a count each time.
-            on_prompt: gets each prompt's index and samples as soon as it has them all.
+            on_prompt: is handed each prompt's index and samples as soon as it has them all. These are not kept: the
+                prompt's place in the result is an empty list, so that memory holds what is being sampled.
         """
         ...

@@ -78,7 +78,9 @@ class TorchSampler:
                 for row in left:
                     missing[row.index] -= 1
                     if on_prompt and not missing[row.index]:
-                        on_prompt(row.index, [each.sample for each in results[row.index]])
+                        samples = [each.sample for each in results[row.index]]
+                        results[row.index].clear()
+                        on_prompt(row.index, samples)
         return [[row.sample for row in rows] for rows in results]
 
     @torch.no_grad()

@@ -129,11 +129,12 @@ class VllmSampler:
                     finished = [(output.request_id, _samples(output, params)) for output in engine.step()]
                 for request_id, samples in finished:
                     index = pending.pop(request_id)
-                    results[index] = samples
                     if on_progress:
                         on_progress(len(samples))
                     if on_prompt:
                         on_prompt(index, samples)
+                    else:
+                        results[index] = samples
         except BaseException:
             self._abort(list(pending))
             raise
