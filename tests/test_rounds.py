@@ -1,6 +1,7 @@
 """Rounds of a pipeline: what a `repeat` block stands for, and what is wrong with one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -69,6 +70,59 @@ def test_the_command_line_changes_a_block():
 def test_what_is_wrong_with_a_block_is_said(change, problem):
     _, _, problems = expand_rounds({"rounds": {**BLOCK, **change}}, {}, "p.yaml")
     assert problems and problems[0].startswith(f"p.yaml: {problem}")
+
+
+def test_a_later_stage_has_all_versions_however_many_there_are():
+    named = {"policies": {"sft": "${sft}", "v${round}": {"path": "${each.rs}", "dtype": "float32"}, "ppo": "${ppo}"}}
+    listed = {"data": {"train": ["mine.jsonl", "${each.reject}/sft.jsonl", "${reject}/candidates.jsonl"]}}
+    for repeat in (1, 3):
+        entries = {"rounds": {**BLOCK, "repeat": repeat}, "eval": named, "student": listed}
+        stages, _, problems = expand_rounds(entries, {}, "p.yaml")
+        assert problems == []
+        versions = {f"v{n}": {"path": f"${{rs-{n}}}", "dtype": "float32"} for n in range(1, repeat + 1)}
+        policies = stages["eval"]["policies"]
+        assert policies == {"sft": "${sft}", **versions, "ppo": "${ppo}"}
+        assert list(policies) == ["sft", *versions, "ppo"]
+        files = [f"${{reject-{n}}}/sft.jsonl" for n in range(1, repeat + 1)]
+        assert stages["student"]["data"]["train"] == ["mine.jsonl", *files, "${reject}/candidates.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        (
+            {"policies": {"rs": "${each.rs}"}},
+            "policies.rs: ${each.rs} stands for many rounds. Write it as an item of a list, or with a name for each: "
+            '"rs-${round}". The last one is ${rs}.',
+        ),
+        (
+            {"policies": {"rs-${round}": "${rs}"}},
+            "policies.rs-${round}: has a ${round} in its name and no ${each.STAGE}, whose rounds these are.",
+        ),
+        (
+            {"data": ["${each.sr}/sft.jsonl"]},
+            "data: ${each.sr} is no repeated stage before this one. Known: reject, rs, again.",
+        ),
+        ({"p-${round}": ["${each.rs}", "${each.again}"]}, "p-${round}: again, rs have different numbers of rounds."),
+    ],
+)
+def test_what_is_wrong_with_all_versions_is_said(entry, problem):
+    entries = {"rounds": BLOCK, "others": {"repeat": 2, "stages": {"again": {}}}, "eval": entry}
+    _, _, problems = expand_rounds(entries, {}, "p.yaml")
+    assert problems == [f"p.yaml: stages.eval.{problem}"]
+
+
+def test_without_rounds_there_are_no_versions():
+    _, _, problems = expand_rounds({"eval": {"data": ["${each.rs}"]}, "rounds": BLOCK}, {}, "p.yaml")
+    expected = "${each.rs} is no repeated stage before this one. There is no repeat block before this stage."
+    assert problems == [f"p.yaml: stages.eval.data: {expected}"]
+
+
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_the_recipe_evaluates_every_version(repeat):
+    path = Path(__file__).parents[1] / "recipes" / "toy" / "rounds.yaml"
+    evaluation = load_pipeline(path, [f"rounds.repeat={repeat}"]).stages[-1].config
+    assert list(evaluation.policies) == ["sft", *(f"rs-{number}" for number in range(1, repeat + 1))]
 
 
 def test_names_may_not_clash():

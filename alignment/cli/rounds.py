@@ -12,6 +12,9 @@
         rs: {stage: sft, data: {train: ["${reject}/sft.jsonl"]}, ...}   # that of this round
 
 This stands for the stages reject-1, rs-1, reject-2, rs-2, ...; after the block, ${rs} is rs-4 and ${rs-1} the first.
+Later stages have all versions, however many there are, as an item of a list, ["${each.rs}"], or by name:
+
+    eval: {policies: {sft: "${sft}", "rs-${round}": "${each.rs}"}, ...}
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from alignment.config import merge
 # What names mean in references and on the command line.
 _TAKEN = ("here", "round", "runs", "defaults", "stages")
 _NUMBERED = re.compile(r"\$\{(?:(last|earlier)\.)?([^}.]*)\}")
+_EACH = re.compile(r"\$\{each\.([^}]*)\}")
 
 
 def expand_rounds(
@@ -43,10 +47,11 @@ def expand_rounds(
     """
     stages: dict[str, Any] = {}
     outside: dict[str, str] = {}
+    repeated: dict[str, int] = {}  # stages of the blocks so far, and how often there is each
     problems = [f"{where}: stages: {problem}" for problem in _name_problems(entries)]
     for name, entry in entries.items():
         if not isinstance(entry, Mapping) or "repeat" not in entry:
-            found = {name: entry}
+            found = {name: _of_each(entry, repeated, f"{where}: stages.{name}", problems)}
         else:
             over = given.get(name)
             block = merge(entry, over if isinstance(over, Mapping) else {})
@@ -56,6 +61,7 @@ def expand_rounds(
                 continue
             found = _written_out(block, f"{where}: stages.{name}", problems)
             outside |= {f"{inner}-{block['repeat']}": inner for inner in block["stages"]}
+            repeated |= dict.fromkeys(block["stages"], block["repeat"])
         problems += [f"{where}: stages.{each}: there are two stages of this name." for each in found if each in stages]
         stages |= found
     for name in outside.values():
@@ -115,7 +121,7 @@ def _in_round(value: Any, block: Mapping[str, Any], number: int, where: str, pro
         items: list[Any] = []
         for entry in value:
             rounds = range(1, number) if isinstance(entry, str) and "${earlier." in entry else [number]
-            items += [_in_round(_of_earlier(entry, each), block, number, where, problems) for each in rounds]
+            items += [_in_round(_numbered(entry, "earlier", each), block, number, where, problems) for each in rounds]
         return items
     if not isinstance(value, str):
         return value
@@ -143,5 +149,67 @@ def _in_round(value: Any, block: Mapping[str, Any], number: int, where: str, pro
     return _NUMBERED.sub(name_of, value)
 
 
-def _of_earlier(entry: Any, number: int) -> Any:
-    return re.sub(r"\$\{earlier\.([^}]*)\}", rf"${{\1-{number}}}", entry) if isinstance(entry, str) else entry
+def _of_each(value: Any, repeated: Mapping[str, int], where: str, problems: list[str]) -> Any:
+    """What a stage after repeated ones says, with all their rounds written out."""
+    if isinstance(value, Mapping):
+        found: dict[Any, Any] = {}
+        for key, entry in value.items():
+            place = f"{where}.{key}"
+            if isinstance(key, str) and "${round}" in key:
+                for number in _rounds_of(entry, repeated, place, problems):
+                    found[key.replace("${round}", str(number))] = _numbered(entry, "each", number)
+            else:
+                found[key] = _of_each(entry, repeated, place, problems)
+        return found
+    if isinstance(value, list):
+        items: list[Any] = []
+        for entry in value:
+            if isinstance(entry, str) and "${each." in entry:
+                items += [_numbered(entry, "each", each) for each in _rounds_of(entry, repeated, where, problems)]
+            else:
+                items.append(_of_each(entry, repeated, where, problems))
+        return items
+    if isinstance(value, str) and (found_in := _EACH.search(value)):
+        name, key = found_in.group(1), where.rpartition(".")[2]
+        problems.append(
+            f"{where}: {found_in.group()} stands for many rounds. Write it as an item of a list, or with a name for "
+            f'each: "{key}-${{round}}". The last one is ${{{name}}}.'
+        )
+        return ""
+    return value
+
+
+def _rounds_of(entry: Any, repeated: Mapping[str, int], where: str, problems: list[str]) -> range:
+    """The rounds of the stages that are named as `${each.NAME}`."""
+    names = {name for text in _texts(entry) for name in _EACH.findall(text)}
+    if not names:
+        problems.append(f"{where}: has a ${{round}} in its name and no ${{each.STAGE}}, whose rounds these are.")
+    elif unknown := sorted(names - set(repeated)):
+        known = f"Known: {', '.join(repeated)}." if repeated else "There is no repeat block before this stage."
+        problems.append(f"{where}: ${{each.{unknown[0]}}} is no repeated stage before this one. {known}")
+    elif len({repeated[name] for name in names}) > 1:
+        problems.append(f"{where}: {', '.join(sorted(names))} have different numbers of rounds.")
+    else:
+        return range(1, repeated[names.pop()] + 1)
+    return range(0)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif isinstance(value, str):
+        yield value
+        return
+    elif not isinstance(value, list):
+        return
+    for entry in value:
+        yield from _texts(entry)
+
+
+def _numbered(value: Any, when: str, number: int) -> Any:
+    """`${when.NAME}` becomes `${NAME-number}`."""
+    if isinstance(value, Mapping):
+        return {key: _numbered(entry, when, number) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbered(entry, when, number) for entry in value]
+    return re.sub(rf"\$\{{{when}\.([^}}]*)\}}", rf"${{\1-{number}}}", value) if isinstance(value, str) else value
