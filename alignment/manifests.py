@@ -21,6 +21,11 @@ from alignment.sources import find_model, find_template, place_of
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+# What a tokenizer is made from where there is no tokenizer.json.
+VOCABULARY_FILES = (
+    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
+    "tokenizer.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 # Of a run; an outdated one is to be made again from the start.
 RUNNING, FINISHED, OUTDATED = "running", "finished", "outdated"
 
@@ -147,7 +152,8 @@ def template_hashes(config: StageConfig) -> dict[str, str]:
 
 def tokenizer_sha256(folder: Path) -> str:
     """One digest of the tokenizer and the chat template in a model's folder."""
-    files = [folder / each for each in TOKENIZER_FILES if (folder / each).is_file()]
+    names = TOKENIZER_FILES if (folder / "tokenizer.json").is_file() else (*TOKENIZER_FILES, *VOCABULARY_FILES)
+    files = [folder / each for each in names if (folder / each).is_file()]
     digests = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
     return hashlib.sha256(digests.encode()).hexdigest()
 

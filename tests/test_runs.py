@@ -34,6 +34,7 @@ from alignment.manifests import (
     read_manifest,
     read_result,
     settings,
+    tokenizer_sha256,
     upstream_runs,
 )
 from alignment.runs import (
@@ -349,6 +350,18 @@ def test_a_run_does_not_go_on_with_another_chat_template(config, tmp_path):
     write_json(path / "manifest.json", manifest)
     own.write_text("two")
     open_run(config, resume=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "merges.txt"])
+def test_another_vocabulary_is_another_tokenizer_where_it_is_made_from_that(tmp_path, name):
+    (tmp_path / name).write_text("one")
+    before = tokenizer_sha256(tmp_path)
+    (tmp_path / name).write_text("two")
+    assert tokenizer_sha256(tmp_path) != before
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = tokenizer_sha256(tmp_path)
+    (tmp_path / name).write_text("three")
+    assert tokenizer_sha256(tmp_path) == before
 
 
 @pytest.mark.parametrize("leaves_a_folder", [False, True])
