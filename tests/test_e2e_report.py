@@ -270,6 +270,18 @@ def test_on_paper_everything_is_open_and_afterwards_as_it_was(open_page):
     assert (page.locator(closed).count(), page.locator(shown).count()) == (folded, few)
 
 
+def test_every_table_fits_a_sheet_of_paper(open_page, report_of_more, pipeline, tmp_path):
+    """Letter is the narrower one: 940 pixels across between its margins."""
+    for path in (report_of_more, write_report_of_two(pipeline, tmp_path / "a-pipeline-whose-name-has-forty-letters")):
+        page = open_page(940, path=path)
+        page.emulate_media(media="print")
+        page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        widths = page.eval_on_selector_all(
+            "table", "tables => tables.map(t => [t.scrollWidth, t.parentElement.clientWidth])"
+        )
+        assert widths and all(table <= room + 1 for table, room in widths), widths
+
+
 def test_a_phone_needs_no_sideways_scrolling_and_its_text_is_large_enough(open_page):
     page = open_page(380)
     assert page.evaluate("document.documentElement.scrollWidth") <= 380

@@ -120,7 +120,7 @@ def test_an_evaluation_is_tabled_under_the_names_of_what_was_measured(evaluated,
         expected |= {label: f"{row[key]['value']:.0%}" for key, label in SHARES.items()}
         expected |= {
             "KL": f"{row['kl']['value']:.1f}",
-            "cut off": f"{100 * row['truncated_rate']:.0f} %",
+            "cut off": f"{row['truncated_rate']:.0%}",
             "words": f"{row['mean_words']}",
             "distinct-2": f"{row['distinct_2']:.2f}",
         }

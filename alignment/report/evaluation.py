@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -130,7 +129,7 @@ def _table(run: RunFolder) -> Table:
             *(interval(row[key], "+.0%") for key in changes),
             *(interval(row.get("truth", {}).get(key), ".0%" if "rate" in key else ".3f") for key in truth),
             *([interval(row.get("kl"), ".1f")] if has_kl else []),
-            number(100 * row.get("truncated_rate", math.nan), ".0f", " %"),
+            number(row.get("truncated_rate"), ".0%"),
             number(row.get("mean_words"), ".0f"),
             number(row.get("distinct_2"), ".2f"),
         ]
