@@ -25,7 +25,8 @@ notebooks: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --nbmake --nbmake-timeout=600 --durations=0 notebooks
 
 test-real: setup
-	$(BIN)/pytest -m real
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m real -n auto --maxprocesses 4 --dist worksteal \
+		$$(grep -l 'mark\.real' tests/test_*.py)
 
 test-vllm: $(VLLM_VENV)/.ready
 	VLLM_CPU_KVCACHE_SPACE=$(VLLM_CPU_KVCACHE_SPACE) $(VLLM_VENV)/bin/pytest -m vllm

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from alignment.errors import ModelError
 from alignment.low_rank import use_low_rank_linear
@@ -170,13 +171,15 @@ def attach_frozen(decoder: nn.Module, adapter: Adapter) -> None:
 def take_off(model: nn.Module, adapter: Adapter, files: Mapping[str, Path]) -> None:
     """Gives a model that was loaded with an adapter merged the weights below it, in place and in their type.
 
-    The difference is taken in the precision of the files that each weight is in, by its name.
+    The difference is taken in the precision of the files that each weight is in, by its name there: a model of text
+    and images has others in memory.
     """
     decoder = model.get_decoder()
     prefix = _prefix(model, decoder)
     for layer, (first, second) in adapter.layers.items():
-        name = f"{prefix}{layer}.weight"
-        decoder.get_parameter(f"{layer}.weight").copy_(read_weight(files[name], name).float() - second @ first)
+        weight = decoder.get_parameter(f"{layer}.weight")
+        [name] = revert_weight_conversion(model, {f"{prefix}{layer}.weight": weight})
+        weight.copy_(read_weight(files[name], name).float() - second @ first)
 
 
 def keep_frozen_active(model: nn.Module) -> None:

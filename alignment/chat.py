@@ -227,7 +227,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatF
         tokenizer.chat_template = CHATML
     elif name != "auto":
         try:
-            tokenizer.chat_template = find_template(name).read_text(encoding="utf-8")
+            tokenizer.chat_template = find_template(name).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ModelError(f"{name}: not UTF-8 at byte {error.start}. Save the chat template as UTF-8.") from error
     if not tokenizer.chat_template:

@@ -131,6 +131,11 @@ def check_split(accelerator: Accelerator) -> None:
         )
     if is_split(accelerator) and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ConfigError("FSDP 1, accelerate's default, is not supported. Add --fsdp_version 2 to accelerate launch.")
+    if is_split(accelerator) and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise ConfigError(
+            "FSDP's own activation checkpointing is not supported. Leave --fsdp_activation_checkpointing out, and set "
+            "model.gradient_checkpointing=true."
+        )
 
 
 def compute_in(accelerator: Accelerator, dtype: torch.dtype) -> None:

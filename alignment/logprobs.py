@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from alignment.errors import ModelError
+from alignment.model_checks import reach_of
 from alignment.prefix_batch import PrefixBatch
 from alignment.tree_attention import TREE_ATTENTION, some_queries, tree_blocks
 
@@ -158,12 +159,12 @@ def _last_layer_only_for(inner: nn.Module, needed: Int[Tensor, " S"]) -> list[Re
 
 
 def _check_window(inner: nn.Module, batch: PrefixBatch) -> None:
-    """Our masks let every token see its whole path. Raises ModelError where a model's window is shorter than that."""
-    window = getattr(inner.config.get_text_config(decoder=True), "sliding_window", None)
-    if window and batch.input_ids.shape[1] > window and (longest := int(batch.position_ids.max()) + 1) > window:
+    """Our masks let every token see its whole path. Raises ModelError where that is longer than a model's reach."""
+    reach = reach_of(inner.config)
+    if reach and batch.input_ids.shape[1] > reach.tokens < (longest := int(batch.position_ids.max()) + 1):
         raise ModelError(
-            f"{inner.config.model_type}: its attention sees {window} tokens back, and a row has {longest}. That is not "
-            f"supported: keep prompt and response within {window} tokens (data.max_length)."
+            f"{inner.config.model_type}: {reach.why}, and a row has {longest}. That is not "
+            f"supported: keep prompt and response within {reach.tokens} tokens (data.max_length)."
         )
 
 

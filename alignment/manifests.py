@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from alignment.config import StageConfig
 from alignment.errors import RunError
 from alignment.files import file_sha256, read_object, write_json
-from alignment.sources import find_model, find_template, place_of
+from alignment.sources import expanded, find_model, find_template, place_of
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
@@ -111,15 +111,15 @@ def upstream_runs(config: StageConfig) -> dict[str, str]:
     """
     found = {}
     for key, name, _ in config.input_names():
-        place = Path(name).expanduser()
-        manifest = next(filter(None, map(_manifest_of_a_run, (place, *place.parents))), None)
+        place = expanded(name)
+        manifest = next(filter(None, map(manifest_of_a_run, (place, *place.parents))), None)
         if manifest is not None:
             found[f"{key}: {name}"] = "" if manifest.get("status") == OUTDATED else manifest.get("id", "")
     return found
 
 
-def _manifest_of_a_run(folder: Path) -> dict[str, Any] | None:
-    """A run's manifest; None where there is none, or only a file of that name by another program."""
+def manifest_of_a_run(folder: Path) -> dict[str, Any] | None:
+    """A run's manifest, or None where there is no run: a file of that name may be another program's."""
     with suppress(RunError):
         manifest = read_manifest(folder)
         if manifest is not None and "stage" in manifest:
@@ -129,7 +129,8 @@ def _manifest_of_a_run(folder: Path) -> dict[str, Any] | None:
 
 def weights_sha256(folder: Path) -> str:
     """One digest of a model folder's weights: of its only file, or of the digests of all its shards."""
-    digests = [file_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digests = [file_sha256(path) for path in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

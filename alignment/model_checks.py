@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,27 @@ def check_logits(model: PreTrainedModel, path: str) -> None:
             f"{path}: a {config.model_type} with {' and '.join(found)}, which is not supported: its log-probabilities "
             "would be computed without, and training on them be wrong. Take a model of another family."
         )
+
+
+class Reach(NamedTuple):
+    """Up to how many tokens of a dialogue a model computes what ours reckons with, and why no more."""
+
+    tokens: int
+    why: str
+
+
+def reach_of(config: PreTrainedConfig) -> Reach | None:
+    """None where nothing but the context limits a dialogue."""
+    config = config.get_text_config(decoder=True)
+    found = []
+    if window := getattr(config, "sliding_window", None):
+        found.append(Reach(window, f"its attention sees {window} tokens back"))
+    rope = getattr(config, "rope_parameters", None) or {}
+    for entry in (rope, *(each for each in rope.values() if isinstance(each, Mapping))):  # some have one a layer type
+        if entry.get("rope_type") == "longrope":
+            tokens = entry["original_max_position_embeddings"]
+            found.append(Reach(tokens, f"one of more than {tokens} tokens changes the positions of all beside it"))
+    return min(found, default=None)
 
 
 def check_vocabulary(embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

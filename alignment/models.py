@@ -245,11 +245,11 @@ def _from_pretrained(
         if not empty:
             model, found = cls.from_pretrained(folder, output_loading_info=True, **options, **extra)
             check_complete(model, found["missing_keys"], name)
-            return _without_dropout(model)
+            return _as_used_here(model)
         with no_init_weights():
             model = cls.from_config(config, **options)
         model.tie_weights()
-        return _without_dropout(model)
+        return _as_used_here(model)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE."
@@ -260,11 +260,21 @@ def _from_pretrained(
         raise ModelError(f"{name}: its weights cannot be read ({error}). {COPY_AGAIN}") from error
 
 
-def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """A model's own dropout is off: PPO's first ratios are 1, and margins are compared, without it. Llama has none.
+def _as_used_here(model: PreTrainedModel) -> PreTrainedModel:
+    """Without a model's own dropout, which PPO's first ratios and margins are not to have; Llama has none.
 
-    Some have it in modules, others call the function with a rate of theirs: `dropout`, `layerdrop`, `attn_pdrop`.
+    Some have it in modules, others call the function with a rate of theirs: `dropout`, `layerdrop`, `attn_pdrop`. A
+    mixture of experts computes no loss of its own, for which it would want masks of two axes. Flags of sampling that
+    are given without `do_sample` mean that; transformers would not save them so.
     """
+    text_config = model.config.get_text_config(decoder=True)
+    if getattr(text_config, "output_router_logits", False):
+        text_config.output_router_logits = False
+    if model.can_generate():
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            model.generation_config.do_sample = True
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

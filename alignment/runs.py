@@ -32,7 +32,7 @@ from alignment.manifests import (
     upstream_runs,
 )
 from alignment.metrics import MetricsLog
-from alignment.sources import place_of
+from alignment.sources import expanded, place_of
 
 if TYPE_CHECKING:
     import torch
@@ -193,6 +193,7 @@ def check_run_dir(config: StageConfig, *, resume: bool = False) -> None:
     check_not_locked(path)
     if config.run.overwrite and not resume:
         _check_not_read(path, config)
+        _check_no_other_run(path)
     elif manifest is not None:
         _check_may_resume(path, config, manifest, resume)
 
@@ -281,10 +282,19 @@ def _remove(entry: Path) -> None:
 def _check_not_read(path: Path, config: StageConfig) -> None:
     """Raises RunError where the stage reads what is to be removed."""
     for key, name, _ in config.input_names():
-        if Path(name).expanduser().resolve().is_relative_to(path.resolve()):
+        if expanded(name).resolve().is_relative_to(path.resolve()):
             raise RunError(
                 f"{path}: holds {key} ({name}), which run.overwrite=true would remove. Give another run.dir."
             )
+
+
+def _check_no_other_run(path: Path) -> None:
+    """Raises RunError where there are other runs in the folder that is to be emptied."""
+    others = sorted(each.parent for each in path.rglob("manifest.json") if each.parent != path)
+    if others:
+        raise RunError(
+            f"{path}: holds another run ({others[0]}), which run.overwrite=true, or --from, would remove. Move it."
+        )
 
 
 def _check_may_resume(path: Path, config: StageConfig, manifest: Mapping[str, Any], resume: bool) -> None:

@@ -14,20 +14,25 @@ from alignment.errors import DataError, ModelError
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 BUILT_IN_MODELS = ("toy", "smollm2-135m-instruct")
 BUILT_IN_TEMPLATES = ("auto", "llama2", "chatml")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:+-]+)?")
 
 
 def data_dir() -> Path | None:
     """The local mirror of data sets that ALIGN_DATA_DIR names, or None."""
     value = os.environ.get("ALIGN_DATA_DIR")
-    return Path(value) if value else None
+    return expanded(value) if value else None
+
+
+def expanded(name: str) -> Path:
+    """The path of that name, `~` and `~user` read as the shell does: those of nobody stay as they are."""
+    return Path(os.path.expanduser(name))
 
 
 def cache_dir() -> Path:
     """ALIGN_CACHE_DIR, else `align` below XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("ALIGN_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align"
+        return expanded(chosen)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "align"
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
@@ -60,7 +65,7 @@ def find_data(name: str) -> Path | str:
         from alignment.toy import toy_file
 
         return toy_file(name.removeprefix("toy:"))
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return path
     mirror = data_dir()
@@ -91,7 +96,7 @@ def find_model(name: str) -> Path | str:
     """
     if name in BUILT_IN_MODELS:
         return name
-    path = Path(name).expanduser()
+    path = expanded(name)
     if found := _model_in(path):
         return found
     if (path / "manifest.json").is_file():
@@ -123,12 +128,12 @@ def place_of(name: str) -> str:
     """One spelling of all paths to the same place, for comparing names; what is built in keeps its name."""
     if name in BUILT_IN_MODELS or name in BUILT_IN_TEMPLATES:
         return name
-    return str(Path(name).expanduser().resolve())
+    return str(expanded(name).resolve())
 
 
 def find_template(name: str) -> Path:
     """The file of a chat template that is not built in. Raises ModelError where there is none."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file():
         raise ModelError(f"{name} is no file. Use {', '.join(BUILT_IN_TEMPLATES)} or the path of a Jinja template.")
     return path

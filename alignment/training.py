@@ -178,6 +178,29 @@ class GlobalBatchMixin:
             raise _diverged(self.state.global_step + 1, "loss", self.step_metrics["loss"], lr=self.args.learning_rate)
         return stacked[0]
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Trainer's, with weights under their names in memory, as its loading of checkpoints wants them.
+
+        Mixtures of experts and models of text and images have others in files (transformers issue 48805).
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        kept = vars(model).get("_weight_conversions")
+        model._weight_conversions = []  # None would have them looked up
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model._weight_conversions = kept
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises RunError where a checkpoint lacks weights: Trainer would go on with those of the base model."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        tied = getattr(model, "all_tied_weights_keys", {}).keys()
+        if missing := sorted(set(load_result.missing_keys) - tied):
+            raise RunError(
+                f"{self.args.output_dir}: its checkpoint has no {missing[0]} and {len(missing) - 1} others of the "
+                "model's weights. Start anew: run.overwrite=true, in a pipeline --from STAGE."
+            )
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Trainer's estimate needs padded tensors; ours have none."""
         return 0

@@ -99,6 +99,10 @@ def tree_blocks(batch: PrefixBatch, dtype: torch.dtype) -> list[Block]:
     return blocks
 
 
+# What attention functions of some models are given besides, and what is more than softmax(q k^T) v.
+_NOT_COMPUTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+
+
 def tree_attention(
     module: nn.Module,
     query: Float[Tensor, "B H Q D"],
@@ -121,7 +125,13 @@ def tree_attention(
     Raises ModelError where the model's attention is of a kind that neither way computes, or its layers keep `blocks`
     and `attend` to themselves: all of a flat row would see each other.
     """
-    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+    unknown = [name for name in _NOT_COMPUTED if kwargs.get(name) is not None]
+    if blocks is not None or attend is not None:
+        if attention_mask is not None and attention_mask.numel() > 1:  # more than the mask that was given
+            unknown.append("a mask of its own")
+        if value.shape[-1] != query.shape[-1]:
+            unknown.append("values of another width than its keys")
+    if unknown:
         raise ModelError(f"{module.config.model_type}: its attention has {unknown[0]}, which is not supported.")
     if blocks is None and attend is None:
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:  # that of a flat row

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -20,11 +19,12 @@ from alignment.dialogue import Candidate, Message, Messages
 from alignment.distributed import for_all, map_over_processes
 from alignment.errors import DataError, ModelError
 from alignment.hardware import compute_dtype, lent
-from alignment.manifests import read_manifest
+from alignment.manifests import manifest_of_a_run
 from alignment.model_folders import load_chat_of, model_context, reward_model_context
 from alignment.prefix_batch import Tree
 from alignment.progress import ProgressBar
 from alignment.sampling.prompts import Judge
+from alignment.sources import expanded
 from reward_models.score import Scorer, fit_tree
 from rlhf.config import RewardSection
 from rlhf.gating import gated_logits
@@ -65,7 +65,7 @@ def judges_context(judges: Mapping[str, ModelSection], *, untrained: Collection[
             contexts.append(context(model.path))
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from None
-        kind = (read_manifest(Path(model.path)) or {}).get("settings", {}).get("kind")
+        kind = (manifest_of_a_run(expanded(model.path)) or {}).get("settings", {}).get("kind")
         aim = name.removeprefix("rewards.")
         if {kind, aim} == {"helpfulness", "safety"}:
             logger.warning("%s is %s, a reward model of %s. Is that meant?", name, model.path, kind)

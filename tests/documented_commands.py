@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,3 +87,13 @@ def documented_commands() -> list[Command]:
                 for words in simple_commands(line):
                     found.setdefault(words, Command(words, str(page.relative_to(ROOT)), is_block))
     return list(found.values())
+
+
+def parse_as_script(arguments: Sequence[str]) -> None:
+    """A script and a list of its arguments, in JSON: its own parser reads each; nothing else in it is run."""
+    script, commands = arguments
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    parse = runpy.run_path(script)["_arguments"]
+    for words in json.loads(commands):
+        sys.argv = [script, *words]
+        parse()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,13 @@ def run_align(arguments: Sequence[str]) -> None:
     main()
 
 
+def run_script(arguments: Sequence[str]) -> None:
+    """What `python SCRIPT ARGUMENTS` does."""
+    sys.argv = list(arguments)
+    sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 def start(
     arguments: Sequence[object],
     streams: Path,
@@ -51,11 +59,15 @@ def start(
 
 
 def align(
-    *arguments: object, cwd: Path = ROOT, stdin: str = "", env: Mapping[str, str] | None = None
+    *arguments: object,
+    cwd: Path = ROOT,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    work: Callable[[Sequence[str]], None] = run_align,
 ) -> subprocess.CompletedProcess:
-    """Runs a command to its end."""
+    """Runs a command, or other `work` on these arguments, to its end."""
     with tempfile.TemporaryDirectory() as folder:
-        process = start(arguments, Path(folder), stdin=stdin, cwd=cwd, env=env)
+        process = start(arguments, Path(folder), stdin=stdin, cwd=cwd, env=env, work=work)
         process.join()
         out, err = ((Path(folder) / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(arguments, process.exitcode, out, err)

@@ -401,6 +401,8 @@ def test_a_template_file_is_read_and_stays_on_the_tokenizer(tokenizer, write_fil
     assert chat.tokenizer.chat_template == path.read_text()
     assert spans(chat, encode_dialogue(chat, dialogue("a", "b")))[1] == ("b<|endoftext|>", True)
     assert chat.end_of_turn_id == 0
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as some editors save
+    assert chat_format(tokenizer, str(path)).tokenizer.chat_template == chat.tokenizer.chat_template
     path.write_bytes(b"\xff")
     with pytest.raises(ModelError, match=r"own\.jinja: not UTF-8 at byte 0\. Save the chat template as UTF-8"):
         chat_format(tokenizer, str(path))

@@ -35,9 +35,9 @@ from alignment.config import (
     read_yaml,
     to_yaml,
 )
-from alignment.errors import ConfigError, ModelError, RunError
+from alignment.errors import ConfigError, DataError, ModelError, RunError
 from alignment.hardware import process_state
-from alignment.sources import find_model
+from alignment.sources import cache_dir, find_data, find_model
 from reward_models.config import RewardModelConfig
 from rlhf.config import EvalConfig, PPOConfig
 from sft.config import GattConfig, SFTConfig
@@ -143,7 +143,7 @@ def test_what_names_no_file_is_one_problem(value):
 
 def test_a_wrong_item_of_a_list_is_one_problem():
     (line,) = problems(*GOOD, "optim.betas=[2, 0.9]")
-    assert line == "command line: optim.betas.0: input should be less than or equal to 1, found 2."
+    assert line == "command line: optim.betas.0: input should be less than 1, found 2."
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf"])
@@ -202,6 +202,11 @@ def test_a_stage_needs_data(cls, override):
     lines = problems(*needed, *(["kind=safety"] if cls is RewardModelConfig else []), override, cls=cls)
     key = override.split("=")[0]
     assert lines == [f"command line: {key}: value should have at least 1 item after validation, not 0, found []."]
+
+
+@pytest.mark.parametrize("override", ["optim.betas=[0.9, 1.0]", "optim.betas=[1, 0.95]", "lora={r: 4, dropout: 1}"])
+def test_what_must_be_below_one_is(override):
+    assert any("less than 1" in problem for problem in problems(*GOOD, override, cls=SFTConfig))
 
 
 def test_a_seed_is_one_that_all_random_generators_take():
@@ -338,6 +343,25 @@ def test_a_path_with_one_slash_is_no_hub_id_where_its_folder_is_here(tmp_path, m
     )
     assert load_config(SmallConfig, None, ["model=models/llama", "data.train=data/pairs.jsonl", "run.dir=runs/x"])
     assert find_model("org/model") == "org/model"
+
+
+@pytest.mark.parametrize("name", ["org/rows", "org/rows:train", "org/rows:train[:10%]", "org/rows:train[10:20]+test"])
+def test_a_part_of_a_data_set_of_the_hub_is_named_as_its_library_does(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert find_data(name) == name
+
+
+def test_a_tilde_is_a_home_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setenv("ALIGN_DATA_DIR", "~/data")
+    monkeypatch.setenv("ALIGN_CACHE_DIR", "~/cache")
+    assert find_data("rows") == find_data("~/data/rows.jsonl") == tmp_path / "data" / "rows.jsonl"
+    assert cache_dir() == tmp_path / "cache"
+    for name, find in (("~nobody-of-that-name/rows.jsonl", find_data), ("~runs/sft", find_model)):
+        with pytest.raises((DataError, ModelError), match=f"{name}: no such"):
+            find(name)
 
 
 @pytest.mark.parametrize("inside", [".", "model"])
@@ -537,6 +561,27 @@ def test_values_of_arguments_are_read_as_yaml():
         "h": "a=b",
         "i": {"j": 2},
     }
+
+
+@pytest.mark.parametrize("text", ["runs/try #2", "#2", "[a, b #c\n]", "{a: 1} # one"])
+def test_a_comment_in_an_argument_is_not_lost_without_a_word(text):
+    with pytest.raises(ConfigError, match=r"command line: run\.dir: # begins a comment in YAML, so that '#.*' may be"):
+        parse_overrides([f"run.dir={text}"])
+
+
+def test_what_is_no_comment_stays():
+    given = ["a='runs/try #2'", 'b=["x #1", y]', "c=runs/C#", "d=[a #", "e='#2'"]
+    assert parse_overrides(given) == {"a": "runs/try #2", "b": ["x #1", "y"], "c": "runs/C#", "d": "[a #", "e": "#2"}
+
+
+def test_a_file_of_settings_may_have_an_equals_sign_in_its_path(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "lr=1e-4" / "config.yaml"
+    path.parent.mkdir()
+    path.write_text("model: toy\ndata: {train: 'toy:sft.train'}\nrun: {dir: runs/x}\n")
+    monkeypatch.chdir(tmp_path)
+    command_line.run_stage("sft", [str(path), "optim.lr=3e-4"], show_config=True)
+    assert "lr: 0.0003" in capsys.readouterr().out
+    assert command_line._split(["gone=1.yaml", "a=b"]) == (None, ["gone=1.yaml", "a=b"])
 
 
 def test_a_later_argument_wins():

@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import gzip
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from documented_commands import PAGES, ROOT, Command, block_lines, documented_commands
+from documented_commands import PAGES, ROOT, Command, block_lines, documented_commands, parse_as_script
+from processes import align
 from typer.testing import CliRunner
 
 from alignment.cli.main import app
@@ -202,14 +201,6 @@ def test_scripts_are_there(command):
     assert script in ("-c", "-m") or (ROOT / script).is_file()
 
 
-PARSE = """
-import json, runpy, sys
-script, commands = sys.argv[1], json.loads(sys.argv[2])
-parse = runpy.run_path(script)["_arguments"]
-for words in commands:
-    sys.argv = [script, *words]
-    parse()
-"""
 SCRIPTS = {  # with the arguments of each command
     script: [command.words[2:] for command in of("python") if command.words[1] == script]
     for script in dict.fromkeys(command.words[1] for command in of("python"))
@@ -219,9 +210,7 @@ PARSING = [name for name in SCRIPTS if name.endswith(".py") and "def _arguments(
 
 def parse_all(script: str, commands: list[tuple[str, ...]]) -> subprocess.CompletedProcess[str]:
     """What a script's own parser makes of the arguments of several commands; nothing else in it is run."""
-    words = [sys.executable, "-c", PARSE, script, json.dumps(commands)]
-    as_a_script = {**os.environ, "PYTHONPATH": str((ROOT / script).resolve().parent)}
-    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False, env=as_a_script)
+    return align(script, json.dumps(commands), work=parse_as_script)
 
 
 def test_scripts_without_options_are_given_none():

@@ -93,9 +93,8 @@ def test_the_gate_lowers_violations_below_the_sft_models_and_the_ungated_runs(ju
         assert found.low > 0.2, (other, found)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_large_beta_holds_the_policy_and_none_lets_it_go(pipeline, tmp_path, seed):
-    length = ["train.max_steps=10", "optim.lr=3e-4", f"run.seed={seed}"]
+def test_a_large_beta_holds_the_policy_and_none_lets_it_go(pipeline, tmp_path):
+    length = ["train.max_steps=10", "optim.lr=3e-4"]
     held = metrics(train(pipeline, tmp_path / "held", *length, "ppo.beta=50"), "kl_k3")
     free = metrics(train(pipeline, tmp_path / "free", *length, "ppo.beta=0"), "kl_k3")
     assert held[:2] == pytest.approx(free[:2], abs=0.02), "no distance, no penalty"

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import fsdp, launch_two
+from processes import SERVER
 from safetensors.torch import load_file
 from short_runs import STAGE_SETTINGS, run_here
-from torch import multiprocessing
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -63,7 +63,12 @@ def save_split(rank: int, folder: str) -> None:
 
 def test_a_split_model_is_saved_as_the_whole_one_bit_for_bit(tmp_path):
     model_folder("toy")  # made once, before two processes want it
-    multiprocessing.spawn(save_split, (str(tmp_path),), nprocs=2)
+    processes = [SERVER.Process(target=save_split, args=(rank, str(tmp_path)), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
     for kind in KINDS:
         loaded, model = made(kind)
         save_model(model, loaded, tmp_path / f"{kind}, whole")

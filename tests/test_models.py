@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     CohereConfig,
+    DeepseekV3Config,
+    DogeConfig,
     FalconConfig,
     Gemma3Config,
     Gemma3TextConfig,
@@ -26,7 +28,9 @@ from transformers import (
     GraniteConfig,
     Lfm2Config,
     LlamaForCausalLM,
+    MixtralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     Qwen3NextConfig,
     xLSTMConfig,
@@ -47,6 +51,10 @@ from reward_models.score import Scorer
 
 BATCH = collate([[Tree([5, 6, 7], [Branch([8, 9, 10]), Branch([11])])]])
 TINY = {"vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+DEEPSEEK = {
+    "intermediate_size": 16, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 2,
+}  # fmt: skip
 GEMMA = {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8}
 
 
@@ -231,6 +239,62 @@ def test_a_model_of_text_and_images_is_trained_as_its_language_model(text_and_im
     names = [name for name, _ in with_adapters(reward.model, is_reward_model=True, last_layers=1).named_parameters()]
     assert any("language_model.layers.1." in name for name in names if "lora_" in name)
     assert not any("language_model.layers.0." in name for name in names if "lora_" in name)
+
+
+def test_a_model_of_text_and_images_with_adapters_is_loaded_again_in_bfloat16(text_and_images, tmp_path):
+    """Its weights have other names in memory than in files."""
+    loaded = load_chat_model(text_and_images, dtype=torch.bfloat16)
+    save_model(with_adapters(loaded.model, is_reward_model=False), loaded, tmp_path / "tuned")
+    batch = collate([[Tree([5, 6, 7], [Branch([8])])]])
+    expected = response_logprobs(load_chat_model(str(tmp_path / "tuned")).model, batch)
+    found = load_chat_model(str(tmp_path / "tuned"), dtype=torch.bfloat16, keep_adapter=True)
+    assert any("lora_" in name for name, _ in found.model.named_parameters())
+    torch.testing.assert_close(response_logprobs(found.model, batch), expected, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("config", "has"),
+    [
+        (DogeConfig(**TINY, intermediate_size=16, num_key_value_heads=1), "a mask of its own"),
+        (DeepseekV3Config(**TINY, **DEEPSEEK), "values of another width than its keys"),
+    ],
+)
+def test_an_attention_that_ours_does_not_compute_is_refused(config, has, tmp_path):
+    model = load_chat_model(saved_random(config, tmp_path / "m")).model
+    with pytest.raises(ModelError, match=f"its attention has {has}, which is not supported"):
+        response_logprobs(model, BATCH)
+    with pytest.raises(ModelError, match=f"its attention has {has}, which is not supported"):
+        TorchSampler(model, stop_ids=[]).sample([[5, 6, 7]], SamplingParams(max_new_tokens=2))
+
+
+def test_dialogues_beyond_the_length_that_changes_all_positions_are_refused(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 6,
+            "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # fmt: skip
+    extra = {"intermediate_size": 16, "max_position_embeddings": 99, "pad_token_id": 0, "bos_token_id": 1}
+    config = Phi3Config(**TINY, **extra, eos_token_id=2, rope_parameters=rope, original_max_position_embeddings=6)
+    model = load_chat_model(saved_random(config, tmp_path / "m")).model
+    assert len(response_logprobs(model, collate([[Tree([5, 6, 7], [Branch([8, 9, 10]), Branch([8, 9])])]]))) == 5
+    with pytest.raises(ModelError, match="one of more than 6 tokens changes the positions of all beside it, and a row"):
+        response_logprobs(model, collate([[Tree([5, 6, 7], [Branch([8, 9, 10, 11])])]]))
+    with pytest.raises(ModelError, match=r"more than 6 tokens changes .*, and prompt and response may have 7"):
+        TorchSampler(model, stop_ids=[]).sample([[5, 6, 7]], SamplingParams(max_new_tokens=4))
+
+
+def test_a_mixture_of_experts_that_asks_for_its_own_loss_is_used_without(tmp_path):
+    sizes = {"intermediate_size": 16, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    folder = saved_random(MixtralConfig(**TINY, **sizes, output_router_logits=True), tmp_path / "m")
+    model = load_chat_model(folder).model
+    assert torch.isfinite(response_logprobs(model, BATCH)).all()
+    assert TorchSampler(model, stop_ids=[]).sample([[5, 6, 7]], SamplingParams(max_new_tokens=2))
+
+
+def test_sampling_flags_without_do_sample_do_not_keep_a_model_from_being_saved(tmp_path):
+    file = saved_chat_model(tmp_path / "m").with_name("generation_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.9, "top_p": 0.6, "pad_token_id": 3}))
+    loaded = load_chat_model(str(tmp_path / "m"))
+    save_model(loaded.model, loaded, tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
 
 
 def test_a_model_of_text_and_images_is_sampled_as_its_language_model(text_and_images, monkeypatch):

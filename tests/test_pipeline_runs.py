@@ -9,13 +9,15 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from alignment import manifests
+from alignment import hardware, manifests
 from alignment.chat import CHATML
 from alignment.cli import pipeline as pipelines
 from alignment.cli import pipeline_stages
@@ -710,6 +712,32 @@ def test_what_a_later_stage_would_refuse_is_found_before_the_first_one_runs(tmp_
     given = override.replace("BARE", f"{tmp_path / 'bare'}").replace("JUDGE", f"{tmp_path / 'judge'}")
     with pytest.raises(ConfigError, match=rf"^stages\.{problem}"):
         check_pipeline(whole_pipeline(tmp_path, given))
+
+
+def test_settings_without_effect_are_found_where_a_stage_is_to_be_made_again(tmp_path):
+    """PPO refuses them where it begins; an unfinished run that goes on may have begun with an earlier version."""
+    plan = whole_pipeline(tmp_path, "ppo.evaluation.patience=3", labels=True)
+    ppo = plan.stages[-2]
+    ppo.path.mkdir(parents=True)
+    write_json(ppo.path / "manifest.json", {"stage": "ppo", "status": "finished", "settings": {}})
+    again = pipelines.Pipeline(plan.runs, [replace(stage, again=True) for stage in plan.stages])
+    with pytest.raises(ConfigError, match=r"^stages\.ppo: evaluation\.patience"):
+        check_stages(again)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("ppo.train.minibatch_size=64", r"ppo: train\.minibatch_size = 64 cannot be shared by 3 processes"),
+        ("reject.sampling.engine=vllm", r"reject: sampling\.engine=vllm runs in one process"),
+    ],
+)
+def test_what_so_many_processes_cannot_do_is_found_before_the_first_stage(tmp_path, monkeypatch, override, problem):
+    monkeypatch.setattr(hardware, "process_state", lambda device: SimpleNamespace(num_processes=3))
+    even = ["ppo.train={batch_size: 96, minibatch_size: 48}"]
+    check_stages(whole_pipeline(tmp_path, *even))
+    with pytest.raises(ConfigError, match=rf"^stages\.{problem}"):
+        check_stages(whole_pipeline(tmp_path, *even, "ppo.train.batch_size=192", override))
 
 
 def test_a_model_that_several_stages_cannot_read_is_reported_once(tmp_path):

@@ -21,10 +21,10 @@ from alignment.cli.plan_advice import advice
 from alignment.cli.plan_stages import plan_stage
 from alignment.cli.planner import Planner, fill, scoring_work
 from alignment.config import LoraSection
-from alignment.errors import ConfigError, ModelError
+from alignment.errors import ConfigError, DataError, ModelError
 from alignment.logprobs import response_logprobs
 from alignment.models import add_lora, load_chat_model, load_reward_model
-from alignment.plan import passes
+from alignment.plan import devices, passes
 from alignment.plan.devices import Device, find_device
 from alignment.plan.passes import Pass, Rows, run_pass
 from alignment.plan.phases import Work
@@ -675,6 +675,23 @@ def test_steps_are_of_the_rows_that_are_trained_on(tmp_path):
     for mix, pairs in (("all", 58), ("equal_parts", 36), ("90/10", 20), (f"{{{a}: 1, {b}: 2}}", 54)):
         data = [f"data.train=[{a}]", f"data.mix_in=[{b}]", f"data.mix={mix}"]
         assert planned("rm", "kind=helpfulness", *data, *one_by_one).units == pairs, mix
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}\n" * 9)[:-9]])
+def test_a_damaged_file_is_no_bug(tmp_path, content):
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: is no whole gzip file"):
+        planned("sft", f"data.train={tmp_path / 'a.jsonl.gz'}")
+
+
+@pytest.mark.parametrize(("limit", "memory"), [("4000000", 4_000_000), ("max", None), (None, None)])
+def test_a_container_has_the_memory_that_it_is_allowed(tmp_path, monkeypatch, limit, memory):
+    monkeypatch.setattr(devices, "LIMIT_FILES", ())
+    whole = find_device("cpu").memory
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(devices, "LIMIT_FILES", (tmp_path / "memory.max",))
+    assert find_device("cpu").memory == (memory or whole)
 
 
 @pytest.mark.parametrize(("name", "opener"), [("a.json", open), ("a.json.gz", gzip.open)])

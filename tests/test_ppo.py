@@ -215,7 +215,12 @@ def test_splits_that_are_not_supported_are_refused_before_a_model_is_loaded(
     settings, tmp_path, monkeypatch, kind, version, lora, message
 ):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType[kind]))
-    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", SimpleNamespace(fsdp_version=version), raising=False)
+    monkeypatch.setattr(
+        AcceleratorState,
+        "fsdp_plugin",
+        SimpleNamespace(fsdp_version=version, activation_checkpointing=False),
+        raising=False,
+    )
     monkeypatch.setattr(ppo_run, "PPOTrainer", None)
     config = load_config(PPOConfig, None, [*settings, f"run.dir={tmp_path / 'run'}", lora])
     with pytest.raises(ConfigError, match=message):

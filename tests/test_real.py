@@ -1,12 +1,16 @@
 """SmolLM2-135M-Instruct and, where ALIGN_DATA_DIR is set, real human data."""
 
+import functools
+import gzip
 import json
 import os
 import re
 import subprocess
-import sys
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -32,12 +36,14 @@ def smollm2() -> LoadedModel:
     return load_chat_model("smollm2-135m-instruct")
 
 
+def data_dir() -> Path:
+    """ALIGN_DATA_DIR, from whatever folder a command runs in."""
+    return Path(os.environ["ALIGN_DATA_DIR"]).resolve()
+
+
 def align(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "alignment.cli.main", *map(str, arguments)]
-    environment = dict(os.environ)
-    if data := environment.get("ALIGN_DATA_DIR"):
-        environment["ALIGN_DATA_DIR"] = str(Path(data).resolve())
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env=environment)
+    env = {"ALIGN_DATA_DIR": str(data_dir())} if "ALIGN_DATA_DIR" in os.environ else {}
+    return processes.align(*arguments, cwd=cwd, env=env)
 
 
 def test_prompt_ids_equal_the_models_own_template(smollm2):
@@ -118,6 +124,8 @@ def test_the_quickstart_pipeline_runs_in_miniature(tmp_path):
     small += ["gatt.sampling.num_candidates=4"]  # of ten dialogues one at least shall be finished, on any machine
     small += ["reject.prompts.max_prompts=2", "reject.sampling.num_candidates=2", "eval.prompts.max_prompts=2"]
     small += ["ppo.train.max_steps=1", "ppo.train.batch_size=4", "ppo.train.minibatch_size=4"]
+    short = ("sft.evaluation", "rs.evaluation", "ppo.sampling", "eval.sampling")
+    small += [f"{section}.max_new_tokens=16" for section in short]
     done = align("run", QUICKSTART / "pipeline.yaml", f"runs={tmp_path}/runs", *small)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
@@ -136,31 +144,57 @@ def test_every_row_of_the_reward_model_recipes_can_be_trained_on(kind):
 
 @needs_data
 def test_the_ablations_run_in_miniature(tmp_path):
-    tiny = ["model.path=toy", "model.chat_template=auto", "data.max_rows=16"]
-    command = [sys.executable, ROOT / "recipes" / "smollm2" / "ablations.py", "--runs", tmp_path, "--seeds", "0", "1"]
-    wide = {**os.environ, "COLUMNS": "160"}
-    done = subprocess.run(
-        [*command, "--", "margin", "auxiliary", *tiny], capture_output=True, text=True, check=False, env=wide
-    )
+    """On some of the safety pairs, and 60 of the graded ones that are held out; all graded ones are converted."""
+    (tmp_path / "data").mkdir()
+    for path in data_dir().glob("pref_safety_*"):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            (tmp_path / "data" / path.name.removesuffix(".gz")).write_text("".join(islice(file, 100)), "utf-8")
+    for path in data_dir().glob("pref_helpful_graded.*"):
+        (tmp_path / "data" / path.name).symlink_to(path)
+    runs, env = tmp_path / "runs", {"ALIGN_DATA_DIR": str(tmp_path / "data"), "COLUMNS": "160"}
+    script = ROOT / "recipes" / "smollm2" / "ablations.py"
+
+    def call(*words: str) -> subprocess.CompletedProcess:
+        given = ("--runs", runs, "--seeds", "0", "1", *words)
+        return processes.align(script, *given, env=env, work=processes.run_script)
+
+    wrong = call("--", "margins")
+    assert wrong.returncode and "no study margins" in wrong.stderr
+    wrong = call("--variants", "huge", "--", "margin")
+    assert wrong.returncode and "no variant huge" in wrong.stderr
+    held_out = runs / "graded.valid.jsonl"
+    pairs = held_out.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(pairs) > 600
+    held_out.write_text("".join(pairs[:60]), encoding="utf-8")
+    done = call("--", "margin", "auxiliary", "model.path=toy", "model.chat_template=auto", "data.max_rows=16")
     assert done.returncode == 0, done.stderr
     assert all(title in done.stdout for title in ("margin (Table 28)", "large", "auxiliary safety loss (Table 29)"))
-    assert len(list(tmp_path.glob("*/*/result.json"))) == 2 * (3 + 2)
-    wrong = subprocess.run([*command, "--", "margins"], capture_output=True, text=True, check=False)
-    assert wrong.returncode and "no study margins" in wrong.stderr
-    wrong = subprocess.run(
-        [*command, "--variants", "huge", "--", "margin"], capture_output=True, text=True, check=False
-    )
-    assert wrong.returncode and "no variant huge" in wrong.stderr
+    assert len(list(runs.glob("*/*/result.json"))) == 2 * (3 + 2)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Callable[[str], Path]:
+    """`written("data instruct ... --out FILE")`: the file that the command writes, once for all that name it."""
+
+    @functools.cache
+    def write(command: str) -> Path:
+        folder = tmp_path_factory.mktemp("written")
+        made = align(*command.split(), cwd=folder)
+        assert made.returncode == 0, made.stderr
+        [file] = folder.iterdir()
+        return file
+
+    return write
 
 
 @needs_data
 @pytest.mark.parametrize("name", ["small", "full", "gatt", "distil"])
-def test_the_real_data_recipes_are_in_order(name, tmp_path):
+def test_the_real_data_recipes_are_in_order(name, tmp_path, written):
     recipe = ROOT / "recipes" / "smollm2" / f"{name}.yaml"
     header = recipe.read_text(encoding="utf-8").replace("\\\n#", "")
     for command in re.findall(r"^# +align (data instruct .*)$", header, re.M):
-        made = align(*command.split(), cwd=tmp_path)
-        assert made.returncode == 0, made.stderr
+        file = written(command)
+        (tmp_path / file.name).symlink_to(file)
     done = align("run", recipe, "--dry-run", "runs=runs/never", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -175,6 +175,20 @@ def test_roc_auc_counts_pairs_in_the_right_order(unsafe, safe):
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
+@pytest.mark.parametrize(("unsafe", "safe"), [([0.0], [1.0]), ([0.0, 1.0, 2.0], [3.0, 4.0, 5.0]), ([1.0], [0.0])])
+def test_a_few_responses_that_are_told_apart_without_a_mistake_leave_an_interval(unsafe, safe):
+    found = roc_auc(unsafe, safe)
+    assert found.value in (0.0, 1.0) and found.high - found.low > 0.2
+
+
+def test_of_many_responses_the_interval_is_that_of_the_area():
+    """Hanley and McNeil's, computed from 0.5 with 40 on either side."""
+    q1, q2 = 0.5 / 1.5, 0.5 / 1.5
+    variance = (0.25 + 39 * (q1 - 0.25) + 39 * (q2 - 0.25)) / 1600
+    found = roc_auc([0.0, 1.0] * 20, [0.0, 1.0] * 20)
+    assert found.high - found.value == pytest.approx(1.96 * variance**0.5, rel=1e-3)
+
+
 def test_repeated_labels_say_how_well_people_agree():
     """a is labelled safe, safe, unsafe; b safe and unsafe; c once, which says nothing.
 
@@ -201,9 +215,9 @@ def test_the_report_compares_the_model_with_peoples_other_labels(capsys):
 
 
 def test_the_interval_of_the_auc_is_hanleys():
-    """Area 0.75 from unsafe (0, 2) and safe (1, 3): q1 = 0.6, q2 = 1.125 / 1.75."""
+    """Area 0.75 from unsafe (0, 2) and safe (1, 3); the variance is that of 0.7: q1 = 0.7 / 1.3, q2 = 0.98 / 1.7."""
     found = roc_auc([0.0, 2.0], [1.0, 3.0])
-    variance = (0.75 * 0.25 + (0.6 - 0.5625) + (1.125 / 1.75 - 0.5625)) / 4
+    variance = (0.7 * 0.3 + (0.7 / 1.3 - 0.49) + (0.98 / 1.7 - 0.49)) / 4
     assert found.value == 0.75
     assert found.low == pytest.approx(0.75 - 1.959964 * math.sqrt(variance))
 

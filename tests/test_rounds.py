@@ -56,6 +56,7 @@ def test_the_command_line_changes_a_block():
         ({"stages": {"here": {}}}, "stages.rounds.stages: 'here' means something else in a pipeline."),
         ({"frist": {}}, "stages.rounds.frist: unknown key. Known in a repeat block: repeat, first, stages."),
         ({"first": {"sr": "x"}}, "stages.rounds.first: must name stages of the block"),
+        ({"first": {"rs": {"path": "x"}}}, "stages.rounds.first.rs: must be text, what ${last.rs} stands for in"),
         ({"first": {}}, "stages.rounds.stages.reject.model: ${last.rs} is nothing in round 1. Say what in first.rs."),
         (
             {"stages": {"rs": {"model": "${last.sft}"}}, "first": {}},
@@ -87,6 +88,17 @@ def test_a_later_stage_has_all_versions_however_many_there_are():
         assert stages["student"]["data"]["train"] == ["mine.jsonl", *files, "${reject}/candidates.jsonl"]
 
 
+def test_names_and_values_of_all_versions_have_their_numbers():
+    weights = {"max_rows_of": {"${each.reject}/sft.jsonl": 5}, "t-${round}": {"path": "${each.rs}", "t": "${round}.j"}}
+    stages, _, problems = expand_rounds({"rounds": {**BLOCK, "repeat": 2}, "student": weights}, {}, "p.yaml")
+    assert problems == []
+    assert stages["student"] == {
+        "max_rows_of": {"${reject-1}/sft.jsonl": 5, "${reject-2}/sft.jsonl": 5},
+        "t-1": {"path": "${rs-1}", "t": "1.j"},
+        "t-2": {"path": "${rs-2}", "t": "2.j"},
+    }
+
+
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
@@ -98,6 +110,14 @@ def test_a_later_stage_has_all_versions_however_many_there_are():
         (
             {"policies": {"rs-${round}": "${rs}"}},
             "policies.rs-${round}: has a ${round} in its name and no ${each.STAGE}, whose rounds these are.",
+        ),
+        (
+            {"policies": {"v3": "mine", "v${round}": "${each.rs}"}},
+            "policies.v3: is there twice, once as v${round}.",
+        ),
+        (
+            {"policies": {"v${round}": "${each.rs}", "v3": "mine"}},
+            "policies.v3: is there twice, once as v3.",
         ),
         (
             {"data": ["${each.sr}/sft.jsonl"]},

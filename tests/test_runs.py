@@ -36,6 +36,7 @@ from alignment.manifests import (
     settings,
     tokenizer_sha256,
     upstream_runs,
+    weights_sha256,
 )
 from alignment.runs import (
     Run,
@@ -284,6 +285,14 @@ def test_a_run_is_not_overwritten_by_a_stage_that_reads_it(config):
     assert (run.path / "model" / "config.json").exists()
 
 
+def test_a_folder_with_another_run_in_it_is_not_emptied(config):
+    run = open_run(config)
+    inner = open_run(with_run(config, dir=str(run.path / "evaluations" / "eval")))
+    with pytest.raises(RunError, match=rf"holds another run \({inner.path}\), which run\.overwrite=true, or --from"):
+        check_run_dir(with_run(config, overwrite=True))
+    assert inner.path.exists() and run.noted("status") == "running"
+
+
 def test_the_saved_configuration_does_not_overwrite_the_run_it_belongs_to(config):
     run = open_run(with_run(config, overwrite=True))
     assert not load_config(SmallConfig, run.path / "config.yaml").run.overwrite
@@ -350,6 +359,17 @@ def test_a_run_does_not_go_on_with_another_chat_template(config, tmp_path):
     write_json(path / "manifest.json", manifest)
     own.write_text("two")
     open_run(config, resume=True)
+
+
+def test_weights_of_the_older_format_have_a_digest_too(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"one")
+    before = weights_sha256(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"two")
+    assert weights_sha256(tmp_path) != before
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    before = weights_sha256(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"three")
+    assert weights_sha256(tmp_path) == before, "transformers reads the others"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "merges.txt"])

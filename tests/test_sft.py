@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -20,6 +23,7 @@ from alignment.headlines import one_line
 from alignment.logprobs import response_logprobs
 from alignment.model_folders import load_chat_of
 from alignment.prefix_batch import Branch, Tree, collate
+from alignment.runs import mark_complete
 from reward_models.preferences import encode_pairs
 from sft import trainer
 from sft.config import SFTConfig, SFTEvaluation
@@ -208,7 +212,9 @@ def sft_config(folder, *extra: str) -> SFTConfig:
     return load_config(SFTConfig, None, [*settings, "evaluation.num_answers=0", *extra, f"run.dir={folder}"])
 
 
-def test_a_mixture_of_experts_is_trained_without_its_own_loss_and_keeps_its_settings(make_tokenizer, tmp_path):
+@pytest.fixture
+def experts(make_tokenizer, tmp_path) -> Path:
+    """A random Mixtral of two layers and two experts."""
     tokenizer = make_tokenizer(template=CHATML)
     config = MixtralConfig(
         vocab_size=len(tokenizer),
@@ -224,12 +230,50 @@ def test_a_mixture_of_experts_is_trained_without_its_own_loss_and_keeps_its_sett
     )
     for part in (MixtralForCausalLM(config), tokenizer):
         part.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_mixture_of_experts_is_trained_without_its_own_loss_and_keeps_its_settings(experts, tmp_path):
     data = ["data.train=toy:sft.train", "data.valid=toy:sft.valid", "data.max_rows=4", "data.max_valid_rows=4"]
-    settings = [f"model.path={tmp_path / 'base'}", *data, "evaluation.num_answers=1", "train.max_steps=2"]
+    settings = [f"model.path={experts}", *data, "evaluation.num_answers=1", "train.max_steps=2"]
     result = trainer.run(sft_config(tmp_path / "run", *settings))
     assert result["steps"] == 2 and result["valid_loss_after"] < result["valid_loss_before"]
     saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert (saved["router_aux_loss_coef"], saved["output_router_logits"]) == (0.02, False)
+
+
+def test_a_resumed_mixture_of_experts_goes_on_with_its_trained_weights(experts, tmp_path, monkeypatch):
+    """In files it has an array for each expert, in memory one for all."""
+    settings = [f"model.path={experts}", "data.train=toy:sft.train", "data.max_rows=8", "optim.lr=1e-2"]
+    settings += ["train.max_steps=4", "train.save_every=2"]
+    trainer.run(sft_config(tmp_path / "whole", *settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_model", lambda *_: pytest.fail("no disk"))
+        with pytest.raises(pytest.fail.Exception, match="no disk"):
+            trainer.run(sft_config(tmp_path / "cut", *settings))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-4")
+    trainer.run(sft_config(tmp_path / "cut", *settings), resume=True)
+    whole, cut, base = (load_file(next(folder.glob("*.safetensors"))) for folder in
+                        (tmp_path / "whole" / "model", tmp_path / "cut" / "model", experts))  # fmt: skip
+    moved = [name for name, weight in whole.items() if not weight.equal(base[name])]
+    assert any("experts" in name for name in moved)
+    assert whole.keys() == cut.keys() and all(cut[name].equal(weight) for name, weight in whole.items())
+
+
+def test_a_checkpoint_without_a_weight_is_refused(experts, tmp_path, monkeypatch):
+    settings = [f"model.path={experts}", "data.train=toy:sft.train", "data.max_rows=8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_model", lambda *_: pytest.fail("no disk"))
+        with pytest.raises(pytest.fail.Exception, match="no disk"):
+            trainer.run(sft_config(tmp_path / "run", *settings))
+    [checkpoint] = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in weights if "experts" in name)
+    del weights[name]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    mark_complete(checkpoint)
+    with pytest.raises(RunError, match=rf"checkpoints: its checkpoint has no {name} and 0 others"):
+        trainer.run(sft_config(tmp_path / "run", *settings), resume=True)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

@@ -46,16 +46,17 @@ from sft.examples import dialogue_batches
 
 
 @pytest.mark.parametrize(
-    ("kind", "version", "message"),
+    ("kind", "version", "recomputes", "message"),
     [
-        (DistributedType.FSDP, 1, "FSDP 1.*--fsdp_version 2"),
-        (DistributedType.DEEPSPEED, 2, "DEEPSPEED is not supported"),
-        (DistributedType.FSDP, 2, None),
-        (DistributedType.MULTI_GPU, 1, None),
+        (DistributedType.FSDP, 1, False, "FSDP 1.*--fsdp_version 2"),
+        (DistributedType.FSDP, 2, True, "activation checkpointing is not supported.*model.gradient_checkpointing=true"),
+        (DistributedType.DEEPSPEED, 2, False, "DEEPSPEED is not supported"),
+        (DistributedType.FSDP, 2, False, None),
+        (DistributedType.MULTI_GPU, 1, False, None),
     ],
 )
-def test_what_cannot_be_saved_whole_is_refused_before_training(kind, version, message):
-    plugin = SimpleNamespace(fsdp_version=version, mixed_precision_policy=None)
+def test_what_cannot_be_saved_whole_is_refused_before_training(kind, version, recomputes, message):
+    plugin = SimpleNamespace(fsdp_version=version, mixed_precision_policy=None, activation_checkpointing=recomputes)
     trainer = object.__new__(GlobalBatchMixin)
     trainer.accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(ConfigError, match=message) if message else nullcontext():

@@ -364,10 +364,15 @@ def _check_packages(configs: Mapping[str, StageConfig]) -> None:
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    paths = [argument for argument in arguments if "=" not in argument]
+    paths = [argument for argument in arguments if "=" not in argument or _is_file(argument)]
     if len(paths) > 1:
         raise ConfigError(f"command line: {paths[1]!r} is a second file. Give one YAML file and key=value settings.")
-    return (Path(paths[0]) if paths else None), [argument for argument in arguments if "=" in argument]
+    return (Path(paths[0]) if paths else None), [argument for argument in arguments if argument not in paths]
+
+
+def _is_file(argument: str) -> bool:
+    """Whether it is a YAML file whose path has a `=`, as that of a run may: runs/lr=1e-4/config.yaml."""
+    return argument.endswith((".yaml", ".yml")) and Path(argument).is_file()
 
 
 if __name__ == "__main__":

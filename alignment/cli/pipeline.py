@@ -30,6 +30,7 @@ from alignment.headlines import one_line
 from alignment.manifests import is_finished, mark_outdated, read_result
 from alignment.progress import console
 from alignment.report.page import write_report
+from alignment.sources import expanded
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _UNKNOWN = "unknown-stage"  # stands for a reference that is reported already
@@ -54,7 +55,7 @@ def load_pipeline(
         problems.append(f"{path}: runs: {folder!r} is no folder's name. Give text, e.g. runs/mine.")
     defaults = merge(values.get("defaults") or {}, given.get("defaults") or {})
     problems += _key_problems(path, values, given, defaults, entries, from_stage)
-    runs = Path(str(folder or f"runs/{path.stem}")).expanduser()
+    runs = expanded(str(folder or f"runs/{path.stem}"))
     made = _Stages(path, runs, defaults, check_inputs, problems, places={"here": str(path.parent)})
     again = False
     for name, entry in entries.items():
@@ -232,6 +233,8 @@ def _fill_in(value: Any, places: Mapping[str, str], where: str, problems: list[s
     if not isinstance(value, str):
         return value
     for name in _REFERENCE.findall(value):
-        if name not in places:
+        if name.startswith("each."):
+            problems.append(f"{where}: ${{{name}}} is written out in a file's stages outside of repeat blocks only.")
+        elif name not in places:
             problems.append(f"{where}: ${{{name}}} is no earlier stage. Known: {', '.join(places)}.")
     return _REFERENCE.sub(lambda found: places.get(found.group(1), _UNKNOWN), value)

@@ -90,9 +90,10 @@ def check_stages(plan: Pipeline) -> None:
     for stage in plan.to_run:
         made = {key: kind for key, name, kind in stage.config.input_names() if maker_of(name, plan.to_run)}
         untrained = made.keys() & set(JUDGES)
-        config = _each_model(stage.config, lambda _, model: _on_disk(model, plan.to_run))
+        config = _each_model(stage.call()[0], lambda _, model: _on_disk(model, plan.to_run))
         check = STAGES[config.stage].of_kind(getattr(config, "kind", None)).check_function()
         try:
+            _check_processes(config)
             if "data" in made.values():
                 _each_model(config, functools.partial(_check_model, untrained=untrained))
             elif untrained:
@@ -103,6 +104,19 @@ def check_stages(plan: Pipeline) -> None:
             problems.setdefault(str(error), []).append(stage.name)
     if problems:
         raise ConfigError("\n".join(f"stages.{', '.join(names)}: {problem}" for problem, names in problems.items()))
+
+
+def _check_processes(config: StageConfig) -> None:
+    """Raises ConfigError for what cannot be done with this number of processes."""
+    from alignment.hardware import process_state
+    from alignment.sampling.engines import check_one_process
+    from rlhf.config import PPOConfig, check_shares
+
+    num_processes = process_state(config.run.device).num_processes
+    if (sampling := getattr(config, "sampling", None)) is not None:
+        check_one_process(sampling, num_processes)
+    if isinstance(config, PPOConfig):
+        check_shares(config, num_processes)
 
 
 def _check_model(key: str, model: ModelSection, *, untrained: Collection[str]) -> ModelSection:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.data import read_lines
-from alignment.errors import AlignError
+from alignment.errors import AlignError, DataError
 from alignment.plan.training import Setting
 from alignment.sources import find_data
 from reward_models.mixing import mix_rows
@@ -56,7 +57,10 @@ def row_counts(sources: Sequence[str], at_most: Mapping[str, int] | None = None)
         if path.name.endswith((".json", ".json.gz")):  # one list, however it is broken into lines
             count = sum(1 for _ in read_lines(path))
         else:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                count = sum(1 for line in file if line.strip())
+            try:
+                with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                    count = sum(1 for line in file if line.strip())
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise DataError(f"{path}: is no whole gzip file ({error}). Get it again.") from error
         found[name] = min(count, (at_most or {}).get(name, count))
     return found

@@ -15,6 +15,8 @@ This stands for the stages reject-1, rs-1, reject-2, rs-2, ...; after the block,
 Later stages have all versions, however many there are, as an item of a list, ["${each.rs}"], or by name:
 
     eval: {policies: {sft: "${sft}", "rs-${round}": "${each.rs}"}, ...}
+
+There `${round}` and `${each.NAME}` are replaced in name and value alike.
 """
 
 from __future__ import annotations
@@ -92,6 +94,8 @@ def _problem_of(block: Mapping[str, Any]) -> str | None:
     first = block.get("first", {})
     if not isinstance(first, Mapping) or set(first) - set(block["stages"]):
         return ".first: must name stages of the block, and what each is before round 1."
+    if wrong := [name for name, place in first.items() if not isinstance(place, str)]:
+        return f".first.{wrong[0]}: must be text, what ${{last.{wrong[0]}}} stands for in round 1."
     return None
 
 
@@ -112,7 +116,7 @@ def _with_stage(entry: Any, name: str) -> Any:
 def _in_round(value: Any, block: Mapping[str, Any], number: int, where: str, problems: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {
-            _in_round(key, block, number, f"{where}.{key}", problems): _in_round(
+            str(_in_round(key, block, number, f"{where}.{key}", problems)): _in_round(
                 entry, block, number, f"{where}.{key}", problems
             )
             for key, entry in value.items()
@@ -155,11 +159,13 @@ def _of_each(value: Any, repeated: Mapping[str, int], where: str, problems: list
         found: dict[Any, Any] = {}
         for key, entry in value.items():
             place = f"{where}.{key}"
-            if isinstance(key, str) and "${round}" in key:
-                for number in _rounds_of(entry, repeated, place, problems):
-                    found[key.replace("${round}", str(number))] = _numbered(entry, "each", number)
+            if isinstance(key, str) and ("${round}" in key or "${each." in key):
+                rounds = _rounds_of([key, entry], repeated, place, problems)
+                written = [(_numbered(key, "each", each), _numbered(entry, "each", each)) for each in rounds]
             else:
-                found[key] = _of_each(entry, repeated, place, problems)
+                written = [(key, _of_each(entry, repeated, place, problems))]
+            problems += [f"{where}.{new}: is there twice, once as {key}." for new, _ in written if new in found]
+            found |= written
         return found
     if isinstance(value, list):
         items: list[Any] = []
@@ -207,9 +213,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _numbered(value: Any, when: str, number: int) -> Any:
-    """`${when.NAME}` becomes `${NAME-number}`."""
+    """`${when.NAME}` becomes `${NAME-number}`, and `${round}` the number."""
     if isinstance(value, Mapping):
-        return {key: _numbered(entry, when, number) for key, entry in value.items()}
+        return {_numbered(key, when, number): _numbered(entry, when, number) for key, entry in value.items()}
     if isinstance(value, list):
         return [_numbered(entry, when, number) for entry in value]
-    return re.sub(rf"\$\{{{when}\.([^}}]*)\}}", rf"${{\1-{number}}}", value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    named = re.sub(rf"\$\{{{when}\.([^}}]*)\}}", rf"${{\1-{number}}}", value)
+    return named.replace("${round}", str(number)) if when == "each" else named

@@ -21,7 +21,7 @@ from alignment.dialogue import Candidate, Messages, PreferencePair, RowError, as
 from alignment.errors import DataError
 from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
-from alignment.sources import find_data
+from alignment.sources import expanded, find_data
 from reward_models.calibration import sigmoid
 from reward_models.config import EvaluationSection
 from reward_models.evaluate import compare, evaluate_pairs, scored_row
@@ -255,7 +255,7 @@ def _score_file(model: str) -> str:
 def _held_out_scores(model: str) -> str | None:
     from reward_models.trainer import HELD_OUT_SCORES
 
-    file = Path(model) / HELD_OUT_SCORES
+    file = expanded(model) / HELD_OUT_SCORES
     return str(file) if file.is_file() and file.stat().st_size else None
 
 

@@ -15,6 +15,8 @@ from alignment.config.validation import SectionT, input_problems, text_problems,
 from alignment.errors import ConfigError
 
 Config = TypeVar("Config", bound=StageConfig)
+# Stands for # while it is asked whether YAML took what follows for a comment.
+_NO_COMMENT = "⌗"
 
 
 def load_config(
@@ -140,15 +142,26 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f'command line: "{argument}" is not key=value. Write for example train.epochs=2.')
         try:
-            value = yaml.load(text, _Loader) if text else ""
+            value = _value_of(text)
         except _WrongKey as error:
             raise ConfigError(f"command line: {key}: {error.problem}.") from error
-        except (yaml.YAMLError, ValueError):
-            value = text
+        if "#" in text and repr(_value_of(text.replace("#", _NO_COMMENT))).replace(_NO_COMMENT, "#") != repr(value):
+            problem = f"# begins a comment in YAML, so that {text[text.index('#') :]!r} may be lost"
+            raise ConfigError(f"command line: {key}: {problem}. Put the text in quotes within quotes: '{key}=\"...\"'.")
         for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value)
     return values
+
+
+def _value_of(text: str) -> Any:
+    """A setting's value: YAML or, where it is none, the text."""
+    try:
+        return yaml.load(text, _Loader) if text else ""
+    except _WrongKey:
+        raise
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

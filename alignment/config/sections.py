@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
@@ -18,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from alignment.config.schema import section_of
-from alignment.sources import BUILT_IN_TEMPLATES
+from alignment.sources import BUILT_IN_TEMPLATES, expanded
 
 
 def as_list(value: Any) -> Any:
@@ -41,6 +40,7 @@ NonNegativeInt = Annotated[int, Field(ge=0), NotBool]
 PositiveFloat = Annotated[float, Field(gt=0), NotBool]
 NonNegativeFloat = Annotated[float, Field(ge=0), NotBool]
 Fraction = Annotated[float, Field(ge=0, le=1), NotBool]
+BelowOne = Annotated[float, Field(ge=0, lt=1), NotBool]
 PositiveFraction = Annotated[float, Field(gt=0, le=1), NotBool]
 # Those that transformers and accelerate both know.
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
@@ -85,7 +85,7 @@ class LoraSection(Section):
     alpha: PositiveFloat = 32.0
     """Scale: the update is alpha / r times the product of the two matrices."""
 
-    dropout: Fraction = 0.0
+    dropout: BelowOne = 0.0
     """Dropout on the adapter's input, a probability."""
 
     last_layers: PositiveInt | None = None
@@ -107,7 +107,7 @@ class OptimSection(Section):
     lr: PositiveFloat = 2e-5
     """Peak learning rate."""
 
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW moment decay rates. Paper: 0.9, 0.95 for reward models and PPO."""
 
     eps: PositiveFloat = 1e-5
@@ -257,7 +257,7 @@ class RunSection(Section):
     """Seed of everything random, below 2**32."""
 
     overwrite: bool = False
-    """Throw away what an earlier run left in `run.dir`."""
+    """Empty `run.dir` first, of an earlier run and of whatever else is there."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: whatever accelerate finds."""
@@ -271,7 +271,7 @@ class RunSection(Section):
     @field_validator("dir")
     @classmethod
     def _home_is_meant(cls, value: str) -> str:
-        return os.path.expanduser(value)
+        return str(expanded(value))
 
 
 def _name_files(policies: dict[str, ModelSection]) -> dict[str, ModelSection]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from alignment.config.schema import section_at, section_of
 from alignment.config.sections import ModelSection, Section, named_inputs
 from alignment.errors import AlignError
-from alignment.sources import find_data, find_model, find_template
+from alignment.sources import expanded, find_data, find_model, find_template
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -135,7 +135,7 @@ def _place(name: str) -> Path:
     try:
         return Path(find_data(name)).resolve()
     except AlignError:
-        return Path(name).expanduser().resolve()
+        return expanded(name).resolve()
 
 
 def text_problems(values: Any, key: str = "") -> Iterator[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,8 @@ from alignment.plan.shapes import DeviceKind
 
 # Resident memory of a process that has imported torch, transformers and trl and holds no model, and of its data.
 PROGRAM_BYTES = int(0.62e9)
+# Where a container's limit of memory stands, by version of control groups.
+LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,20 @@ def larger_devices(device: Device) -> list[Device]:
 
 
 def _this_cpu() -> Device:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limits()])
     dtype = compute_dtype(torch.device("cpu"))
     left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     source, target = torch.ones(2**24), torch.zeros(2**24)  # 64 MB each, beyond any cache
     flops = 2 * 1024**3 / _best_seconds(lambda: torch.nn.functional.linear(left, right))
     bandwidth = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source))
     return Device("cpu", "cpu", memory, flops, bandwidth, dtype, PROGRAM_BYTES)
+
+
+def _container_limits() -> Iterator[int]:
+    """Bytes that a container may use, where this is one with a limit (cgroups of version 2 and 1)."""
+    for path in LIMIT_FILES:
+        with suppress(OSError, ValueError):  # no such file; "max"
+            yield int(path.read_text(encoding="ascii"))
 
 
 def _best_seconds(work: Callable[[], object]) -> float:

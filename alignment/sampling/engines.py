@@ -61,15 +61,20 @@ def open_vllm(
         yield sampler
 
 
-def _start_vllm(
-    model: ModelSection, sampling: SamplingSection, dtype: torch.dtype, max_prompt_length: int
-) -> VllmSampler | None:
-    """None where it cannot start and `sampling.fall_back` is on."""
-    if PartialState().num_processes > 1:
+def check_one_process(sampling: SamplingSection, num_processes: int) -> None:
+    """Raises ConfigError where several processes would each start vLLM."""
+    if sampling.engine == "vllm" and num_processes > 1:
         raise ConfigError(
             "sampling.engine=vllm runs in one process and spreads the model itself. Start the stage without "
             "accelerate launch, and set sampling.vllm.tensor_parallel_size to the number of GPUs."
         )
+
+
+def _start_vllm(
+    model: ModelSection, sampling: SamplingSection, dtype: torch.dtype, max_prompt_length: int
+) -> VllmSampler | None:
+    """None where it cannot start and `sampling.fall_back` is on."""
+    check_one_process(sampling, PartialState().num_processes)
     chat, _ = load_chat_of(model.path, model.chat_template)
     check_is_chat_model(model.path)
     gc.collect()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alignment.errors import ModelError
 from alignment.logprobs import unwrap
 from alignment.low_rank import held_factors
+from alignment.model_checks import reach_of
 from alignment.sampling.cohort import Cohort
 from alignment.sampling.draw import draw, uniforms_of
 from alignment.sampling.memory import free_memory, rows_that_fit, tokens_that_fit
@@ -176,12 +177,11 @@ class TorchSampler:
         return output.logits[0]
 
     def _check_window(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        config = unwrap(self.model).config.get_text_config(decoder=True)
-        window = getattr(config, "sliding_window", None)
+        config = unwrap(self.model).config
         longest = max(map(len, prompts), default=0) + params.max_new_tokens
-        if window and longest > window:
+        if (reach := reach_of(config)) and longest > reach.tokens:
             raise ModelError(
-                f"{config.model_type}: its attention sees {window} tokens back, and prompt and response may have "
+                f"{config.model_type}: {reach.why}, and prompt and response may have "
                 f"{longest}. That is not supported: lower prompts.max_prompt_length or sampling.max_new_tokens."
             )
 
