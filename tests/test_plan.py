@@ -677,7 +677,7 @@ def test_steps_are_of_the_rows_that_are_trained_on(tmp_path):
         assert planned("rm", "kind=helpfulness", *data, *one_by_one).units == pairs, mix
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}\n" * 9)[:-9]])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}\n" * 9)[:-9]], ids=["no gzip", "cut off"])
 def test_a_damaged_file_is_no_bug(tmp_path, content):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.jsonl\.gz: is no whole gzip file"):
