@@ -12,7 +12,7 @@ import datetime
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +35,8 @@ LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 # Private-use characters around an index stand for a message's text while the template is rendered.
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
+# What reasoning models put behind the thoughts before an answer.
+_END_OF_THOUGHT = "</think>"
 # What templates that ask for the day, as Llama 3.2's, get on every day: the date that Llama 3.1's falls back to.
 _A_DAY = datetime.date(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -108,9 +110,14 @@ def can_be_a_turn(chat: ChatFormat, response: str) -> bool:
 
 
 def has_system_turn(chat: ChatFormat) -> bool:
-    """Whether the format writes system messages; some templates refuse them or leave them out."""
+    """Whether the format writes system messages, in dialogues of several turns too.
+
+    Some templates refuse them or leave them out, some write them into the last user turn.
+    """
+    turns = [Message("system", "a"), Message("user", "b"), Message("assistant", "c"), Message("user", "d")]
     try:
-        chat.segments([Message("system", "a"), Message("user", "b")])
+        for end in (2, 3, 4):
+            chat.segments(turns[:end])
     except DataError:
         return False
     return True
@@ -248,7 +255,10 @@ class JinjaFormat:
         self._pieces_by_roles: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         self._ids_by_piece: dict[tuple[str, bool], list[int]] = {}
         probe = (Message("user", "u"), Message("assistant", "a"), Message("user", "v"), Message("assistant", "b"))
-        self._check_prefixes(probe)
+        self._lead = self._space_before_answers(probe)
+        self._pieces_by_roles.clear()  # they were made without it
+        self._trimmed = self._trimmed_roles(probe)
+        self._cuts_thoughts = self._cuts_at(_END_OF_THOUGHT, probe)
         self.closing = self._split_closing(self._pieces(probe[:2], generation=False)[-1])[0]
         if self._split_closing(self._pieces(probe, generation=False)[2])[0] != self.closing:
             raise ModelError(
@@ -261,15 +271,21 @@ class JinjaFormat:
             _warn_of_other_ids(tokenizer.get_chat_template())
 
     def check(self, messages: Sequence[Message]) -> None:
-        """Any text will do: control tokens in it are taken apart."""
+        """Raises DataError for an answer with thoughts that the template cuts off. Control tokens may be typed."""
+        if self._cuts_thoughts and any(m.role == "assistant" and _END_OF_THOUGHT in m.content for m in messages):
+            raise DataError(
+                f"an assistant turn contains {_END_OF_THOUGHT}, and the chat template leaves out what is before it. "
+                "Remove the thoughts, or set another model.chat_template."
+            )
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """See ChatFormat."""
+        """See ChatFormat. Raises DataError as `check` does."""
+        self.check(messages)
         generation = messages[-1].role == "user"
         pieces = self._pieces(messages, generation=generation)
         segments = [Segment(self._encode_template(pieces[0], is_first=True))]
         for index, message in enumerate(messages):
-            content, after = self._encode_text(message.content), pieces[index + 1]
+            content, after = self._encode_text(self._written(message.role, message.content)), pieces[index + 1]
             if message.role == "assistant":
                 closing, rest = self._split_closing(after)
                 segments += [Segment(content + closing, turn=index), Segment(rest)]
@@ -279,17 +295,31 @@ class JinjaFormat:
 
     def encode_response(self, text: str) -> list[int]:
         """See ChatFormat."""
-        return self._encode_text(text) + self.closing
+        return self._encode_text(self._written("assistant", text)) + self.closing
+
+    def _written(self, role: str, text: str) -> str:
+        """A message's text as the template writes it."""
+        text = text.strip() if role in self._trimmed else text
+        return f"{self._lead}{text}" if role == "assistant" else text
 
     def _pieces(self, messages: Sequence[Message], *, generation: bool) -> list[str]:
         """The template's own text before, between and after the messages' texts."""
         key = (generation, tuple(message.role for message in messages))
         if key not in self._pieces_by_roles:
-            self._pieces_by_roles[key] = self._render_pieces(messages, generation=generation)
+            pieces = self._render_pieces(messages, generation=generation)
+            for index, message in enumerate(messages):
+                if message.role == "assistant":
+                    pieces[index] = pieces[index].removesuffix(self._lead)
+            self._pieces_by_roles[key] = pieces
         return self._pieces_by_roles[key]
 
-    def _render_pieces(self, messages: Sequence[Message], *, generation: bool) -> list[str]:
-        marked = [{"role": m.role, "content": _MARK.format(index)} for index, m in enumerate(messages)]
+    def _render_pieces(
+        self, messages: Sequence[Message], *, generation: bool, around: Mapping[int, tuple[str, str]] | None = None
+    ) -> list[str]:
+        """With marks for the texts; `around` has what stands before and behind some of these in their texts."""
+        marks = {index: _MARK.format(index) for index in range(len(messages))}
+        marks |= {index: f"{before}{marks[index]}{behind}" for index, (before, behind) in (around or {}).items()}
+        marked = [{"role": m.role, "content": marks[index]} for index, m in enumerate(messages)]
         try:
             template = _on_one_day(self.tokenizer.get_chat_template())
             text = self.tokenizer.apply_chat_template(
@@ -308,16 +338,47 @@ class JinjaFormat:
             raise TemplateRefusal(f"the chat template {what}. Use another model.chat_template, or remove that turn.")
         return [*pieces, last]
 
-    def _check_prefixes(self, probe: Messages) -> None:
-        """A prompt must be a prefix of the dialogue that goes on from it."""
-        whole = self._pieces(probe, generation=False)
+    def _space_before_answers(self, probe: Messages) -> str:
+        """What a template writes before an answer and not at a prompt's end: nothing, or space, as Mistral's.
+
+        It belongs to the answer then. Raises ModelError where a prompt is no prefix of the dialogue that goes on from
+        it.
+        """
+        whole = self._render_pieces(probe, generation=False)
+        leads = set()
         for turns in (1, 3):
-            prompt = self._pieces(probe[:turns], generation=True)
-            if whole[: turns + 1] != prompt:
-                raise ModelError(
-                    "the chat template writes earlier turns differently once later turns follow, so what is trained "
-                    "would not match what is sampled. Set model.chat_template to chatml or to another Jinja file."
-                )
+            *before, last = self._render_pieces(probe[:turns], generation=True)
+            lead = whole[turns].removeprefix(last)
+            fits = whole[:turns] == before and whole[turns] == last + lead and not lead.strip()
+            leads.add(lead if fits else None)
+        if None in leads or len(leads) > 1:
+            raise ModelError(
+                "the chat template writes earlier turns differently once later turns follow, so what is trained "
+                "would not match what is sampled. Set model.chat_template to chatml or to another Jinja file."
+            )
+        return leads.pop()
+
+    def _trimmed_roles(self, probe: Messages) -> set[str]:
+        """The roles whose texts the template strips of the space around them, as Llama 3's and Gemma's do."""
+        kept: set[str] = set()
+        seen: set[str] = set()
+        for messages in (probe, (Message("system", "s"), *probe)):
+            with suppress(TemplateRefusal):  # some templates know no system turn
+                plain = self._render_pieces(messages, generation=False)
+                for index, message in enumerate(messages):
+                    spaced = self._render_pieces(messages, generation=False, around={index: (" \n", "\n ")})
+                    seen.add(message.role)
+                    if spaced != plain:
+                        kept.add(message.role)
+        return seen - kept
+
+    def _cuts_at(self, tag: str, probe: Messages) -> bool:
+        """Whether the template leaves out what an answer says before this tag."""
+        plain = self._render_pieces(probe, generation=False)
+        return any(
+            self._render_pieces(probe, generation=False, around={index: (f"thought{tag}", "")}) == plain
+            for index in (1, 3)
+        )
 
     def _split_closing(self, piece: str) -> tuple[list[int], list[int]]:
         """The ids that end an assistant turn (through its first control token), and the ids after them."""

@@ -65,6 +65,7 @@ class Dialogue:
         """Raises RowError where a field is missing, misspelt or of the wrong form."""
         _refuse_misspelt(row, cls.FIELDS)
         messages = parse_messages(_require(row, "messages"), "messages", last_role="assistant")
+        refuse_verdict(row)
         train_on = "all" if row.get("train_on") is None else row["train_on"]
         if train_on not in get_args(TrainOn):
             raise RowError(f'"train_on" is {_show(train_on)}. Use "all" or "last".')
@@ -357,6 +358,14 @@ def _refuse_calls(turn: Mapping[str, Any], where: str) -> None:
     """Raises RowError for a message that calls a tool: its text alone would be another message."""
     if name := next((name for name in ("tool_calls", "function_call") if turn.get(name)), None):
         raise RowError(f'{where} has "{name}", which no stage reads. Remove the row, or write the call into the text.')
+
+
+def refuse_verdict(row: Mapping[str, Any]) -> None:
+    """Raises RowError for an unpaired preference: an answer marked as bad would be trained."""
+    for name in ("label", "kto_tag"):
+        if isinstance(row.get(name), bool):
+            verdict = f'an unpaired preference ("{name}" says whether it is good or bad)'
+            raise RowError(f'{verdict}. Keep the good ones, without "{name}".')
 
 
 def _refuse_unlearned(turns: Sequence[Mapping[str, Any]], train_on: TrainOn) -> None:

@@ -13,7 +13,7 @@ from itertools import chain, combinations
 from operator import itemgetter
 from typing import Any, Literal
 
-from alignment.dialogue import RATINGS, RowError, optional_number
+from alignment.dialogue import RATINGS, RowError, optional_number, refuse_verdict
 
 Raw = Mapping[str, Any]
 Aim = Literal["helpfulness", "safety"]
@@ -52,7 +52,8 @@ def from_hh_rlhf(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 def from_trl(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """Preference, prompt-completion, prompt-only and language-modelling rows, of text or of messages.
 
-    Text becomes one turn, without the space around it that glued TRL's texts together. A completion is trained,
+    Text becomes one turn, without the space around it that glued TRL's texts together; a prompt that is a transcript
+    of "Human:" and "Assistant:" becomes its turns. A `system` beside them opens the dialogue. A completion is trained,
     its prompt is not. Raises RowError for unpaired preferences: a completion marked as bad is no demonstration.
     """
     if raw.get("chosen") is not None:
@@ -60,16 +61,16 @@ def from_trl(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     elif _is_judged_alone(raw):
         raise RowError('an unpaired or stepwise row (it has "label"). Pairs need "chosen" and "rejected".')
     elif raw.get("completion") is not None:
-        prompt, completion = _turns(raw, "prompt", "user"), _turns(raw, "completion", "assistant")
+        prompt, completion = _asked(raw), _turns(raw, "completion", "assistant")
         if len(completion) != 1:
             raise RowError('"completion" has several turns. It must be one assistant message.')
         yield {**raw, "messages": prompt + completion, "train_on": "last"}
     elif raw.get("messages") is not None:
-        yield dict(raw)
+        yield {**raw, "messages": _behind_system(raw, raw["messages"])}
     elif "response" in raw:
         raise RowError('"response" is no field of TRL. Rename it to "completion" where it is a demonstration.')
     else:
-        yield {**raw, "prompt": _turns(raw, "prompt", "user")}
+        yield {**raw, "prompt": _asked(raw)}
 
 
 def from_pku_saferlhf(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
@@ -109,7 +110,10 @@ def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     """
     root = raw.get("prompt")
     if not isinstance(root, Mapping):
-        raise RowError('"prompt" must be the root of a message tree. Flat message files are not supported.')
+        raise RowError(
+            '"prompt" must be the root of a message tree, as in the files named ".trees.jsonl.gz". Flat message files '
+            "are not supported."
+        )
     num_pairs, open_nodes = 0, [(root, [])]
     while open_nodes:
         node, history = open_nodes.pop()
@@ -133,6 +137,7 @@ def from_sharegpt(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     `role` and `content` are taken in the places of `from` and `value`.
     """
     turns = raw.get("conversations")
+    refuse_verdict(raw)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise RowError('"conversations" must be a list of {"from", "value"} objects.')
     yield {"messages": _system(raw) + [_spoken(turn) for turn in turns]}
@@ -264,7 +269,29 @@ def _is_judged_alone(raw: Raw) -> bool:
 
 
 def _system(raw: Raw) -> list[dict[str, Any]]:
-    return [_turn(_text(raw, "system"), "system")] if raw.get("system") else []
+    name = next((name for name in ("system", "system_prompt") if raw.get(name)), None)
+    return [_turn(_text(raw, name), "system")] if name else []
+
+
+def _behind_system(raw: Raw, turns: Any) -> Any:
+    """Turns that open with the row's system message, where it has one and they do not open with one."""
+    if not isinstance(turns, list) or not turns:
+        return turns
+    opens_with_one = isinstance(turns[0], Mapping) and turns[0].get("role") == "system"
+    return turns if opens_with_one else _system(raw) + turns
+
+
+def _asked(raw: Raw) -> list[Any]:
+    """A row's prompt as turns; HH-RLHF's transcripts are found in it by what they open with and go on with."""
+    prompt = raw.get("prompt")
+    turns = _turns(raw, "prompt", "user")
+    if isinstance(prompt, str) and prompt.lstrip("\n").startswith("Human:") and "\n\nAssistant:" in prompt:
+        turns = _spoken_in(prompt, "prompt")
+        if turns[-1] == _turn("", "assistant"):
+            turns.pop()
+        if turns[-1]["role"] != "user":
+            raise RowError('"prompt" ends with an assistant turn, and a response is to follow.')
+    return _behind_system(raw, turns)
 
 
 def _text(raw: Raw, name: str) -> str:
@@ -293,19 +320,24 @@ def _pair_turns(raw: Raw) -> dict[str, Any]:
     if shared != rejected[:-1]:
         raise RowError('"chosen" and "rejected" differ before their last turn.')
     if not shared:
-        prompt = _turns(raw, "prompt", "user")
+        prompt = _asked(raw)
     elif isinstance(prompt, list) and shared[: len(prompt)] != prompt:
-        prompt = prompt + shared
+        prompt = _behind_system(raw, prompt + shared)
     else:
-        prompt = shared
+        prompt = _behind_system(raw, shared)
     return {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
-def _transcript(text: str, name: str) -> list[dict[str, Any]]:
+def _spoken_in(text: str, name: str) -> list[dict[str, Any]]:
+    """The turns of a transcript."""
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
         raise RowError(f'"{name}" does not open with "Human:".')
-    turns = [_turn(content, speaker) for speaker, content in zip(parts[0::2], parts[1::2], strict=True)]
+    return [_turn(content, speaker) for speaker, content in zip(parts[0::2], parts[1::2], strict=True)]
+
+
+def _transcript(text: str, name: str) -> list[dict[str, Any]]:
+    turns = _spoken_in(text, name)
     if turns[-1]["role"] != "assistant":
         raise RowError(f'"{name}" ends with a user turn, not with a response.')
     return turns

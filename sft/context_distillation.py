@@ -142,7 +142,7 @@ def why_not_asked(config: DistilConfig, data: Loaded[Prompt], chat: ChatFormat, 
     found, writes_system = [], has_system_turn(chat)
     for prompt, preprompt, _ in _drawn(config, data):
         behind = partial(with_preprompt, preprompt=preprompt, has_system_turn=writes_system)
-        asked = _shortened(lambda messages: why_not(messages) is None, prompt.messages, behind)
+        asked = _shortened(why_not, prompt.messages, behind)
         found.append(why_not(asked) or why_not(behind(asked)))
     return found
 
@@ -191,10 +191,17 @@ def summarize(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _shortened(fits: Callable[[Messages], bool], prompt: Messages, behind: Callable[[Messages], Messages]) -> Messages:
-    """The prompt with as many turns as fit `behind` its preprompt; the whole where not even the last one does."""
+def _shortened(
+    why_not: Callable[[Messages], NoAnswer | None], prompt: Messages, behind: Callable[[Messages], Messages]
+) -> Messages:
+    """The prompt with as many turns as fit `behind` its preprompt; the whole where not even the last one does.
+
+    Where the chat format refuses it, it stays whole: it is not to be answered without what is refused.
+    """
     shorter: Messages | None = prompt
-    while shorter is not None and not fits(behind(shorter)):
+    while shorter is not None and (reason := why_not(behind(shorter))) is not None:
+        if reason != "too_long":
+            return prompt
         shorter = drop_oldest_turns(shorter)
     return shorter or prompt
 
@@ -208,7 +215,7 @@ def _answers(speaker: Speaker, given: Sequence[tuple[Prompt, str, bool]], bar: P
     asked, contexts, writes_system = [], {}, speaker.has_system_turn
     for index, (prompt, preprompt, _) in enumerate(given):
         behind = partial(with_preprompt, preprompt=preprompt, has_system_turn=writes_system)
-        messages = _shortened(speaker.fits, prompt.messages, behind)
+        messages = _shortened(speaker.why_not, prompt.messages, behind)
         asked.append(messages)
         contexts[2 * index], contexts[2 * index + 1] = messages, behind(messages)
     answered = speaker.answer(contexts, turn=0, bar=bar)

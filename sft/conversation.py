@@ -151,9 +151,9 @@ class Speaker:
         """Whether the model's chat format writes system messages."""
         return has_system_turn(self.chat)
 
-    def fits(self, messages: Messages) -> bool:
-        """Whether a context can be answered."""
-        return self._encode(messages)[1] is None
+    def why_not(self, messages: Messages) -> NoAnswer | None:
+        """Why a context cannot be answered; None where it can."""
+        return self._encode(messages)[1]
 
     def _read(self, sample: Sample) -> Answer:
         text = decode_response(self.chat, sample.token_ids)

@@ -34,8 +34,8 @@ class ScriptedSpeaker:
     def mark(self, text):
         return Answer(text, self.is_finished, is_refused="[INST]" in text)
 
-    def fits(self, messages):
-        return self.answer_one(messages) is not None
+    def why_not(self, messages):
+        return "too_long" if self.answer_one(messages) is None else None
 
 
 def gatt_config(folder: Path, *extra: str) -> GattConfig:

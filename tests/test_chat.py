@@ -28,6 +28,7 @@ from alignment.chat import (
     encode_dialogue,
     encode_prompt,
     fit_prompt,
+    has_system_turn,
     preview,
 )
 from alignment.config import PromptSection
@@ -44,6 +45,11 @@ LLAMA3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>")
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST]' + message['content'] | trim + '[/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+)
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
     "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
@@ -197,6 +203,69 @@ def test_ordinary_texts_get_the_ids_of_apply_chat_template(request, name, texts,
         [m.to_json() for m in messages], add_generation_prompt=prompt_first, tokenize=True, return_dict=False
     )
     assert [token for segment in chat.segments(messages) for token in segment.ids] == expected
+
+
+SPACED = [" \nWhat? ", " dog,\n", "\n letter\t"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+@pytest.mark.parametrize("texts", [SPACED[:1], SPACED[:2], SPACED])
+def test_space_around_texts_goes_where_the_template_strips_it(request, name, texts):
+    chat: ChatFormat = request.getfixturevalue(name)
+    messages = turns(*texts)
+    expected = chat.tokenizer.apply_chat_template(
+        [m.to_json() for m in messages], add_generation_prompt=len(texts) % 2 == 1, tokenize=True, return_dict=False
+    )
+    assert [token for segment in chat.segments(messages) for token in segment.ids] == expected
+    if len(texts) > 1:
+        prompt = encode_prompt(chat, messages[:1])
+        assert expected[: len(prompt)] == prompt
+        answer = chat.encode_response(texts[1])
+        assert expected[len(prompt) : len(prompt) + len(answer)] == answer
+
+
+def test_space_around_texts_stays_where_the_template_keeps_it(chatml):
+    assert spans(chatml, encode_dialogue(chatml, dialogue(" a ", " b ")))[1] == (" b <|im_end|>", True)
+
+
+@pytest.fixture
+def mistral(make_tokenizer) -> ChatFormat:
+    """As Mistral's of version 0.3 it strips answers and writes a space before them that no prompt ends with."""
+    tokens = ("<s>", "[INST]", "[/INST]", "</s>", "<pad>")
+    return chat_format(make_tokenizer(tokens, bos="<s>", eos="</s>", template=MISTRAL))
+
+
+def test_a_space_that_only_answers_have_before_them_is_trained_with_them(mistral):
+    encoded = encode_dialogue(mistral, dialogue("a", "b", "c", "d"))
+    assert spans(mistral, encoded) == [
+        ("<s>[INST]a[/INST]", False), (" b</s>", True), ("[INST]c[/INST]", False), (" d</s>", True),
+    ]  # fmt: skip
+    assert decode_response(mistral, mistral.encode_response("b")) == "b"
+
+
+def test_a_template_that_writes_the_system_message_into_the_last_turn_has_no_system_turn(make_tokenizer, llama3):
+    """As Mistral's do: in a prompt of several turns it stands behind them."""
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
+        "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}{% for message in rest %}"
+        "{% if message['role'] == 'user' %}{{ '[INST]' }}{% if loop.last and system %}{{ system + '\n\n' }}{% endif %}"
+        "{{ message['content'] + '[/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokens = ("<s>", "[INST]", "[/INST]", "</s>", "<pad>")
+    chat = chat_format(make_tokenizer(tokens, bos="<s>", eos="</s>", template=template))
+    assert chat.segments(turns("q", system="s"))
+    assert not has_system_turn(chat) and has_system_turn(llama3)
+
+
+def test_thoughts_that_the_template_cuts_off_are_refused(make_tokenizer, chatml):
+    """As DeepSeek's distilled models do: what is trained would be read by no other program."""
+    template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    assert template != CHATML
+    chat = chat_format(make_tokenizer(template=template))
+    with pytest.raises(DataError, match="an assistant turn contains </think>, and the chat template leaves out what"):
+        encode_dialogue(chat, dialogue("a", "so</think>b"))
+    assert encode_dialogue(chat, dialogue("a</think>", "b"))
+    assert encode_dialogue(chatml, dialogue("a", "so</think>b"))
 
 
 def test_a_dialogue_without_an_assistant_turn_has_nothing_to_train(chatml):

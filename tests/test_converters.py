@@ -16,7 +16,7 @@ from alignment.cli.data import app
 from alignment.converters import convert_file
 from alignment.data import load_dialogues, load_pairs, write_rows
 from alignment.data_report import parse_row
-from alignment.dialogue import Message, RowError
+from alignment.dialogue import Dialogue, Message, RowError
 from alignment.errors import DataError, RunError
 from alignment.layouts import CONVERTERS, Options, guess_layout, layout_hint
 
@@ -114,6 +114,58 @@ def test_turns_that_follow_a_trl_prompt_in_both_conversations_join_it() -> None:
     more = [assistant("x"), user("y")]
     raw = {"prompt": [user("q")], "chosen": [*more, assistant("a")], "rejected": [*more, assistant("b")]}
     assert rows_of("trl", raw)[0]["prompt"] == [user("q"), *more]
+
+
+HH_PROMPT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+
+
+def test_a_transcript_in_a_prompt_becomes_its_turns() -> None:
+    prompt = [user("a"), assistant("b"), user("c")]
+    pair = {"prompt": HH_PROMPT, "response": " x", "chosen": " x", "rejected": " y"}
+    assert guess_layout(pair) == "trl"
+    [row] = rows_of("trl", pair)
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (prompt, [assistant("x")], [assistant("y")])
+    assert rows_of("trl", {"prompt": HH_PROMPT})[0]["prompt"] == prompt
+    assert rows_of("trl", {"prompt": HH_PROMPT, "completion": " x"})[0]["messages"] == [*prompt, assistant("x")]
+    assert rows_of("trl", {"prompt": "Human: is a species."})[0]["prompt"] == [user("Human: is a species.")]
+    answered = {"prompt": "\n\nHuman: a\n\nAssistant: b"}
+    assert "ends with an assistant turn, and a response is to follow" in problem_of("trl", answered)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+        {"prompt": "q", "completion": "a"},
+        {"messages": [user("q"), assistant("a")]},
+        {"prompt": "q"},
+    ],
+)
+def test_a_system_message_beside_the_turns_opens_them(raw: Row, name: str) -> None:
+    """In a pair it may be what makes one response the better one."""
+    system = {"role": "system", "content": "Be honest."}
+    [row] = rows_of("trl", {**raw, name: "Be honest."})
+    assert row.get("prompt", row.get("messages"))[:2] == [system, user("q")]
+    [row] = rows_of("trl", {**raw, name: ""})
+    assert row.get("prompt", row.get("messages"))[0] == user("q")
+
+
+def test_a_prompt_that_opens_with_a_system_message_keeps_its_own() -> None:
+    own = [{"role": "system", "content": "mine"}, user("q")]
+    assert rows_of("trl", {"prompt": own, "system": "other"})[0]["prompt"] == own
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@pytest.mark.parametrize("verdict", [True, False])
+def test_an_answer_with_a_verdict_is_no_demonstration(name: str, verdict: bool) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert f'unpaired preference ("{name}" says' in problem_of("sharegpt", {"conversations": turns, name: verdict})
+    with pytest.raises(RowError, match=rf'unpaired preference \("{name}" says whether it is good or bad\)'):
+        Dialogue.from_json({"messages": [user("q"), assistant("a")], name: verdict})
+    assert Dialogue.from_json({"messages": [user("q"), assistant("a")], name: 3})
 
 
 def test_our_own_fields_of_a_trl_row_survive_and_are_checked() -> None:

@@ -614,6 +614,14 @@ def test_a_prompt_too_long_behind_its_preprompt_loses_its_oldest_turns_in_both_c
     assert max(map(len, speaker.asked)) == 2
 
 
+@pytest.mark.parametrize(("reason", "turns"), [("too_long", 1), ("refused", 5)])
+def test_only_what_is_too_long_loses_turns(reason, turns):
+    """A turn that the chat format refuses is not to be left out without a word."""
+    prompt = tuple(Message(("user", "assistant")[index % 2], "x") for index in range(5))
+    found = context_distillation._shortened(lambda messages: reason if len(messages) > 1 else None, prompt, tuple)
+    assert len(found) == turns
+
+
 def test_every_prompt_without_a_distilled_row_is_counted_by_reason(tmp_path, speak, write_file):
     """One prompt for each reason, one kept; the longest loses an exchange, and two have a template of their risk."""
     texts = ["kept", "worse", "plain is refused", "distilled is refused", "long", "nothing", "short"]

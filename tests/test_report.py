@@ -16,7 +16,7 @@ from alignment.errors import DataError, RunError
 from alignment.manifests import mark_outdated
 from alignment.report import answers, inputs, overview
 from alignment.report.charts import Curve, curve_chart, interval_chart, smoothed
-from alignment.report.drawing import PALETTE, short, style_of
+from alignment.report.drawing import PALETTE, short, shortened, style_of
 from alignment.report.elements import interval
 from alignment.report.page import MARK, write_report
 from alignment.report.reading import distinct_labels, read_rows, read_runs
@@ -125,6 +125,8 @@ def test_a_result_without_some_figures_is_shown_without_them(tmp_path):
     cells = [cell.text for cell in table.rows[0][2:6]]
     assert cells == ["finished", "its result has no 'valid_loss_before'", "–", "–"]
     assert 'id="overview"' in write_report([run]).read_text(encoding="utf-8")
+    (run / "result.json").write_text('{"stage": "sft", "valid_loss_before": 2.0, "valid_loss_after": null}')
+    assert overview.section(read_runs([run])).tables[0].rows[0][3].text == "one of its figures is no number"
     stopped = read_runs([write_run(tmp_path / "ppo", "ppo", {"stopped": "kl"})])
     assert overview.warnings(stopped) == [("ppo", "Stopped early (kl) at iteration unknown.")]
     gained = {"reward_gain": ENTRY, "reward_gain_ended": {"value": 0.0, "low": -0.1, "high": 0.1, "count": 4}}
@@ -454,6 +456,16 @@ def test_an_interval_cell_is_sorted_by_its_value():
 def test_smoothing_is_a_centred_mean_with_fewer_values_at_the_ends():
     # (0+3)/2, (0+3+6)/3, (3+6+0)/3, (6+0)/2
     assert smoothed([0, 3, 6, 0], 3) == [1.5, 3.0, 3.0, 3.0]
+
+
+def test_long_names_that_differ_in_the_middle_alone_are_told_apart():
+    names = [f"smollm2-helpfulness-lr-{rate}-margin-large-one-epoch-of-all" for rate in ("1e-4", "3e-4", "1e-3")]
+    assert len({short(name) for name in names}) == 1
+    found = shortened(names)
+    assert len(set(found)) == 3 and found[1].endswith(" (2)") and shortened(["a", "b"]) == ["a", "b"]
+    curves = [Curve(name, [1, 2], [1.0, 2.0], style_of(0)) for name in names]
+    chart = curve_chart("n", "t", "c", curves, x_label="x", y_label="y")
+    assert all(name in chart.svg for name in found)
 
 
 @given(st.text(max_size=200))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.report.drawing import INK, PAPER, Chart, Style, drawing, inline, legend, short, style_of
+from alignment.report.drawing import INK, PAPER, Chart, Style, drawing, inline, legend, short, shortened, style_of
 from alignment.report.reading import Row, RunFolder, is_number
 
 SMOOTHED_FROM = 30  # points; shorter curves are drawn as they are
@@ -84,7 +84,7 @@ def curve_chart(
             [line] = axes.plot(curve.x, curve.y, marker=marker, **look)
             if curve.low is not None and curve.high is not None:
                 axes.fill_between(curve.x, curve.low, curve.high, color=curve.style.color, alpha=0.16, linewidth=0)
-            handles[short(curve.label)] = line
+            handles[curve.label] = line
         if percent_x:
             _percent(axes.xaxis)
         elif whole_x:
@@ -134,7 +134,7 @@ def interval_chart(
             y += 0.2
             for key, entry in entries.items():
                 y += 0.15
-                handles[short(key)] = _mark(axes, y - 0.08, entry, style_of(series.index(key)))
+                handles[key] = _mark(axes, y - 0.08, entry, style_of(series.index(key)))
             y += 0.08
         axes.set(ylim=(y + 0.04, -0.03), yticks=[])
         axes.grid(axis="y", visible=False)
@@ -157,7 +157,7 @@ def bar_chart(name: str, title: str, caption: str, bars: Mapping[str, float], *,
             axes.annotate(
                 format(value, spec), (value, place), (3, 0), textcoords="offset points", va="center", size=8.5
             )
-        axes.set_yticks(places, [short(label) for label in bars])
+        axes.set_yticks(places, shortened(bars))
         axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, 1.16 * max(bars.values()) or 1))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
@@ -222,7 +222,7 @@ def path_chart(
                 alpha = 0.25 + 0.75 * (place + 1) / len(x)
                 look = {"color": style.color, "marker": style.marker, "markersize": 4.5, "alpha": alpha}
                 look |= {"markerfacecolor": style.fill, "markeredgewidth": 0 if style.fill == style.color else 1}
-                [handles[short(label)]] = axes.plot(*point, linestyle="none", **look)
+                [handles[label]] = axes.plot(*point, linestyle="none", **look)
             for a, b, text in zip(x, y, texts, strict=True):
                 if text:
                     axes.annotate(short(text), (a, b), (4, 4), textcoords="offset points", size=8.5)

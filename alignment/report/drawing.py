@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,18 @@ def short(label: str) -> str:
     return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL // 2]}…{text[1 - MAX_LABEL // 2 :]}"
 
 
+def shortened(labels: Iterable[str]) -> list[str]:
+    """Names from data as labels, no two of them alike: of long names only their ends are shown."""
+    found: list[str] = []
+    for label in labels:
+        text, number = short(label), 1
+        while text in found:
+            number += 1
+            text = f"{short(label)} ({number})"
+        found.append(text)
+    return found
+
+
 @contextmanager
 def drawing(height: float = 2.9) -> Iterator[Figure]:
     """A new figure of this height in inches, in the report's style; draw it and `inline` it inside the block."""
@@ -104,10 +116,11 @@ def legend(figure: Figure, handles: dict[str, Any]) -> None:
     """A legend below the axes, by label; makes the figure as much higher as it needs."""
     if not handles:
         return
-    widest = max(len(label) for label in handles)
+    labels = shortened(handles)
+    widest = max(map(len, labels))
     columns = max(1, min(len(handles), int(66 / (widest + 9))))
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(handles) // columns))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=columns)
+    figure.legend(handles.values(), labels, loc="outside lower left", ncols=columns)
 
 
 def inline(figure: Figure, name: str, title: str, caption: str) -> Chart:

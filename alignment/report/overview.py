@@ -132,6 +132,8 @@ def _reached(run: RunFolder) -> str:
         return one_line(run.result)
     except KeyError as missing:  # a report of old runs shows what they have
         return f"its result has no {missing}"
+    except TypeError:
+        return "one of its figures is no number"
 
 
 def _seconds(run: RunFolder) -> float | None:
