@@ -414,7 +414,8 @@ class JinjaFormat:
         texts = ("the first question?", "the first answer.", "the second question?", "the second answer.")
         messages = tuple(Message(("user", "assistant")[index % 2], text) for index, text in enumerate(texts))
         first, *after = self._pieces(messages, generation=False)
-        whole = first + "".join(text + piece for text, piece in zip(texts, after, strict=True))
+        written = [self._written(message.role, message.content) for message in messages]
+        whole = first + "".join(text + piece for text, piece in zip(written, after, strict=True))
         ids = [token for segment in self.segments(messages) for token in segment.ids]
         return ids == self.tokenizer.encode(whole, add_special_tokens=False)
 

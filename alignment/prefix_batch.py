@@ -233,6 +233,21 @@ def even_groups(lengths: Sequence[int], *, workers: int, max_tokens: int) -> lis
         rounds += 1
 
 
+def split_tree(tree: Tree, max_tokens: int) -> list[tuple[int, Tree]]:
+    """A tree over `max_tokens` as several that repeat its trunk, each with the index of its first branch.
+
+    A trunk with one branch is not split, however long.
+    """
+    parts: list[tuple[int, Tree]] = []
+    start, size = 0, len(tree.trunk)
+    for index, branch in enumerate(tree.branches):
+        if index > start and size + len(branch.ids) > max_tokens:
+            parts.append((start, Tree(tree.trunk, tree.branches[start:index])))
+            start, size = index, len(tree.trunk)
+        size += len(branch.ids)
+    return [*parts, (start, Tree(tree.trunk, tree.branches[start:]))]
+
+
 def micro_batches(items: Sequence[Item], length: Callable[[Item], int], *, max_tokens: int) -> Iterator[list[int]]:
     """Indices of items in groups of similar length whose padded size (count x longest) stays within `max_tokens`.
 

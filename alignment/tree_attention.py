@@ -36,6 +36,8 @@ BLOCK_QUERIES = 128
 class Block:
     """Queries `start` to `stop` of the flat row, the ranges of keys they meet, and what is added to the scores.
 
+    `tree` is where its tree begins and ends in the flat row.
+
     `bias` (stop - start, last keys) is 0 where a query sees a key and -inf elsewhere; it covers the last of the keys,
     those before them are seen by every query of the block.
     """
@@ -44,6 +46,7 @@ class Block:
     stop: int
     keys: tuple[tuple[int, int], ...]
     bias: Float[Tensor, "Q K"]
+    tree: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def some_queries(blocks: Sequence[Block], places: Int[Tensor, " S"]) -> Queries:
     for block in blocks:
         start, stop = bisect_left(wanted, block.start), bisect_left(wanted, block.stop)
         if start < stop:
-            kept.append(Block(start, stop, block.keys, block.bias[places[start:stop] - block.start]))
+            kept.append(Block(start, stop, block.keys, block.bias[places[start:stop] - block.start], block.tree))
     return Queries(places, kept)
 
 
@@ -179,12 +182,16 @@ class _BlockAttention(torch.autograd.Function):
         """The output (H, N, D).
 
         Scores are rounded to the type of q and k, and keys have large parts in common, which take the bits. What all
-        keys share adds the same to all scores of a query, so softmax does not see it: it is taken off (Zhang et al.
-        2024, arXiv:2410.02367, Sec. 4.2). The gradients are the same, since a query's score gradients sum to zero.
+        keys of a tree share adds the same to all scores of a query, so softmax does not see it: it is taken off (Zhang
+        et al. 2024, arXiv:2410.02367, Sec. 4.2), tree by tree, so that none is rounded by what stands beside it. The
+        gradients are the same, since a query's score gradients sum to zero.
         """
         ctx.key_dtype = k.dtype
         wide = k.to(torch.promote_types(k.dtype, torch.float32))
-        k = (wide - wide.mean(1, keepdim=True)).to(v.dtype)
+        k = torch.zeros_like(k, dtype=v.dtype)
+        for start, stop in dict.fromkeys(block.tree for block in blocks):
+            own = wide[:, start:stop]
+            k[:, start:stop] = own - own.mean(1, keepdim=True)
         ctx.save_for_backward(q, k, v)
         ctx.blocks = blocks
         grouped = q.unflatten(0, (len(k), -1))  # (G, H / G, N, D)
@@ -255,8 +262,8 @@ def _blocks_of_tree(stretches: Sequence[tuple[int, int, int]], dtype: torch.dtyp
     if (last - first) ** 2 + BLOCK_OVERHEAD <= apart:
         branches = torch.cat([torch.full((stop - start,), branch) for branch, start, stop in stretches])
         seen = (branches[None] == 0) | (branches[None] == branches[:, None])
-        return [Block(first, last, ((first, last),), _bias(seen.tril(), dtype))]
-    return [Block(a, b, keys, _causal_bias(b - a, dtype)) for a, b, keys in pieces]
+        return [Block(first, last, ((first, last),), _bias(seen.tril(), dtype), (first, last))]
+    return [Block(a, b, keys, _causal_bias(b - a, dtype), (first, last)) for a, b, keys in pieces]
 
 
 def _pieces(start: int, stop: int) -> list[tuple[int, int]]:

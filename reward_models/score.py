@@ -17,7 +17,7 @@ from alignment.logprobs import branch_scores
 from alignment.model_folders import context_length
 from alignment.model_workers import map_in_workers, num_workers
 from alignment.models import LoadedModel, load_reward_model
-from alignment.prefix_batch import Branch, Tree, collate, even_groups, micro_batches
+from alignment.prefix_batch import Branch, Tree, collate, even_groups, micro_batches, split_tree
 
 MAX_TOKENS = 8192
 
@@ -113,7 +113,7 @@ def score_trees(
     workers = 1 if holds_parts(model) else num_workers(device, num_tokens, max_tokens=max_tokens)
     budget = max_tokens // workers
     results = [[0.0] * len(tree.branches) for tree in trees]
-    parts = [(index, start, part) for index, tree in enumerate(trees) for start, part in _split(tree, budget)]
+    parts = [(index, start, part) for index, tree in enumerate(trees) for start, part in split_tree(tree, budget)]
     lengths = [part.num_tokens for *_, part in parts]
     if workers == 1:
         chosen = micro_batches(lengths, int, max_tokens=budget)
@@ -139,18 +139,6 @@ def score_trees(
         if on_progress:
             on_progress(sum(start == 0 for _, start, _ in group))
     return results
-
-
-def _split(tree: Tree, max_tokens: int) -> list[tuple[int, Tree]]:
-    """A tree over `max_tokens` as several that repeat its trunk, each with the index of its first branch."""
-    parts: list[tuple[int, Tree]] = []
-    start, size = 0, len(tree.trunk)
-    for index, branch in enumerate(tree.branches):
-        if index > start and size + len(branch.ids) > max_tokens:
-            parts.append((start, Tree(tree.trunk, tree.branches[start:index])))
-            start, size = index, len(tree.trunk)
-        size += len(branch.ids)
-    return [*parts, (start, Tree(tree.trunk, tree.branches[start:]))]
 
 
 def score(model: str | Scorer, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]) -> list[list[float]]:

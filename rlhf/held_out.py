@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,7 @@ class HeldOut:
         self.history: list[dict[str, float]] = []
         self.best_iteration = 0
         self._best: dict[str, torch.Tensor] = {}
+        self._best_rewards: list[float | None] = []
         # Scores of the first evaluation by judge, None of answers that were not judged, and what `ended`.
         self._first: dict[str, list[float | None]] = {}
         self._gains: dict[str, dict[str, Any]] = {}  # of the best and the last evaluation over the first
@@ -126,8 +128,8 @@ class HeldOut:
         figures = {judge: sum(getattr(answer, judge) for answer in read) / len(read) for judge in judges}
         gains = self._gains_over_first(now, judges)
         self._gains["last"] = {name: gain.to_json() for name, gain in gains.items()}
-        if all(figures["reward"] > earlier["reward"] for earlier in self.history):
-            self.best_iteration = iteration
+        if self._is_best(now["reward"]):
+            self.best_iteration, self._best_rewards = iteration, now["reward"]
             keep = self.state.is_main_process
             self._best = {} if self.section.patience is None else policy.parameters(keep=keep)
             self._gains["best"] = self._gains["last"]
@@ -139,6 +141,12 @@ class HeldOut:
             "held_out_words": sum(len(answer.response.split()) for answer in read) / len(read),
             **unread,
         }
+
+    def _is_best(self, rewards: Sequence[float | None]) -> bool:
+        """Whether they are higher than at the best look, on the prompts whose answers were judged in both."""
+        pairs = zip(rewards, self._best_rewards or [-math.inf] * len(rewards), strict=True)
+        both = [(now, best) for now, best in pairs if now is not None and best is not None]
+        return sum(now for now, _ in both) > sum(best for _, best in both)
 
     def _gains_over_first(
         self, now: Mapping[str, Sequence[float | None]], judges: Sequence[str]
@@ -181,6 +189,7 @@ class HeldOut:
             "history": self.history,
             "best_iteration": self.best_iteration,
             "best_weights": self._best,
+            "best_rewards": self._best_rewards,
             "first_values": self._first,
             "gains": self._gains,
             "fits_judges": True,
@@ -190,6 +199,7 @@ class HeldOut:
         """Puts a checkpoint's state back."""
         self.history, self.best_iteration = state["history"], state["best_iteration"]
         self._first, self._gains = state["first_values"], state["gains"]
+        self._best_rewards = state.get("best_rewards", [])
         if self._prompts and "fits_judges" not in state:  # of an earlier version, which fitted them to the policy alone
             self._asked = fit_prompts(self.chat, self._prompts, self.config.prompts, room=self._room)
         # A copy: the checkpoint's file, which the tensors are mapped from, is removed before the run ends.

@@ -36,7 +36,7 @@ from alignment.distributed import (
 from alignment.errors import DataError
 from alignment.logprobs import response_logprobs, response_stats, token_values
 from alignment.model_folders import context_length
-from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
+from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches, split_tree
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.prompts import Asked, fit_prompts, prompt_room, sample_shared
@@ -57,7 +57,6 @@ from rlhf.rollout import (
     Rollouts,
     as_judged,
     branch_offsets,
-    branch_rows,
     of_all_processes,
     reward_metrics,
     rollout_metrics,
@@ -252,7 +251,10 @@ class PPOTrainer:
         )
 
     def _update(self, rollouts: Rollouts, *, critic_only: bool) -> dict[str, float]:
-        """Minibatches in order, micro-batches inside; losses are means over the tokens of the global minibatch."""
+        """Minibatches in order, micro-batches inside; losses are means over the tokens of the global minibatch.
+
+        One without a token to train on (`ppo.truncation=mask`) takes no step: momentum would move the weights.
+        """
         config, accelerator = self.config, self.accelerator
         clip_range = math.inf if critic_only else config.ppo.value_clip_range
         losses_of = {"policy": self._policy_losses, "critic": partial(self._value_losses, clip_range=clip_range)}
@@ -266,7 +268,8 @@ class PPOTrainer:
             batches = list(self._micro_batches(rollouts, trees))
             tokens = sum(rollouts.trained[rows, columns].sum() for _, rows, columns in batches)
             # DDP averages gradients over processes; the loss is a mean over the trained tokens of all of them.
-            scale = accelerator.num_processes / accelerator.reduce(tokens.float(), reduction="sum").clamp_min(1)
+            counted = accelerator.reduce(tokens.float(), reduction="sum")
+            scale, learns = accelerator.num_processes / counted.clamp_min(1), bool(counted)
             totals: dict[str, Tensor] = {}
             for micro_batch, takes_part, exchanges in passes(batches, accelerator):
                 # One model after the other, so that the activations of one are held at a time.
@@ -280,7 +283,8 @@ class PPOTrainer:
             for name, learner in learners.items():
                 norm = clip_grad_norm_(learner.model.parameters(), config.optim.max_grad_norm)
                 norms[f"{name}_grad_norm"] = float(whole(norm))
-                learner.optimizer.step()
+                if learns:
+                    learner.optimizer.step()
                 learner.optimizer.zero_grad()
                 learner.scheduler.step()
             means = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum") * scale
@@ -331,13 +335,17 @@ class PPOTrainer:
 
     def _micro_batches(self, rollouts: Rollouts, trees: Sequence[int]) -> Iterator[tuple[PrefixBatch, Tensor, Tensor]]:
         """Batches of some trees with the table rows and columns of their counted tokens."""
-        chosen = [rollouts.trees[index] for index in trees]
-        first = branch_offsets(rollouts.trees)
-        device = self.accelerator.device
+        first, device = branch_offsets(rollouts.trees), self.accelerator.device
         budget = self.config.train.max_tokens_per_batch
-        for group in micro_batches(chosen, lambda tree: tree.num_tokens, max_tokens=budget):
-            batch = collate([[chosen[index]] for index in group]).to(device)
-            rows = branch_rows([trees[index] for index in group], first, device)
+        parts: list[Tree] = []
+        rows_of: list[range] = []
+        for index in trees:
+            for start, part in split_tree(rollouts.trees[index], budget):
+                parts.append(part)
+                rows_of.append(range(first[index] + start, first[index] + start + len(part.branches)))
+        for group in micro_batches(parts, lambda part: part.num_tokens, max_tokens=budget):
+            batch = collate([[parts[index]] for index in group]).to(device)
+            rows = torch.tensor([row for index in group for row in rows_of[index]], device=device)
             yield batch, rows[batch.target_branches], batch.target_offsets
 
     def _updates_per_iteration(self) -> int:

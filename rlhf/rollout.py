@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignment.distributed import most_over_processes
-from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches
+from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches, split_tree
 from alignment.sampling.protocol import Sample
 from alignment.tensor_ops import masked_mean, masked_var
 from rlhf.rewards import kl_k1, kl_k3
@@ -117,21 +117,25 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
     """Figures of rollouts, sums over a response's tokens and means over responses.
 
     `kl` is the estimate whose mean is exact (k1), `kl_k3` the one that is never negative; nats a response.
-    `explained_variance` is 1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant one.
+    `explained_variance` is 1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant one. It is
+    of what the critic is trained on, 0 where that is nothing.
     """
-    mask = rollouts.mask
+    mask, trained = rollouts.mask, rollouts.trained
 
     def per_response(values: Tensor) -> Tensor:
         return torch.where(mask, values, 0.0).sum(1).mean()
 
-    error = masked_var(rollouts.returns - rollouts.values, mask)
+    explained = mask.new_zeros((), dtype=torch.float32)
+    if trained.any():
+        error = masked_var(rollouts.returns - rollouts.values, trained)
+        explained = 1 - error / masked_var(rollouts.returns, trained).clamp_min(1e-8)
     return {
         "kl": per_response(kl_k1(rollouts.logprobs, rollouts.ref_logprobs)),
         "kl_k3": per_response(kl_k3(rollouts.logprobs, rollouts.ref_logprobs)),
         "entropy": masked_mean(rollouts.entropy, mask),
         "length": mask.sum(1).float().mean(),
         "return": per_response(rollouts.rewards),
-        "explained_variance": 1 - error / masked_var(rollouts.returns, mask).clamp_min(1e-8),
+        "explained_variance": explained,
     }
 
 
@@ -155,16 +159,19 @@ def tabulate(
 ) -> list[Float[Tensor, "N T"]]:
     """Token measurements of all branches as tables, computed in micro-batches without gradients.
 
-    `measure` maps a batch with M counted tokens to tensors of shape (M,). `on_progress` hears of trees that are done.
-    `collective` is given where FSDP has split the model: all processes run as many passes as the one that has most.
+    `measure` maps a batch with M counted tokens to tensors of shape (M,); a tree over `max_tokens` comes in parts.
+    `on_progress` hears of trees that are done. `collective` is given where FSDP has split the model: all processes run
+    as many passes as the one that has most.
     """
-    first = branch_offsets(trees)
-    longest = max(len(branch.ids) for tree in trees for branch in tree.branches)
+    split = [part for tree in trees for part in split_tree(tree, max_tokens)]
+    parts, begins = [part for _, part in split], [start == 0 for start, _ in split]
+    first = branch_offsets(parts)  # their branches are those of the trees, in the same order
+    longest = max(len(branch.ids) for part in parts for branch in part.branches)
     tables: list[Tensor] = []
-    groups = list(micro_batches(trees, lambda tree: tree.num_tokens, max_tokens=max_tokens))
+    groups = list(micro_batches(parts, lambda part: part.num_tokens, max_tokens=max_tokens))
     count = len(groups) if collective is None else most_over_processes(len(groups), collective)
     for group in groups + groups[-1:] * (count - len(groups)):  # what is measured again is the same
-        batch = collate([[trees[index]] for index in group]).to(device)
+        batch = collate([[parts[index]] for index in group]).to(device)
         with torch.no_grad():
             measured = measure(batch)
         if not tables:
@@ -173,7 +180,7 @@ def tabulate(
         for table, values in zip(tables, measured, strict=True):
             table[rows, batch.target_offsets] = values.float()
         if on_progress:
-            on_progress(len(group))
+            on_progress(sum(begins[index] for index in group))
     return tables
 
 

@@ -71,7 +71,8 @@ def choose_answer(candidates: Sequence[Answer], instruction: Instruction, *, is_
     """The first candidate that may stand, or None and the reason of the one that came nearest.
 
     An answer must have text that the chat format can write, and keep the instruction, as far as a program can tell. An
-    earlier one that was cut off is context only and may stand; the last one would teach the model not to stop.
+    earlier one that was cut off is context only and may stand; the last one would teach the model to end in
+    mid-sentence.
     """
     reasons = [_why_not(candidate, instruction, is_last=is_last) for candidate in candidates]
     for candidate, reason in zip(candidates, reasons, strict=True):

@@ -187,14 +187,15 @@ def test_every_layout_has_an_example_that_converts():
 
 
 def test_the_example_pipeline_with_its_rounds_is_in_order(tmp_path, monkeypatch):
-    first, rounds = re.findall(r"```yaml\n(.*?)```", text_of("pipelines.md"), re.S)
+    text = "".join(re.findall(r"```yaml\n(.*?)```", text_of("pipelines.md"), re.S))
     monkeypatch.chdir(tmp_path)
-    for name in re.findall(r"[\w-]+\.jsonl", first + rounds):
+    for name in re.findall(r"[\w-]+\.jsonl", text):
         (tmp_path / name).touch()
-    (tmp_path / "mine.yaml").write_text(first + rounds, encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     plan = load_pipeline(tmp_path / "mine.yaml", [])
     names = [stage.name for stage in plan.stages]
-    assert names[:5] == ["sft", "rm-helpfulness", "rm-safety", "distil", "sft-safe"] and names[-1] == "rs-4"
+    assert names[:5] == ["sft", "rm-helpfulness", "rm-safety", "distil", "sft-safe"] and names[-2:] == ["rs-4", "eval"]
+    assert list(plan.stages[-1].config.policies) == ["sft", "rs-1", "rs-2", "rs-3", "rs-4"]
 
 
 def test_the_figures_of_stages_without_steps_are_explained():

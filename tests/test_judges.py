@@ -207,6 +207,10 @@ def test_a_checkpoint_of_an_earlier_version_keeps_its_held_out_prompts(tmp_path,
     state, run_dir = process_state("cpu"), SimpleNamespace(note=lambda **_: None)
     looks = ppo_run.HeldOut(config, data, chat, state, guard=None, run_dir=run_dir, **options)
     saved = looks.state_dict()
+    assert "best_rewards" in saved and looks._is_best([1.0, None])
+    looks.load_state_dict({**saved, "best_rewards": [1.0, -5.0]})
+    # The mean of what was judged is higher, but only for the worst answer is not among it now.
+    assert not looks._is_best([0.9, None]) and looks._is_best([1.1, None]) and looks._is_best([1.0, -4.0])
     looks.load_state_dict(saved)
     assert len(looks._asked) == 1
     looks.load_state_dict({name: value for name, value in saved.items() if name != "fits_judges"})
@@ -240,7 +244,7 @@ def test_swapped_judges_are_remarked_upon(judges, caplog):
     """Not refused: where the helpfulness model speaks for every response it stands in both places."""
     config = judges_config(judges)
     assert judges_context(judges_of(config.rewards)) == 60 and not caplog.records
-    (judges["small"] / "manifest.json").write_text(json.dumps({"settings": {"kind": "helpfulness"}}))
+    (judges["small"] / "manifest.json").write_text(json.dumps({"stage": "rm", "settings": {"kind": "helpfulness"}}))
     judges_context(judges_of(config.rewards))
     [record] = caplog.records
     assert "rewards.safety is" in record.getMessage() and "a reward model of helpfulness" in record.getMessage()

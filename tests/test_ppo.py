@@ -107,11 +107,13 @@ def ppo_sample(ids, finish):
 
 def test_a_whole_batch_of_masked_answers_changes_no_weight(settings):
     """Of the toy model, which never ends within six tokens, all answers are cut off."""
-    trainer = trainer_of(settings, "ppo.truncation=mask", "optim.weight_decay=0")
-    before = [parameter.clone() for parameter in trainer.policy.parameters()]
+    trainer = trainer_of(settings, "ppo.truncation=keep")
     prompts = [Asked(prompt=prompt, ids=[5, 6]) for prompt in toy_prompts()]
+    trainer.iterate(prompts, seed=0)  # so that there are moments, which would move it on
+    object.__setattr__(trainer.config.ppo, "truncation", "mask")
+    before = [parameter.clone() for parameter in trainer.policy.parameters()]
     metrics = trainer.iterate(prompts, seed=0)
-    assert metrics["truncated_rate"] == 1 and metrics["policy_loss"] == 0
+    assert metrics["truncated_rate"] == 1 and metrics["policy_loss"] == metrics["explained_variance"] == 0
     for old, new in zip(before, trainer.policy.parameters(), strict=True):
         assert torch.equal(old, new)
 
@@ -132,6 +134,28 @@ def test_a_minibatch_is_one_step_and_the_first_has_ratio_one(settings, settings_
     for learner in trainer.learners.values():
         assert {int(state["step"]) for state in learner.optimizer.state.values()} == {2 * minibatches}
     assert max(first["sampler_gap"], second["sampler_gap"]) < 1e-5
+
+
+def test_rollouts_of_a_prompt_that_are_over_the_budget_are_computed_in_parts(settings, monkeypatch):
+    """Four of six tokens to prompts of three: in 20 tokens fit two with their prompt. The step stays the same."""
+    prompts = [Asked(prompt=prompt, ids=[5, 6, number]) for number, prompt in enumerate(toy_prompts(), start=7)]
+    weights, largest = [], []
+    for budget in (4096, 20):
+        sizes = []
+
+        def counted(rows, sizes=sizes):
+            batch = collate(rows)
+            sizes.append(batch.input_ids.numel())
+            return batch
+
+        monkeypatch.setattr(ppo, "collate", counted)
+        trainer = trainer_of(settings, "sampling.num_candidates=4", f"train.max_tokens_per_batch={budget}")
+        trainer.iterate(prompts, seed=0)
+        largest.append(max(sizes))
+        weights.append([parameter.clone() for parameter in trainer.policy.parameters()])
+    assert largest[0] > 20 >= largest[1]
+    for whole, parted in zip(*weights, strict=True):
+        torch.testing.assert_close(whole, parted, atol=1e-4, rtol=0)
 
 
 def test_on_a_bandit_the_gradient_is_the_analytic_one(settings):
@@ -302,11 +326,11 @@ def test_a_target_makes_beta_follow_the_divergence(settings, tmp_path):
 
 
 def test_every_figure_is_explained_and_an_alarm_can_end_the_run(settings, tmp_path, capsys):
-    """Rounding keeps the first minibatch's ratio from 1: it is measured and trained in batches of other shapes."""
-    extra = ["alarms.action=stop", "alarms.max_ratio_error=1e-12", "train.max_steps=5", f"run.dir={tmp_path / 'run'}"]
+    """The sampling engine computes in another order than the trainer, and so rounds otherwise."""
+    extra = ["alarms.action=stop", "alarms.max_sampler_gap=1e-12", "train.max_steps=5", f"run.dir={tmp_path / 'run'}"]
     result = ppo_run.run(load_config(PPOConfig, None, [*settings, *extra]))
-    assert result["iterations"] == 1 and result["stopped"] == "ratio" and result["alarms"] == {"ratio": 1}
-    assert "ppo: iteration 1: first_ratio_error is" in capsys.readouterr().err
+    assert result["iterations"] == 1 and result["stopped"] == "sampler" and result["alarms"] == {"sampler": 1}
+    assert "ppo: iteration 1: sampler_gap is" in capsys.readouterr().err
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     explained = DOCUMENTATION.read_text(encoding="utf-8")
     [row] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -396,10 +420,10 @@ def test_a_run_that_an_alarm_ends_looks_at_the_policy_that_it_saves(evaluated, t
     harmless = tmp_path / "harmless.jsonl"
     rows = [{"prompt": [{"role": "user", "content": f"give {letter}"}]} for letter in "abcdefgh"]
     harmless.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    alarm = ["alarms.action=stop", "alarms.max_ratio_error=1e-12", "train.max_steps=9"]
+    alarm = ["alarms.action=stop", "alarms.max_sampler_gap=1e-12", "train.max_steps=9"]
     result, rows, folder = evaluated(*alarm, f"evaluation.prompts={harmless}")
     assert not any("ppo/held_out_violation_rate" in row for row in rows)
-    assert result["iterations"] == 1 and result["stopped"] == "ratio"
+    assert result["iterations"] == 1 and result["stopped"] == "sampler"
     assert [entry["iteration"] for entry in result["held_out"]["history"]] == [0, 1]
     assert "ppo/held_out_reward" in rows[1] and len(answers(folder, 1)) == 8
 

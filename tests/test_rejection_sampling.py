@@ -11,8 +11,9 @@ from alignment.config import PromptSection
 from alignment.dialogue import Candidate, Message
 from alignment.errors import ConfigError, DataError, ModelError
 from alignment.headlines import one_line
+from alignment.model_folders import load_chat_of
 from alignment.sampling import SamplingParams
-from alignment.sampling.prompts import as_candidate
+from alignment.sampling.prompts import Judge, as_candidate
 from alignment.sampling.protocol import Sample
 from rlhf import rejection_sampling
 from rlhf.config import RejectSampling
@@ -258,6 +259,36 @@ def test_a_response_that_no_reward_model_can_read_is_refused_before_anything_is_
     with pytest.raises(DataError, match=r"given\.jsonl:2: the prompt's last turn with its response is over"):
         rejection_sampling.run(config_of(tmp_path / "run", prompts, round=2, **{key: [str(given)]}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("words", "problem"), [(40, "would be judged without its oldest turns"), (5000, "last turn")])
+def test_a_baseline_of_a_prompt_that_is_cut_is_read_before_anything_is_sampled(tmp_path, monkeypatch, words, problem):
+    """The file has the whole prompt, the baseline the cut one. The longer response does not fit at all."""
+    prompts, baseline = tmp_path / "prompts.jsonl", tmp_path / "baseline.jsonl"
+    texts = ["x " * 60, "b", "y " * 40, "d", "e"]
+    turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+    prompts.write_text(json.dumps({"prompt": turns}) + "\n")
+    row = {"prompt": turns[2:], "response": [{"role": "assistant", "content": "word " * words}]}
+    baseline.write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(rejection_sampling, "sample_candidates", lambda *_: pytest.fail("sampled"))
+    config = config_of(tmp_path / "run", prompts, baseline=[str(baseline)])
+    section = config.prompts.model_copy(update={"max_prompt_length": 150})
+    monkeypatch.setattr(rejection_sampling, "judges_context", lambda judges, **_: 512)
+    monkeypatch.setattr(
+        rejection_sampling, "read_judges", lambda *_: {"safety": Judge(load_chat_of("toy")[0], 260, 250)}
+    )
+    with pytest.raises(DataError, match=rf"baseline\.jsonl:1: .*{problem}"):
+        rejection_sampling.run(config.model_copy(update={"prompts": section}))
+
+
+def test_winners_that_were_cut_off_are_counted(tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(candidate(name, 0.0).prompt.to_json()) + "\n" for name in ("alpha", "beta")))
+    cut = replace(candidate("alpha", 1.0, text="so far"), finish_reason="length")
+    drawing(monkeypatch, cut, candidate("beta", 1.0))
+    judged_by(monkeypatch, lambda each: 0.0)
+    result = rejection_sampling.run(config_of(tmp_path / "run", prompts))
+    assert (result["kept"], result["kept_cut_off"]) == (2, 1)
 
 
 def test_a_baseline_is_judged_as_its_prompts_candidates_are(tmp_path, monkeypatch):

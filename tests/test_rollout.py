@@ -44,12 +44,15 @@ def candidate(text: str, response: str, *, is_safety: bool = False, **scores: fl
 
 @pytest.mark.parametrize("max_tokens", [4, 12, 1000])
 def test_tables_hold_each_branchs_values_in_its_own_row(policy, max_tokens):
-    [table] = tabulate(
-        TREES,
-        lambda batch: [response_logprobs(policy.model, batch)],
-        max_tokens=max_tokens,
-        device=torch.device("cpu"),
-    )
+    sizes, done = [], []
+
+    def measure(batch):
+        sizes.append(batch.input_ids.numel())
+        return [response_logprobs(policy.model, batch)]
+
+    [table] = tabulate(TREES, measure, max_tokens=max_tokens, device=torch.device("cpu"), on_progress=done.append)
+    longest = max(len(tree.trunk) + len(branch.ids) for tree in TREES for branch in tree.branches)
+    assert max(sizes) <= max(max_tokens, longest) and sum(done) == len(TREES)
     assert table.shape == (6, 4)
     row = 0
     for tree in TREES:
@@ -76,13 +79,11 @@ def test_figures_of_rollouts_by_hand():
         "entropy": torch.tensor([[1.0, 2.0, nan], [6.0, nan, nan]]),
         "rewards": torch.tensor([[0.5, 1.5, nan], [-1.0, nan, nan]]),
         "values": torch.tensor([[1.0, 1.0, nan], [1.0, nan, nan]]),
-        "trained": torch.zeros(2, 3, dtype=torch.bool),
         "advantages": torch.zeros(2, 3),
         "returns": torch.tensor([[2.0, 1.0, nan], [0.0, nan, nan]]),
     }
-    found = rollout_metrics(
-        Rollouts(trees=[], mask=torch.tensor([[True, True, False], [True, False, False]]), **tables)
-    )
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    found = rollout_metrics(Rollouts(trees=[], mask=mask, trained=mask, **tables))
     assert {name: round(value.item(), 4) for name, value in found.items()} == {
         "kl": 0.0,  # (0.5 + 0.5) and -1, halved
         "kl_k3": 0.4657,  # exp(d) - 1 - d with d -0.5, -0.5 and 1: (2 * 0.1065 + 0.7183) / 2
@@ -91,6 +92,12 @@ def test_figures_of_rollouts_by_hand():
         "return": 0.5,
         "explained_variance": 0.0,  # a constant critic
     }
+    # Of the first response alone, which it is trained on and knows; of nothing.
+    known = {**tables, "values": torch.tensor([[2.0, 1.0, nan], [9.0, nan, nan]])}
+    for trained, explained in ((mask & torch.tensor([[True], [False]]), 1.0), (torch.zeros_like(mask), 0.0)):
+        assert (
+            rollout_metrics(Rollouts(trees=[], mask=mask, trained=trained, **known))["explained_variance"] == explained
+        )
 
 
 def test_the_rollouts_of_all_processes_stand_one_below_the_other():

@@ -155,6 +155,19 @@ def test_what_all_keys_share_costs_no_precision_in_bfloat16():
     torch.testing.assert_close(shifted.float(), exact, atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("overhead", [0, tree_attention.BLOCK_OVERHEAD])
+def test_a_tree_is_rounded_as_alone_whatever_stands_beside_it(monkeypatch, overhead):
+    """In bfloat16, with neighbours whose keys have quite another part in common."""
+    monkeypatch.setattr(tree_attention, "BLOCK_OVERHEAD", overhead)
+    blocks = tree_blocks(collate(ROWS), torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, 11, 16, generator=generator).bfloat16() for heads in (4, 2, 2))
+    k[:, 5:] += 50
+    alone = tree_attention._BlockAttention.apply(q[:, :5], k[:, :5], v[:, :5], [b for b in blocks if b.stop <= 5])
+    beside = tree_attention._BlockAttention.apply(q, k, v, blocks)
+    assert torch.equal(beside[:, :5], alone)
+
+
 def test_gradients_are_those_of_finite_differences(monkeypatch):
     monkeypatch.setattr(tree_attention, "BLOCK_OVERHEAD", 0)
     blocks = tree_blocks(collate(ROWS), torch.float64)

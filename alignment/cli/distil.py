@@ -50,10 +50,9 @@ def _reader(config: DistilConfig) -> context_distillation.IsReadable:
 
     def is_readable(prompt: Messages, responses: Sequence[str]) -> bool:
         try:
-            check_fits(chat, context, prompt, responses)
+            return not check_fits(chat, context, prompt, responses)
         except RowError:
             return False
-        return True
 
     return is_readable
 

@@ -80,8 +80,11 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     learned = together(models, always)
     per_process = train.batch_size // (draw.num_candidates * setting.processes)
     length = prompt_length(config.prompts.max_prompt_length, draw.max_new_tokens, policy, critic, *judges)
-    row = Rows(1, length, (draw.max_new_tokens,) * draw.num_candidates)
-    share = train.minibatch_size // (draw.num_candidates * setting.processes)
+    # A tree over the budget is computed in parts.
+    together_in_one = max(1, (train.max_tokens_per_batch - length) // draw.max_new_tokens)
+    parts = math.ceil(draw.num_candidates / together_in_one)
+    row = Rows(1, length, (draw.max_new_tokens,) * min(draw.num_candidates, together_in_one))
+    share = parts * train.minibatch_size // (draw.num_candidates * setting.processes)
     rows = heaviest(
         row, train.max_tokens_per_batch, share, lambda rows: training_pass(policy, rows, "logprobs", setting).peak
     )
@@ -118,7 +121,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
         guarding = planner.forward(guard, judged(draws, one, config.rewards.max_tokens_per_batch), "scores")
         phases.append(planner.phase("guard", learned, guard_lent, {"activations": guarding.peak}))
 
-    measured = fill(row, train.max_tokens_per_batch, per_process)
+    measured = fill(row, train.max_tokens_per_batch, parts * per_process)
     measuring = planner.forward(as_computed(policy, setting), measured, "logprobs")
     phases.append(planner.phase("measure", learned, away, in_use, {"activations": measuring.peak}))
     passes = [training_pass(policy, rows, "logprobs", setting), training_pass(critic, rows, "values", setting)]
@@ -127,7 +130,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     if config.lora.r:
         phases += saving_phases(policy, setting, together(models, optimizer_state(policy, critic)))
 
-    tokens = per_process * row.num_tokens
+    tokens = per_process * (parts * length + draw.num_candidates * draw.max_new_tokens)
     work = [
         *samples.work(per_process * draw.num_candidates / draws.rows),
         *(scoring_work(each, rewarded, draws, per_process * draw.num_candidates) for each in scoring),
@@ -137,7 +140,7 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     notes: tuple[str, ...] = (
         f"rewards and critic share the policy's weights: {why}" if shared else f"models of their own: {why}",
         f"{draws.rows} responses side by side; micro-batches of {rows.count} x {rows.trunk} + "
-        f"{draw.num_candidates} x {rows.branches[0]} tokens",
+        f"{len(rows.branches)} x {rows.branches[0]} tokens",
     )
     if setting.fsdp:
         notes = (*notes, "policy and critic split, the others whole", "FSDP has been run on CPUs only in this project")
