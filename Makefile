@@ -17,9 +17,10 @@ SHELL := /bin/bash
 quickstart: $(VENV)/.ready-demo
 	$(BIN)/align run recipes/quickstart/pipeline.yaml
 
-# a process for every core, each with one thread: models are tiny, and sharing their work out costs more than it saves
+# a process for every core, each with one thread: models are tiny, and sharing their work out costs more than it saves;
+# the longest files first, as tests/conftest.py has them
 test: setup lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 notebooks: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --nbmake --nbmake-timeout=600 --durations=0 notebooks
