@@ -256,7 +256,6 @@ class JinjaFormat:
         self._ids_by_piece: dict[tuple[str, bool], list[int]] = {}
         probe = (Message("user", "u"), Message("assistant", "a"), Message("user", "v"), Message("assistant", "b"))
         self._lead = self._space_before_answers(probe)
-        self._pieces_by_roles.clear()  # they were made without it
         self._trimmed = self._trimmed_roles(probe)
         self._cuts_thoughts = self._cuts_at(_END_OF_THOUGHT, probe)
         self.closing = self._split_closing(self._pieces(probe[:2], generation=False)[-1])[0]

@@ -56,6 +56,11 @@ def unsettle_auto() -> None:
     _settled.clear()
 
 
+def num_processes() -> int:
+    """How many processes a launcher has started this with, as far as that is known yet: 1 before any state is made."""
+    return PartialState().num_processes if PartialState._shared_state else 1
+
+
 def process_state(device: str) -> PartialState:
     """accelerate's state of this process, on `auto`, `cpu` or `cuda`. Raises ConfigError where that is missing.
 

@@ -132,7 +132,7 @@ def from_oasst(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
 
 
 def from_sharegpt(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
-    """`{"conversations": [{"from": "human" | "gpt" | "system", "value"}]}`, and `system` beside it.
+    """`{"conversations": [{"from": "human" | "gpt" | "system", "value"}]}`, and `system` or `system_prompt` beside it.
 
     `role` and `content` are taken in the places of `from` and `value`.
     """
@@ -140,7 +140,7 @@ def from_sharegpt(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
     refuse_verdict(raw)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise RowError('"conversations" must be a list of {"from", "value"} objects.')
-    yield {"messages": _system(raw) + [_spoken(turn) for turn in turns]}
+    yield {"messages": _behind_system(raw, [_spoken(turn) for turn in turns])}
 
 
 def from_alpaca(raw: Raw, options: Options) -> Iterator[dict[str, Any]]:
@@ -286,7 +286,7 @@ def _asked(raw: Raw) -> list[Any]:
     prompt = raw.get("prompt")
     turns = _turns(raw, "prompt", "user")
     if isinstance(prompt, str) and prompt.lstrip("\n").startswith("Human:") and "\n\nAssistant:" in prompt:
-        turns = _spoken_in(prompt, "prompt")
+        turns = _spoken_in(prompt.lstrip("\n"), "prompt")
         if turns[-1] == _turn("", "assistant"):
             turns.pop()
         if turns[-1]["role"] != "user":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +55,7 @@ from alignment.tree_attention import TREE_ATTENTION
 from alignment.weight_files import read_weight, weight_files
 
 ADAPTER_FOLDER = "adapter"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -245,11 +248,11 @@ def _from_pretrained(
         if not empty:
             model, found = cls.from_pretrained(folder, output_loading_info=True, **options, **extra)
             check_complete(model, found["missing_keys"], name)
-            return _as_used_here(model)
+            return _as_used_here(model, name)
         with no_init_weights():
             model = cls.from_config(config, **options)
         model.tie_weights()
-        return _as_used_here(model)
+        return _as_used_here(model, name)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: cannot be loaded ({error}). Check the name, the network and HF_HUB_OFFLINE."
@@ -260,21 +263,18 @@ def _from_pretrained(
         raise ModelError(f"{name}: its weights cannot be read ({error}). {COPY_AGAIN}") from error
 
 
-def _as_used_here(model: PreTrainedModel) -> PreTrainedModel:
+def _as_used_here(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Without a model's own dropout, which PPO's first ratios and margins are not to have; Llama has none.
 
     Some have it in modules, others call the function with a rate of theirs: `dropout`, `layerdrop`, `attn_pdrop`. A
     mixture of experts computes no loss of its own, for which it would want masks of two axes. Flags of sampling that
-    are given without `do_sample` mean that; transformers would not save them so.
+    are given without `do_sample` mean that; transformers would not save them so, nor anything else that is invalid.
     """
     text_config = model.config.get_text_config(decoder=True)
     if getattr(text_config, "output_router_logits", False):
         text_config.output_router_logits = False
     if model.can_generate():
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:
-            model.generation_config.do_sample = True
+        _mend_generation_config(model, name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -282,6 +282,21 @@ def _as_used_here(model: PreTrainedModel) -> PreTrainedModel:
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model
+
+
+def _mend_generation_config(model: PreTrainedModel, name: str) -> None:
+    """What transformers would refuse to save: sampling is switched on, or the configuration left out."""
+    config = model.generation_config
+    for do_sample in (config.do_sample, True):
+        config.do_sample = do_sample
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            return
+    logger.warning("%s: its generation_config.json is left out, for it is invalid: %s", name, problem)
+    model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
 def _keep_adapter(model: PreTrainedModel, folder: Path | str, dtype: torch.dtype) -> None:

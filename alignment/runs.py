@@ -23,6 +23,7 @@ from alignment.manifests import (
     RUNNING,
     changed_settings,
     git_commit,
+    manifest_of_a_run,
     mark_outdated,
     model_hashes,
     package_versions,
@@ -290,7 +291,8 @@ def _check_not_read(path: Path, config: StageConfig) -> None:
 
 def _check_no_other_run(path: Path) -> None:
     """Raises RunError where there are other runs in the folder that is to be emptied."""
-    others = sorted(each.parent for each in path.rglob("manifest.json") if each.parent != path)
+    folders = (each.parent for each in path.rglob("manifest.json") if each.parent != path)
+    others = sorted(folder for folder in folders if manifest_of_a_run(folder) is not None)
     if others:
         raise RunError(
             f"{path}: holds another run ({others[0]}), which run.overwrite=true, or --from, would remove. Move it."

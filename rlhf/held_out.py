@@ -40,7 +40,7 @@ class HeldOut:
 
     Attributes:
         history: of every evaluation the iteration, the mean gated reward and, with a guard, the mean of its scores.
-        best_iteration: the one with the highest reward so far, the earliest of equals.
+        best_iteration: the one with the highest reward so far, the earliest of equals, on the prompts judged in both.
     """
 
     def __init__(
@@ -144,6 +144,9 @@ class HeldOut:
 
     def _is_best(self, rewards: Sequence[float | None]) -> bool:
         """Whether they are higher than at the best look, on the prompts whose answers were judged in both."""
+        if self.history and not self._best_rewards:  # the best was before a checkpoint of an earlier version
+            known = [reward for reward in rewards if reward is not None]
+            return sum(known) / len(known) > max(look["reward"] for look in self.history)
         pairs = zip(rewards, self._best_rewards or [-math.inf] * len(rewards), strict=True)
         both = [(now, best) for now, best in pairs if now is not None and best is not None]
         return sum(now for now, _ in both) > sum(best for _, best in both)

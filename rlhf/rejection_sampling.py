@@ -45,7 +45,7 @@ def run(config: RejectionSamplingConfig, *, resume: bool = False) -> dict[str, A
     chosen = choose_prompts(data, config.prompts, config.run.seed)
     prompts = distinct_prompts(chat, chosen, config.prompts, room=room, run_dir=run_dir, judges=judges)
     fitted = {asked.prompt.messages for asked in prompts}  # some without their oldest turns, as a baseline has them too
-    load_rows(config.baseline, _readable(as_response, judges.values(), among=fitted))
+    load_rows(config.baseline, _readable(as_response, judges.values(), among=fitted, whole=True))
     tried, too_long = try_temperatures(config, prompts, judges, run_dir, state)
     temperature, by_temperature = choose_temperature(tried) if tried else (config.sampling.temperature, {})
     sampled = sample_candidates(config, {temperature: prompts}, run_dir, state)[temperature]
@@ -141,14 +141,18 @@ def _readable(
     judges: Collection[Judge],
     *,
     among: Collection[Messages] | None = None,
+    whole: bool = False,
 ) -> Callable[[Mapping[str, Any]], Candidate]:
-    """A reader of rows that refuses what a reward model cannot read whole, where its prompt is `among` some."""
+    """A reader of rows that refuses what a reward model cannot read, where its prompt is `among` some.
+
+    With `whole` also what it can read only without the oldest turns.
+    """
 
     def read(row: Mapping[str, Any]) -> Candidate:
         candidate = parse(row)
         if among is None or candidate.prompt.messages in among:
             for judge in judges:
-                if check_fits(judge.chat, judge.context, candidate.prompt.messages, [candidate.response]):
+                if check_fits(judge.chat, judge.context, candidate.prompt.messages, [candidate.response]) and whole:
                     raise RowError(
                         f"the prompt with its response is over the reward model's {judge.context} tokens, and would be "
                         "judged without its oldest turns. Shorten or remove the row."

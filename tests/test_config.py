@@ -569,6 +569,11 @@ def test_a_comment_in_an_argument_is_not_lost_without_a_word(text):
         parse_overrides([f"run.dir={text}"])
 
 
+def test_a_key_twice_behind_a_comment_is_one_problem():
+    with pytest.raises(ConfigError, match=r'command line: a: "a" is there twice'):
+        parse_overrides(["a={a: 1 # , a: 2}"])
+
+
 def test_what_is_no_comment_stays():
     given = ["a='runs/try #2'", 'b=["x #1", y]', "c=runs/C#", "d=[a #", "e='#2'"]
     assert parse_overrides(given) == {"a": "runs/try #2", "b": ["x #1", "y"], "c": "runs/C#", "d": "[a #", "e": "#2"}

@@ -127,6 +127,7 @@ def test_a_transcript_in_a_prompt_becomes_its_turns() -> None:
     assert (row["prompt"], row["chosen"], row["rejected"]) == (prompt, [assistant("x")], [assistant("y")])
     assert rows_of("trl", {"prompt": HH_PROMPT})[0]["prompt"] == prompt
     assert rows_of("trl", {"prompt": HH_PROMPT, "completion": " x"})[0]["messages"] == [*prompt, assistant("x")]
+    assert rows_of("trl", {"prompt": "\nHuman: a\n\nAssistant:"})[0]["prompt"] == [user("a")]
     assert rows_of("trl", {"prompt": "Human: is a species."})[0]["prompt"] == [user("Human: is a species.")]
     answered = {"prompt": "\n\nHuman: a\n\nAssistant: b"}
     assert "ends with an assistant turn, and a response is to follow" in problem_of("trl", answered)
@@ -155,6 +156,9 @@ def test_a_system_message_beside_the_turns_opens_them(raw: Row, name: str) -> No
 
 def test_a_prompt_that_opens_with_a_system_message_keeps_its_own() -> None:
     own = [{"role": "system", "content": "mine"}, user("q")]
+    spoken = [{"from": "system", "value": "mine"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    [row] = rows_of("sharegpt", {"conversations": spoken, "system_prompt": "other"})
+    assert row["messages"] == [*own, assistant("a")]
     assert rows_of("trl", {"prompt": own, "system": "other"})[0]["prompt"] == own
 
 

@@ -297,6 +297,17 @@ def test_sampling_flags_without_do_sample_do_not_keep_a_model_from_being_saved(t
     assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
 
 
+def test_what_is_invalid_otherwise_is_left_out_of_what_is_saved(tmp_path, caplog):
+    file = saved_chat_model(tmp_path / "m").with_name("generation_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"length_penalty": 2.0}))
+    loaded = load_chat_model(str(tmp_path / "m"))
+    assert "m: its generation_config.json is left out, for it is invalid" in caplog.text
+    save_model(loaded.model, loaded, tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert "length_penalty" not in saved and not saved.get("do_sample")
+    assert saved["eos_token_id"] == loaded.chat.end_of_turn_id
+
+
 def test_a_model_of_text_and_images_is_sampled_as_its_language_model(text_and_images, monkeypatch):
     model = load_chat_model(text_and_images).model
     monkeypatch.setattr(torch_engine, "free_memory", lambda _: 10**6)

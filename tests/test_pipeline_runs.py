@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -733,7 +732,7 @@ def test_settings_without_effect_are_found_where_a_stage_is_to_be_made_again(tmp
     ],
 )
 def test_what_so_many_processes_cannot_do_is_found_before_the_first_stage(tmp_path, monkeypatch, override, problem):
-    monkeypatch.setattr(hardware, "process_state", lambda device: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(hardware, "num_processes", lambda: 3)
     even = ["ppo.train={batch_size: 96, minibatch_size: 48}"]
     check_stages(whole_pipeline(tmp_path, *even))
     with pytest.raises(ConfigError, match=rf"^stages\.{problem}"):

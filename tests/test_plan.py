@@ -677,6 +677,18 @@ def test_steps_are_of_the_rows_that_are_trained_on(tmp_path):
         assert planned("rm", "kind=helpfulness", *data, *one_by_one).units == pairs, mix
 
 
+def test_rollouts_of_a_prompt_that_are_over_the_budget_are_planned_in_parts():
+    """Of eight with 64 tokens to prompts of 64, two fit into 200 tokens; the prompt is computed four times."""
+    sizes = ["sampling.num_candidates=8", "sampling.max_new_tokens=64", "prompts.max_prompt_length=64"]
+    sizes += ["rewards={helpfulness: toy, safety: toy}", "train.batch_size=16", "train.minibatch_size=16"]
+    whole, parted = (planned("ppo", *sizes, f"train.max_tokens_per_batch={budget}") for budget in (4096, 200))
+    assert "2 x 64 + 8 x 64 tokens" in whole.notes[1]
+    assert "2 x 2 + 2 x 49 tokens" in parted.notes[1], "two with short prompts hold more than one whole one"
+    activations = [parts(plan, "update")["activations"] for plan in (whole, parted)]
+    assert activations[1] < activations[0] / 2
+    assert 1 < parted.unit_seconds / whole.unit_seconds < 2
+
+
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}\n" * 9)[:-9]], ids=["no gzip", "cut off"])
 def test_a_damaged_file_is_no_bug(tmp_path, content):
     (tmp_path / "a.jsonl.gz").write_bytes(content)

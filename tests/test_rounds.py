@@ -63,6 +63,10 @@ def test_the_command_line_changes_a_block():
             "stages.rounds.stages.rs.model: ${last.sft} is no stage of the block. Known: rs.",
         ),
         (
+            {"stages": {"rs": {"models": [{"path": "${earlier.rs}"}]}}, "first": {}},
+            "stages.rounds.stages.rs.models.path: ${earlier.rs} stands for many rounds. Write it as an item of a list.",
+        ),
+        (
             {"stages": {"rs": {"model": "${earlier.rs}"}}, "first": {}},
             "stages.rounds.stages.rs.model: ${earlier.rs} stands for many rounds. Write it as an item of a list.",
         ),
@@ -113,11 +117,11 @@ def test_names_and_values_of_all_versions_have_their_numbers():
         ),
         (
             {"policies": {"v3": "mine", "v${round}": "${each.rs}"}},
-            "policies.v3: is there twice, once as v${round}.",
+            "policies.v3: is there twice, under its name and with ${round}.",
         ),
         (
             {"policies": {"v${round}": "${each.rs}", "v3": "mine"}},
-            "policies.v3: is there twice, once as v3.",
+            "policies.v3: is there twice, under its name and with ${round}.",
         ),
         (
             {"data": ["${each.sr}/sft.jsonl"]},

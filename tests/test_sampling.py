@@ -340,8 +340,10 @@ def test_samples_that_are_handed_over_are_not_kept(exact_llama, expected_samples
 
     def take(index: int, samples: list[Sample]) -> None:
         [handed[index]] = ids([samples])
-        living.append(sum(isinstance(each, torch_engine._Row) and bool(each.token_ids) for each in gc.get_objects()))
+        rows = [each for each in gc.get_objects() if type(each) is torch_engine._Row]
+        living.append(sum(bool(row.token_ids) for row in rows) - before)
 
+    before = sum(type(each) is torch_engine._Row and bool(each.token_ids) for each in gc.get_objects())
     sampler = TorchSampler(exact_llama, stop_ids=[3, 4], max_rows=4)
     assert sampler.sample(PROMPTS, PARAMS, on_prompt=take) == [[] for _ in PROMPTS]
     assert [handed[index] for index in range(len(PROMPTS))] == expected_samples

@@ -108,15 +108,14 @@ def check_stages(plan: Pipeline) -> None:
 
 def _check_processes(config: StageConfig) -> None:
     """Raises ConfigError for what cannot be done with this number of processes."""
-    from alignment.hardware import process_state
+    from alignment.hardware import num_processes
     from alignment.sampling.engines import check_one_process
     from rlhf.config import PPOConfig, check_shares
 
-    num_processes = process_state(config.run.device).num_processes
     if (sampling := getattr(config, "sampling", None)) is not None:
-        check_one_process(sampling, num_processes)
+        check_one_process(sampling, num_processes())
     if isinstance(config, PPOConfig):
-        check_shares(config, num_processes)
+        check_shares(config, num_processes())
 
 
 def _check_model(key: str, model: ModelSection, *, untrained: Collection[str]) -> ModelSection:

@@ -124,8 +124,11 @@ def _in_round(value: Any, block: Mapping[str, Any], number: int, where: str, pro
     if isinstance(value, list):
         items: list[Any] = []
         for entry in value:
-            rounds = range(1, number) if isinstance(entry, str) and "${earlier." in entry else [number]
-            items += [_in_round(_numbered(entry, "earlier", each), block, number, where, problems) for each in rounds]
+            if isinstance(entry, str) and "${earlier." in entry:
+                found = [_numbered(entry, "earlier", each) for each in range(1, number)]
+            else:
+                found = [entry]
+            items += [_in_round(each, block, number, where, problems) for each in found]
         return items
     if not isinstance(value, str):
         return value
@@ -164,7 +167,8 @@ def _of_each(value: Any, repeated: Mapping[str, int], where: str, problems: list
                 written = [(_numbered(key, "each", each), _numbered(entry, "each", each)) for each in rounds]
             else:
                 written = [(key, _of_each(entry, repeated, place, problems))]
-            problems += [f"{where}.{new}: is there twice, once as {key}." for new, _ in written if new in found]
+            twice = "is there twice, under its name and with ${round}."
+            problems += [f"{where}.{new}: {twice}" for new, _ in written if new in found]
             found |= written
         return found
     if isinstance(value, list):

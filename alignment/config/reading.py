@@ -143,15 +143,21 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f'command line: "{argument}" is not key=value. Write for example train.epochs=2.')
         try:
             value = _value_of(text)
+            is_cut = "#" in text and _NO_COMMENT not in text and _without_comments(text) != repr(value)
         except _WrongKey as error:
             raise ConfigError(f"command line: {key}: {error.problem}.") from error
-        if "#" in text and repr(_value_of(text.replace("#", _NO_COMMENT))).replace(_NO_COMMENT, "#") != repr(value):
+        if is_cut:
             problem = f"# begins a comment in YAML, so that {text[text.index('#') :]!r} may be lost"
             raise ConfigError(f"command line: {key}: {problem}. Put the text in quotes within quotes: '{key}=\"...\"'.")
         for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value)
     return values
+
+
+def _without_comments(text: str) -> str:
+    """How a setting's value would be shown if nothing in it began a comment."""
+    return repr(_value_of(text.replace("#", _NO_COMMENT))).replace(_NO_COMMENT, "#")
 
 
 def _value_of(text: str) -> Any:

@@ -126,9 +126,10 @@ def interval_chart(
         axes = figure.add_subplot(xlabel=x_label)
         if level is not None:
             axes.axvline(level, color=INK, linewidth=0.9, dashes=(4, 3), zorder=0.6)
+        names = dict(zip(shown, shortened(shown), strict=True))
         for row, entries in shown.items():
             counts = "/".join(dict.fromkeys(str(entry["count"]) for entry in entries.values() if "count" in entry))
-            label = f"{short(row)}  ({counts})" if counts else short(row)
+            label = f"{names[row]}  ({counts})" if counts else names[row]
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}  # over the grid and the level
             axes.text(0, y + 0.15, label, transform=axes.get_yaxis_transform(), size=9, bbox=box)
             y += 0.2
