@@ -187,11 +187,14 @@ def test_fsdp_trains_and_saves_the_same_model_as_one_process(name, efficient, tm
 
 
 def test_a_reward_model_is_split_in_bfloat16_with_its_head_in_float32(tmp_path):
-    """What FSDP computes in differs from one process's autocast by bfloat16's rounding alone."""
+    """What FSDP computes in differs from one process's autocast by bfloat16's rounding alone.
+
+    Where a gradient is next to nothing rounding decides its sign, and Adam moves a weight by a step either way.
+    """
     settings = [*STAGE_SETTINGS["rm-lora"], *FEW, "lora.dropout=0", "model.dtype=bfloat16"]
     run_here("rm", settings, tmp_path / "one", resume=False)
     launch_two(fsdp(), "rm", settings, tmp_path / "split")
-    assert_same_model(tmp_path / "one", tmp_path / "split", atol=2e-3)
+    assert_same_model(tmp_path / "one", tmp_path / "split", atol=4e-3)
     one, split = ((tmp_path / count / "metrics.jsonl").read_text().splitlines() for count in ("one", "split"))
     losses, expected = ([json.loads(row)["rm/loss"] for row in rows] for rows in (split, one))
     assert len(losses) == 6 and losses == pytest.approx(expected, abs=1e-2)
