@@ -12,7 +12,7 @@ import datetime
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -257,7 +257,7 @@ class JinjaFormat:
         probe = (Message("user", "u"), Message("assistant", "a"), Message("user", "v"), Message("assistant", "b"))
         self._lead = self._space_before_answers(probe)
         self._trimmed = self._trimmed_roles(probe)
-        self._cuts_thoughts = self._cuts_at(_END_OF_THOUGHT, probe)
+        self._cuts_thoughts = self._leaves_out_thoughts(probe)
         self.closing = self._split_closing(self._pieces(probe[:2], generation=False)[-1])[0]
         if self._split_closing(self._pieces(probe, generation=False)[2])[0] != self.closing:
             raise ModelError(
@@ -313,12 +313,13 @@ class JinjaFormat:
         return self._pieces_by_roles[key]
 
     def _render_pieces(
-        self, messages: Sequence[Message], *, generation: bool, around: Mapping[int, tuple[str, str]] | None = None
+        self, messages: Sequence[Message], *, generation: bool, around: tuple[int, str, str] | None = None
     ) -> list[str]:
-        """With marks for the texts; `around` has what stands before and behind some of these in their texts."""
-        marks = {index: _MARK.format(index) for index in range(len(messages))}
-        marks |= {index: f"{before}{marks[index]}{behind}" for index, (before, behind) in (around or {}).items()}
-        marked = [{"role": m.role, "content": marks[index]} for index, m in enumerate(messages)]
+        """With marks for the texts; `around` is the index of one, and what stands before and behind its mark."""
+        marked = [{"role": m.role, "content": _MARK.format(index)} for index, m in enumerate(messages)]
+        if around is not None:
+            index, before, behind = around
+            marked[index]["content"] = f"{before}{marked[index]['content']}{behind}"
         try:
             template = _on_one_day(self.tokenizer.get_chat_template())
             text = self.tokenizer.apply_chat_template(
@@ -365,18 +366,17 @@ class JinjaFormat:
             with suppress(TemplateRefusal):  # some templates know no system turn
                 plain = self._render_pieces(messages, generation=False)
                 for index, message in enumerate(messages):
-                    spaced = self._render_pieces(messages, generation=False, around={index: (" \n", "\n ")})
+                    spaced = self._render_pieces(messages, generation=False, around=(index, " \n", "\n "))
                     seen.add(message.role)
                     if spaced != plain:
                         kept.add(message.role)
         return seen - kept
 
-    def _cuts_at(self, tag: str, probe: Messages) -> bool:
-        """Whether the template leaves out what an answer says before this tag."""
-        plain = self._render_pieces(probe, generation=False)
+    def _leaves_out_thoughts(self, probe: Messages) -> bool:
+        """Whether the template leaves out what an answer, an earlier one or the last, says before its thoughts end."""
+        plain, thought = self._render_pieces(probe, generation=False), f"thought{_END_OF_THOUGHT}"
         return any(
-            self._render_pieces(probe, generation=False, around={index: (f"thought{tag}", "")}) == plain
-            for index in (1, 3)
+            self._render_pieces(probe, generation=False, around=(index, thought, "")) == plain for index in (1, 3)
         )
 
     def _split_closing(self, piece: str) -> tuple[list[int], list[int]]:

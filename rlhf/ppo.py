@@ -57,6 +57,7 @@ from rlhf.rollout import (
     Rollouts,
     as_judged,
     branch_offsets,
+    branch_rows,
     of_all_processes,
     reward_metrics,
     rollout_metrics,
@@ -335,17 +336,16 @@ class PPOTrainer:
 
     def _micro_batches(self, rollouts: Rollouts, trees: Sequence[int]) -> Iterator[tuple[PrefixBatch, Tensor, Tensor]]:
         """Batches of some trees with the table rows and columns of their counted tokens."""
-        first, device = branch_offsets(rollouts.trees), self.accelerator.device
-        budget = self.config.train.max_tokens_per_batch
-        parts: list[Tree] = []
-        rows_of: list[range] = []
-        for index in trees:
-            for start, part in split_tree(rollouts.trees[index], budget):
-                parts.append(part)
-                rows_of.append(range(first[index] + start, first[index] + start + len(part.branches)))
-        for group in micro_batches(parts, lambda part: part.num_tokens, max_tokens=budget):
-            batch = collate([[parts[index]] for index in group]).to(device)
-            rows = torch.tensor([row for index in group for row in rows_of[index]], device=device)
+        budget, device = self.config.train.max_tokens_per_batch, self.accelerator.device
+        split = [(index, part) for index, tree in enumerate(rollouts.trees) for _, part in split_tree(tree, budget)]
+        parts = [part for _, part in split]
+        first = branch_offsets(parts)  # their branches are those of the trees, in the same order
+        asked = set(trees)
+        chosen = [place for place, (index, _) in enumerate(split) if index in asked]
+        for group in micro_batches(chosen, lambda place: parts[place].num_tokens, max_tokens=budget):
+            places = [chosen[index] for index in group]
+            batch = collate([[parts[place]] for place in places]).to(device)
+            rows = branch_rows(places, first, device)
             yield batch, rows[batch.target_branches], batch.target_offsets
 
     def _updates_per_iteration(self) -> int:

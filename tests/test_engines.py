@@ -15,7 +15,8 @@ import torch
 
 from alignment.config import ModelSection, SamplingSection
 from alignment.errors import ConfigError, SamplerError
-from alignment.sampling import Sample, SamplingParams, engines
+from alignment.model_checks import Reach
+from alignment.sampling import Sample, SamplingParams, engines, vllm_engine
 from alignment.sampling.engines import open_sampler
 from alignment.sampling.torch_engine import TorchSampler
 from alignment.sampling.vllm_engine import VllmSampler
@@ -147,6 +148,13 @@ def test_settings_become_arguments_of_vllm_and_the_users_replace_them(fake):
     assert (theirs["dtype"], theirs["max_num_seqs"], theirs["max_model_len"]) == ("float16", 3, 9)
     assert ours["logprobs_mode"] == "processed_logprobs"
     assert [engine.shut_down for engine in fake] == [1, 1]
+
+
+@pytest.mark.parametrize(("reach", "length"), [(20, 20), (30, 24)])
+def test_vllm_is_told_no_longer_context_than_the_model_computes_as_the_trainer_does(fake, monkeypatch, reach, length):
+    monkeypatch.setattr(vllm_engine, "reach_of", lambda _config: Reach(reach, "longrope"))
+    with opened(engine="vllm"):
+        assert fake[0].arguments["max_model_len"] == length
 
 
 def test_the_number_of_threads_can_be_set_while_vllm_runs(fake):

@@ -16,6 +16,7 @@ from alignment.cli.planner import (
     fill,
     heaviest,
     judged,
+    one_prompt,
     prompt_length,
     scoring_work,
     vllm_share,
@@ -23,7 +24,6 @@ from alignment.cli.planner import (
 from alignment.config import ModelSection
 from alignment.errors import ConfigError
 from alignment.plan.origins import known_base
-from alignment.plan.passes import Rows
 from alignment.plan.phases import StagePlan, Work, together
 from alignment.plan.sampling import sampling
 from alignment.plan.shapes import ModelSpec, weights
@@ -80,10 +80,8 @@ def plan_ppo(config: Any, name: str, planner: Planner) -> StagePlan:
     learned = together(models, always)
     per_process = train.batch_size // (draw.num_candidates * setting.processes)
     length = prompt_length(config.prompts.max_prompt_length, draw.max_new_tokens, policy, critic, *judges)
-    # A tree over the budget is computed in parts.
-    together_in_one = max(1, (train.max_tokens_per_batch - length) // draw.max_new_tokens)
-    parts = math.ceil(draw.num_candidates / together_in_one)
-    row = Rows(1, length, (draw.max_new_tokens,) * min(draw.num_candidates, together_in_one))
+    row = one_prompt(length, draw.max_new_tokens, draw.num_candidates, train.max_tokens_per_batch)
+    parts = math.ceil(draw.num_candidates / len(row.branches))
     share = parts * train.minibatch_size // (draw.num_candidates * setting.processes)
     rows = heaviest(
         row, train.max_tokens_per_batch, share, lambda rows: training_pass(policy, rows, "logprobs", setting).peak

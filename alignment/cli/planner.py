@@ -120,11 +120,16 @@ def vllm_share(
     return {"vllm": taken}
 
 
+def one_prompt(prompt_tokens: int, new_tokens: int, responses: int, max_tokens: int) -> Rows:
+    """A prompt with its responses, or with some where all are over the budget: `split_tree` parts them."""
+    room = max(1, (max_tokens - prompt_tokens) // new_tokens)
+    return Rows(1, prompt_tokens, (new_tokens,) * min(responses, room))
+
+
 def judged(draws: Draws, section: SamplingSection, max_tokens: int) -> Rows:
-    """A micro-batch of a reward model: prompts with all responses, or with some where all are over the budget."""
-    room = max(1, (max_tokens - draws.prompt_tokens) // draws.new_tokens)
-    branches = (draws.new_tokens,) * min(section.num_candidates, room)
-    return fill(Rows(1, draws.prompt_tokens, branches), max_tokens, 10**9)
+    """A micro-batch of a reward model."""
+    row = one_prompt(draws.prompt_tokens, draws.new_tokens, section.num_candidates, max_tokens)
+    return fill(row, max_tokens, 10**9)
 
 
 def scoring_work(found: Pass, rows: Rows, draws: Draws, responses: float) -> Work:

@@ -30,6 +30,7 @@ from alignment.config import merge
 # What names mean in references and on the command line.
 _TAKEN = ("here", "round", "runs", "defaults", "stages")
 _NUMBERED = re.compile(r"\$\{(?:(last|earlier)\.)?([^}.]*)\}")
+_EARLIER = re.compile(r"\$\{earlier\.([^}]*)\}")
 _EACH = re.compile(r"\$\{each\.([^}]*)\}")
 
 
@@ -125,7 +126,7 @@ def _in_round(value: Any, block: Mapping[str, Any], number: int, where: str, pro
         items: list[Any] = []
         for entry in value:
             if isinstance(entry, str) and "${earlier." in entry:
-                found = [_numbered(entry, "earlier", each) for each in range(1, number)]
+                found = [_EARLIER.sub(rf"${{\1-{each}}}", entry) for each in range(1, number)]
             else:
                 found = [entry]
             items += [_in_round(each, block, number, where, problems) for each in found]
@@ -164,7 +165,7 @@ def _of_each(value: Any, repeated: Mapping[str, int], where: str, problems: list
             place = f"{where}.{key}"
             if isinstance(key, str) and ("${round}" in key or "${each." in key):
                 rounds = _rounds_of([key, entry], repeated, place, problems)
-                written = [(_numbered(key, "each", each), _numbered(entry, "each", each)) for each in rounds]
+                written = [(_numbered(key, each), _numbered(entry, each)) for each in rounds]
             else:
                 written = [(key, _of_each(entry, repeated, place, problems))]
             twice = "is there twice, under its name and with ${round}."
@@ -175,7 +176,7 @@ def _of_each(value: Any, repeated: Mapping[str, int], where: str, problems: list
         items: list[Any] = []
         for entry in value:
             if isinstance(entry, str) and "${each." in entry:
-                items += [_numbered(entry, "each", each) for each in _rounds_of(entry, repeated, where, problems)]
+                items += [_numbered(entry, each) for each in _rounds_of(entry, repeated, where, problems)]
             else:
                 items.append(_of_each(entry, repeated, where, problems))
         return items
@@ -216,13 +217,12 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(entry)
 
 
-def _numbered(value: Any, when: str, number: int) -> Any:
-    """`${when.NAME}` becomes `${NAME-number}`, and `${round}` the number."""
+def _numbered(value: Any, number: int) -> Any:
+    """`${each.NAME}` becomes `${NAME-number}`, and `${round}` the number."""
     if isinstance(value, Mapping):
-        return {_numbered(key, when, number): _numbered(entry, when, number) for key, entry in value.items()}
+        return {_numbered(key, number): _numbered(entry, number) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_numbered(entry, when, number) for entry in value]
+        return [_numbered(entry, number) for entry in value]
     if not isinstance(value, str):
         return value
-    named = re.sub(rf"\$\{{{when}\.([^}}]*)\}}", rf"${{\1-{number}}}", value)
-    return named.replace("${round}", str(number)) if when == "each" else named
+    return _EACH.sub(rf"${{\1-{number}}}", value).replace("${round}", str(number))

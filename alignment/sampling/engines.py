@@ -12,8 +12,7 @@ from accelerate import PartialState
 from alignment.config import ModelSection, SamplingSection
 from alignment.errors import ConfigError, SamplerError
 from alignment.hardware import compute_dtype
-from alignment.model_checks import reach_of
-from alignment.model_folders import check_is_chat_model, load_chat_of, model_folder, read_config
+from alignment.model_folders import check_is_chat_model, load_chat_of, model_folder
 from alignment.models import load_chat_model
 from alignment.progress import console
 from alignment.sampling.memory import CPU_MAX_ROWS
@@ -78,18 +77,15 @@ def _start_vllm(
     check_one_process(sampling, PartialState().num_processes)
     chat, _ = load_chat_of(model.path, model.chat_template)
     check_is_chat_model(model.path)
-    folder, length = model_folder(model.path), max_prompt_length + sampling.max_new_tokens
-    if reach := reach_of(read_config(folder, model.path)):  # vLLM would take other positions, or a window, for all
-        length = min(length, reach.tokens)
     gc.collect()
     torch.cuda.empty_cache()  # vLLM's own processes find only what this one has given back
     try:
         return VllmSampler(
-            folder,
+            model_folder(model.path),
             stop_ids=[chat.end_of_turn_id],
             dtype=dtype,
             max_rows=sampling.max_rows or CPU_MAX_ROWS,
-            max_length=length,
+            max_length=max_prompt_length + sampling.max_new_tokens,
             engine_args=sampling.vllm,
         )
     except SamplerError as error:

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from alignment.errors import SamplerError
+from alignment.model_checks import reach_of
 from alignment.model_folders import context_length
 from alignment.sampling.draw import seeds_of
 from alignment.sampling.protocol import Sample, SamplingParams
@@ -88,7 +89,10 @@ class VllmSampler:
         given = dict(engine_args or {})
         _check_arguments(_import_vllm(), given)
         try:
-            length = min(max_length, context_length(AutoConfig.from_pretrained(folder)))
+            config = AutoConfig.from_pretrained(folder)
+            length = min(max_length, context_length(config))
+            if reach := reach_of(config):  # beyond it vLLM would take other positions, or a window, for all
+                length = min(length, reach.tokens)
             defaults: dict[str, Any] = {"dtype": dtype, "max_num_seqs": max_rows, "max_model_len": length}
             if _on_cpu():
                 # Compiling a model costs minutes there, and there are no launches of kernels to save.
