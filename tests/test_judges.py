@@ -211,6 +211,7 @@ def test_a_checkpoint_of_an_earlier_version_keeps_its_held_out_prompts(tmp_path,
     looks.load_state_dict({**saved, "best_rewards": [1.0, -5.0]})
     # The mean of what was judged is higher, but only for the worst answer is not among it now.
     assert not looks._is_best([0.9, None]) and looks._is_best([1.1, None]) and looks._is_best([1.0, -4.0])
+    assert not looks._is_best([1.0, -5.0]), "of equals the earliest stays"
     # Of a checkpoint that does not have them: the mean of the looks before counts.
     looks.load_state_dict({**saved, "best_rewards": [], "history": [{"iteration": 0, "reward": 2.0}]})
     assert not looks._is_best([1.9, None]) and looks._is_best([2.1, None])

@@ -42,6 +42,7 @@ from alignment.config import LoraSection
 from alignment.errors import ModelError
 from alignment.logprobs import branch_scores, response_logprobs
 from alignment.manifests import weights_sha256
+from alignment.model_checks import reach_of
 from alignment.model_folders import check_is_chat_model, load_chat, model_context
 from alignment.models import add_lora, load_chat_model, load_reward_model, rounded_copy, save_model
 from alignment.prefix_batch import Branch, Tree, collate
@@ -272,6 +273,10 @@ def test_dialogues_beyond_the_length_that_changes_all_positions_are_refused(tmp_
             "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # fmt: skip
     extra = {"intermediate_size": 16, "max_position_embeddings": 99, "pad_token_id": 0, "bos_token_id": 1}
     config = Phi3Config(**TINY, **extra, eos_token_id=2, rope_parameters=rope, original_max_position_embeddings=6)
+    for window, tokens in ((None, 6), (4, 4), (9, 6)):
+        config.sliding_window = window
+        assert reach_of(config).tokens == tokens, "the shorter of the two"
+    config.sliding_window = None
     model = load_chat_model(saved_random(config, tmp_path / "m")).model
     assert len(response_logprobs(model, collate([[Tree([5, 6, 7], [Branch([8, 9, 10]), Branch([8, 9])])]]))) == 5
     with pytest.raises(ModelError, match="one of more than 6 tokens changes the positions of all beside it, and a row"):
