@@ -1,7 +1,8 @@
 """What a forward or training pass needs beside weights, gradients and optimizer state: the real code on fake tensors.
 
-Layers are alike, so three and four of them are run, and the difference stands for every further one: at each place,
-since the peak of a few layers may be elsewhere (where the embedding gets its gradient, say) than that of many.
+Layers are alike, so three of them are run, and the middle one stands for every further one: what it keeps is added at
+each place, since the peak of a few layers may be elsewhere (where the embedding gets its gradient, say) than that of
+many.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignment.logprobs import CHUNK_TOKENS, CPU_ROWS, branch_scores, response_logprobs, token_values
 from alignment.plan.shapes import DeviceKind, ModelSpec, fake_model, weights
-from alignment.plan.tracker import MemoryTracker
+from alignment.plan.tracker import MemoryTracker, Part
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate
 
 # What is read from a batch: log-probabilities of its counted tokens, a score a branch, or a value a counted token.
@@ -67,44 +68,47 @@ def run_pass(spec: ModelSpec, rows: Rows, reader: str, *, device: DeviceKind, tr
         device: on a CPU our own attention runs on the real tokens side by side; elsewhere SDPA on padded rows.
         train: whether there is a backward pass.
     """
-    options = (rows, reader, device, train)
     depth = spec.adapted_layers
-    if depth <= 4:
-        run = _run(spec, depth, *options)
-        peaks, at_head, flops = run.peaks, len(run.forward) - 1, run.flops
-    else:
-        three, four = _run(spec, 3, *options), _run(spec, 4, *options)
-        peaks = [_at(depth, *pair) for pair in zip(three.peaks, four.like_three, strict=True)]
-        at_head, flops = len(three.forward) - 1, _at(depth, three.flops, four.flops)
+    run = _run(spec, min(depth, 3), rows, reader, device, train)
+    if further := max(0, depth - 3):
+        _add_layers(run, further)
     if device == "gpu" and spec.head == "lm":
-        peaks[at_head] += _extra_logits(spec, rows)
+        for part in (run.forward[-1], *run.backward[:1]):
+            part.peak += _extra_logits(spec, rows)
+    peak, flops = max(part.peak for part in run.parts), sum(part.flops for part in run.parts)
     frozen_below = max(0, spec.shape.num_hidden_layers - depth - 1)
     layer = weights(spec).parameters // max(1, spec.shape.num_hidden_layers)
-    return Pass(max(peaks), flops + 2 * frozen_below * layer * rows.num_tokens)
+    return Pass(peak, flops + 2 * frozen_below * layer * rows.num_tokens)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The peak of every part of a pass: a layer's forward, head and loss, a layer's backward."""
+    """The parts of a pass: embedding, every layer, head and loss; where it learns, head and loss, every layer."""
 
-    forward: list[int]
-    backward: list[int]
-    flops: int
+    forward: list[Part]
+    backward: list[Part]
 
     @property
-    def peaks(self) -> list[int]:
-        """In order; the head is the last part of the forward pass."""
+    def parts(self) -> list[Part]:
+        """In order."""
         return self.forward + self.backward
 
-    @property
-    def like_three(self) -> list[int]:
-        """The peaks of four layers at the places of three: first, last, and the one between that is nearer the loss."""
-        return [*self.forward[:-4], *self.forward[-3:], *self.backward[:2], *self.backward[3:]]
 
+def _add_layers(run: _Run, further: int) -> None:
+    """Makes a pass of three layers that of so many more, all like the middle one.
 
-def _at(depth: int, three: int, four: int) -> int:
-    """A figure at that many layers, by those of three and four."""
-    return three + (depth - 3) * (four - three)
+    What a layer keeps is not the same in both directions: with checkpointing, weights that autocast has rounded are
+    there until the forward pass ends.
+    """
+    _, middle, last, head = run.forward[-4:]
+    for part in (middle, last, head):
+        part.peak += further * (last.began - middle.began)
+    middle.flops += further * middle.flops
+    if run.backward:
+        loss, last, middle, first = run.backward
+        for part in (loss, last, middle):
+            part.peak += further * (middle.began - first.began)
+        middle.flops += further * middle.flops
 
 
 def _run(spec: ModelSpec, layers: int, rows: Rows, reader: str, device: DeviceKind, train: bool) -> _Run:
@@ -128,13 +132,16 @@ def _run(spec: ModelSpec, layers: int, rows: Rows, reader: str, device: DeviceKi
         with torch.autocast("cpu", dtype=spec.arithmetic, enabled=autocast):
             found = READERS[reader](model, batch).sum()
         if train:
+            tracker.next_part()
             found.backward()
-    forward = model.config.num_hidden_layers + 1
-    return _Run(tracker.peaks[:forward], tracker.peaks[forward:], tracker.flops)
+    forward = model.config.num_hidden_layers + 2
+    return _Run(tracker.parts[:forward], tracker.parts[forward:])
 
 
 def _mark_layers(model: nn.Module, tracker: MemoryTracker) -> None:
-    """A part of the pass ends with each layer's forward, and where the gradient of each layer's output is there."""
+    """A part of the pass begins where a layer is entered, where the last is left, and where the gradient of a layer's
+    output is there.
+    """
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     is_backward = False
 
@@ -143,15 +150,21 @@ def _mark_layers(model: nn.Module, tracker: MemoryTracker) -> None:
         is_backward = True
         tracker.next_part()
 
-    def layer_is_done(_: nn.Module, __: Any, output: Any) -> None:
-        if is_backward:  # checkpointing computes the layer again
+    def layer_is_entered(_: nn.Module, __: Any) -> None:
+        if not is_backward:  # where checkpointing computes the layer again
+            tracker.next_part()
+
+    def layer_is_done(layer: nn.Module, _: Any, output: Any) -> None:
+        if is_backward:
             return
-        tracker.next_part()
+        if layer is layers[-1]:
+            tracker.next_part()
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:
             hidden.register_hook(gradient_is_there)
 
     for layer in layers:
+        layer.register_forward_pre_hook(layer_is_entered)
         layer.register_forward_hook(layer_is_done)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+
+@dataclass
+class Part:
+    """A part of what is watched: bytes alive where it begins and at most, and floating-point operations."""
+
+    began: int
+    peak: int
+    flops: int = 0
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -21,25 +31,25 @@ class MemoryTracker(TorchDispatchMode):
 
     Attributes:
         live: bytes alive now.
-        peaks: the most there were in each part of the block; `next_part` begins another.
-        flops: of matrix products and attention, by torch's own formulas.
+        parts: of the block, in order; `next_part` begins another. Operations are those of matrix products and
+            attention, by torch's own formulas.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live = self.flops = 0
-        self.peaks = [0]
+        self.live = 0
+        self.parts = [Part(0, 0)]
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def next_part(self) -> None:
         """What is alive from here on counts as the next part's."""
-        self.peaks.append(self.live)
+        self.parts.append(Part(self.live, self.live))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **kwargs, out_val=output)
+            self.parts[-1].flops += formula(*args, **kwargs, out_val=output)
         for leaf in tree_leaves(output):
             if isinstance(leaf, FakeTensor):
                 self._see(leaf)
@@ -52,7 +62,7 @@ class MemoryTracker(TorchDispatchMode):
             return
         self._sizes[key] = storage.nbytes()
         self.live += self._sizes[key]
-        self.peaks[-1] = max(self.peaks[-1], self.live)
+        self.parts[-1].peak = max(self.parts[-1].peak, self.live)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
