@@ -70,8 +70,8 @@ def run_pass(spec: ModelSpec, rows: Rows, reader: str, *, device: DeviceKind, tr
     """
     depth = spec.adapted_layers
     run = _run(spec, min(depth, 3), rows, reader, device, train)
-    if further := max(0, depth - 3):
-        _add_layers(run, further)
+    if depth > 3:
+        _add_layers(run, depth - 3)
     if device == "gpu" and spec.head == "lm":
         for part in (run.forward[-1], *run.backward[:1]):
             part.peak += _extra_logits(spec, rows)
@@ -151,7 +151,7 @@ def _mark_layers(model: nn.Module, tracker: MemoryTracker) -> None:
         tracker.next_part()
 
     def layer_is_entered(_: nn.Module, __: Any) -> None:
-        if not is_backward:  # where checkpointing computes the layer again
+        if not is_backward:  # checkpointing computes it again: with hooks in transformers 5.19, not in 5.23
             tracker.next_part()
 
     def layer_is_done(layer: nn.Module, _: Any, output: Any) -> None:
