@@ -55,6 +55,13 @@ from alignment.tree_attention import TREE_ATTENTION
 from alignment.weight_files import read_weight, weight_files
 
 ADAPTER_FOLDER = "adapter"
+# transformers' name for computing activations anew in the backward pass: from 5.23 on, and before.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+NOT_REENTRANT = {"use_reentrant": False}
 logger = logging.getLogger(__name__)
 
 
@@ -170,6 +177,12 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
             # A frozen adapter of ours may be there already; peft takes it for one in training.
             warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
             return get_peft_model(model, use_low_rank_linear(config))
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keeps one layer's activations at a time in training, with adapters too; the others are computed again."""
+    getattr(model, f"{CHECKPOINTING}_enable")(NOT_REENTRANT)
+    model.enable_input_require_grads()
 
 
 def rounded_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:

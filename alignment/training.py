@@ -27,6 +27,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
 from alignment.distributed import add_in_float32, check_split, gather_objects, is_split, passes
 from alignment.errors import RunError, TrainingError
+from alignment.models import CHECKPOINTING, NOT_REENTRANT
 from alignment.prefix_batch import PrefixBatch
 from alignment.progress import ProgressBar, console
 from alignment.runs import Run, mark_complete, newest_checkpoint
@@ -322,8 +323,8 @@ def training_arguments(
         "data_seed": seed,
         "bf16": dtype == torch.bfloat16,
         "use_cpu": device.type == "cpu",
-        "gradient_checkpointing": config.model.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        CHECKPOINTING: config.model.gradient_checkpointing,
+        f"{CHECKPOINTING}_kwargs": NOT_REENTRANT,
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }

@@ -18,7 +18,15 @@ from alignment.hardware import lent
 from alignment.logprobs import unwrap
 from alignment.model_folders import model_folder
 from alignment.model_workers import sharing_copy
-from alignment.models import LoadedModel, add_lora, load_chat_model, load_reward_model, rounded_copy, saved_adapter
+from alignment.models import (
+    LoadedModel,
+    add_lora,
+    load_chat_model,
+    load_reward_model,
+    recompute_activations,
+    rounded_copy,
+    saved_adapter,
+)
 from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.judges import RewardModels, check_same_ids, judges_of, load_scorer
@@ -96,8 +104,7 @@ def load_models(config: PPOConfig, dtype: torch.dtype, device: torch.device, *, 
     keep_frozen_active(critic)
     if start.gradient_checkpointing:
         for model in (policy, critic):
-            unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
-            unwrap(model).enable_input_require_grads()
+            recompute_activations(unwrap(model))
     policy, critic = policy.to(begins), critic.to(begins)
     if config.train.compile:
         for model in (policy, critic, reference):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alignment import tree_attention
 from alignment.config import LoraSection
 from alignment.logprobs import branch_scores, response_logprobs, token_values, unwrap
-from alignment.models import add_lora
+from alignment.models import add_lora, recompute_activations
 from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, even_groups, micro_batches, pack
 
 VOCAB = 64
@@ -173,7 +173,7 @@ def lora_critic(request, make_reward_model, attention):
 
 def _with_adapters(model: nn.Module, checkpointed: bool, *, is_reward_model: bool) -> nn.Module:
     if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     adapted = add_lora(model, LoraSection(r=4, alpha=8), is_reward_model=is_reward_model, seed=1)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in adapted.named_parameters():
@@ -206,7 +206,7 @@ def test_adapters_and_gradient_checkpointing_leave_scores_equal(lora_critic):
 def test_gradient_checkpointing_of_a_full_model_leaves_logprobs_equal(make_llama, attention):
     model = make_llama(VOCAB).train()
     model.set_attn_implementation(attention)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model)
     batch = collate(EXAMPLE)
     assert_same_values_and_gradients(
         model, lambda: response_logprobs(model, batch), lambda: separate_logprobs(model, EXAMPLE)

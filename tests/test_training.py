@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 from tiny_training import TinyConfig, arguments
 from torch import nn
 from torch.distributed.fsdp import StateDictType
-from transformers import LlamaForCausalLM, TrainerState
+from transformers import LlamaForCausalLM, TrainerState, TrainingArguments
 
 from alignment.chat import EncodedDialogue
-from alignment.config import OptimSection, RunSection, TrainSection
+from alignment.config import ModelSection, OptimSection, RunSection, TrainSection
 from alignment.errors import ConfigError, RunError, TrainingError
+from alignment.models import CHECKPOINTING, recompute_activations
 from alignment.prefix_batch import Branch, Tree
 from alignment.runs import Run, newest_checkpoint, open_run
 from alignment.training import (
@@ -35,6 +37,7 @@ from alignment.training import (
     build_scheduler,
     num_steps,
     num_warmup_steps,
+    training_arguments,
     use_run,
 )
 from reward_models.preferences import EncodedPair, pair_batches
@@ -151,6 +154,20 @@ def test_every_setting_of_the_optimizer_reaches_the_trainer(open_tiny_run):
     found = arguments(open_tiny_run("run"), 10, betas=(0.7, 0.8), eps=1e-3, weight_decay=0.3, max_grad_norm=2.0)
     assert (found.learning_rate, found.adam_beta1, found.adam_beta2, found.adam_epsilon) == (1e-3, 0.7, 0.8, 1e-3)
     assert (found.weight_decay, found.max_grad_norm) == (0.3, 2.0)
+
+
+def test_checkpointing_is_asked_of_transformers_without_a_warning(make_llama, open_tiny_run):
+    """Scripts that use the library see what the command line hides: an old name would warn them in every training."""
+    run, model = open_tiny_run("run"), make_llama()
+    section = ModelSection(path="toy", gradient_checkpointing=True)
+    config = TinyConfig(model=section, run=RunSection(dir=str(run.path)))
+    with warnings.catch_warnings(action="error", category=FutureWarning):
+        recompute_activations(model)
+        values = training_arguments(run, config, num_steps=1, dtype=torch.float32, device=torch.device("cpu"))
+        found = TrainingArguments(**values)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    assert getattr(found, CHECKPOINTING)
+    assert getattr(found, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False}
 
 
 def test_a_resumed_training_saves_as_often_as_it_is_told_now(open_tiny_run):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from alignment.config import LoraSection
 from alignment.errors import ModelError
 from alignment.model_folders import model_folder
-from alignment.models import add_lora, float32_head
+from alignment.models import add_lora, float32_head, recompute_activations
 from alignment.tree_attention import TREE_ATTENTION
 
 Head = Literal["lm", "score"]
@@ -151,8 +151,7 @@ def meta_model(spec: ModelSpec, *, layers: int | None = None, device: DeviceKind
             )
             float32_head(model)
         if spec.is_trained and spec.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
+            recompute_activations(model)
         if not spec.is_trained:
             return model.requires_grad_(False).eval()
         return add_lora(model, lora, is_reward_model=spec.head == "score", seed=0).train()
