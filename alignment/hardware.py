@@ -46,6 +46,11 @@ def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and _cpu_prefers_bf16() else torch.float32
 
 
+def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Matrix products in a type from `compute_dtype`: none is rounded in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def settle_auto(device: torch.device, dtype: torch.dtype) -> None:
     """What `auto` means on this type of device from now on, until `unsettle_auto`."""
     _settled[device.type] = dtype

@@ -12,7 +12,7 @@ from alignment.chat import ChatFormat, fit_prompt
 from alignment.dialogue import Message, Messages, RowError, parse_messages
 from alignment.distributed import equal_passes, holds_parts
 from alignment.errors import AlignError, DataError, ModelError
-from alignment.hardware import compute_dtype
+from alignment.hardware import autocast_to, compute_dtype
 from alignment.logprobs import branch_scores
 from alignment.model_folders import context_length
 from alignment.model_workers import map_in_workers, num_workers
@@ -126,7 +126,7 @@ def score_trees(
     def scores(twin: nn.Module, item: tuple[Sequence[tuple[int, int, Tree]], bool]) -> list[float]:
         group, _ = item
         batch = collate([[part] for *_, part in group]).to(device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
+        with autocast_to(autocast, device):
             return branch_scores(twin, batch).tolist()
 
     for (group, counts), values in zip(todo, map_in_workers(scores, model, todo, workers=workers), strict=True):

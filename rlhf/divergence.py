@@ -14,7 +14,7 @@ from alignment.logprobs import response_logprobs
 from alignment.models import load_chat_model
 from alignment.prefix_batch import PrefixBatch, Tree
 from alignment.progress import ProgressBar
-from rlhf.rollout import tabulate
+from rlhf.tree_tables import tabulate
 
 
 def answer_logprobs(

@@ -13,15 +13,11 @@ Where it departs from textbook PPO or the paper is silent (see docs/deviations.m
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from alignment.dialogue import Prompt
 from alignment.distributed import (
@@ -29,19 +25,17 @@ from alignment.distributed import (
     drop_gathered,
     is_split,
     mean_over_processes,
-    passes,
     whiten_over_processes,
-    whole,
 )
 from alignment.errors import DataError
+from alignment.hardware import autocast_to
 from alignment.logprobs import response_logprobs, response_stats, token_values
 from alignment.model_folders import context_length
-from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches, split_tree
+from alignment.prefix_batch import Branch, PrefixBatch, Tree
 from alignment.progress import ProgressBar
 from alignment.runs import Run
 from alignment.sampling.prompts import Asked, fit_prompts, prompt_room, sample_shared
 from alignment.sampling.vllm_engine import VllmSampler
-from alignment.tensor_ops import masked_sum
 from alignment.training import build_scheduler
 from rlhf.advantages import gae
 from rlhf.checkpoint import Learner
@@ -49,21 +43,19 @@ from rlhf.clock import PhaseClock
 from rlhf.config import PPOConfig, check_shares
 from rlhf.gating import safety_gate
 from rlhf.kl_control import adapted_beta
-from rlhf.losses import clipped_policy_loss, clipped_value_loss, is_clipped
 from rlhf.policy import load_models, parameter_groups
 from rlhf.policy_sampler import PolicySampler
 from rlhf.rewards import per_token_rewards
 from rlhf.rollout import (
     Rollouts,
     as_judged,
-    branch_offsets,
-    branch_rows,
     of_all_processes,
     reward_metrics,
     rollout_metrics,
     sampler_gap,
-    tabulate,
 )
+from rlhf.tree_tables import tabulate
+from rlhf.updates import Updater, updates_per_iteration
 
 
 class PPOTrainer:
@@ -83,6 +75,7 @@ class PPOTrainer:
             "critic": self._learner(self.models.critic, config.ppo.critic_lr),
         }
         self.policy, self.critic = (learner.model for learner in self.learners.values())
+        self.updater = Updater(config, accelerator, dtype, self.learners)
         rows = config.sampling.max_rows
         stop_ids = [self.models.loaded.chat.end_of_turn_id]
         self.sampler = PolicySampler(self.policy, stop_ids, dtype, max_rows=rows, vllm=vllm)
@@ -93,7 +86,7 @@ class PPOTrainer:
         groups = parameter_groups(model, optim.weight_decay)
         fused = self.accelerator.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=fused)
-        num_updates = (self.config.train.max_steps - without) * self._updates_per_iteration()
+        num_updates = (self.config.train.max_steps - without) * updates_per_iteration(self.config.train)
         scheduler = build_scheduler(optimizer, optim, num_steps=num_updates)
         model, optimizer = self.accelerator.prepare(model, optimizer)
         return Learner(model, optimizer, scheduler)
@@ -170,7 +163,7 @@ class PPOTrainer:
         # 5. One gradient step a minibatch, policy and critic. Every iteration and process drops out by its own.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed * accelerator.num_processes + accelerator.process_index)
-            update = self._update(rollouts, critic_only=critic_only)
+            update = self.updater.update(rollouts, critic_only=critic_only)
         self.sampler.weights_changed()
         clock.lap("update")
 
@@ -225,7 +218,7 @@ class PPOTrainer:
 
         self.policy.eval()
         self.critic.eval()
-        with self._autocast():
+        with autocast_to(self.dtype, device):
             logprobs, entropy, values, counted = tabulate(trees, under_policy, collective=collective, **options)
             with self.models.reference_policy(device) as reference:
                 [ref_logprobs] = tabulate(
@@ -250,110 +243,6 @@ class PPOTrainer:
             advantages=advantages,
             returns=returns,
         )
-
-    def _update(self, rollouts: Rollouts, *, critic_only: bool) -> dict[str, float]:
-        """Minibatches in order, micro-batches inside; losses are means over the tokens of the global minibatch.
-
-        One without a token to train on (`ppo.truncation=mask`) takes no step: momentum would move the weights.
-        """
-        config, accelerator = self.config, self.accelerator
-        clip_range = math.inf if critic_only else config.ppo.value_clip_range
-        losses_of = {"policy": self._policy_losses, "critic": partial(self._value_losses, clip_range=clip_range)}
-        learners = {name: learner for name, learner in self.learners.items() if name == "critic" or not critic_only}
-        self.policy.train()
-        self.critic.train()
-        sums: dict[str, float] = {}
-        first: dict[str, float] = {}
-        num_updates = 0
-        for trees in self._minibatches(len(rollouts.trees)):
-            batches = list(self._micro_batches(rollouts, trees))
-            tokens = sum(rollouts.trained[rows, columns].sum() for _, rows, columns in batches)
-            # DDP averages gradients over processes; the loss is a mean over the trained tokens of all of them.
-            counted = accelerator.reduce(tokens.float(), reduction="sum")
-            scale, learns = accelerator.num_processes / counted.clamp_min(1), bool(counted)
-            totals: dict[str, Tensor] = {}
-            for micro_batch, takes_part, exchanges in passes(batches, accelerator):
-                # One model after the other, so that the activations of one are held at a time.
-                for model, learner in learners.items():
-                    with nullcontext() if exchanges else accelerator.no_sync(learner.model):
-                        loss, figures = losses_of[model](rollouts, *micro_batch)
-                        accelerator.backward(loss * (scale if takes_part else 0.0))
-                    for name, value in figures.items():
-                        totals[name] = totals.get(name, 0.0) + value.detach() * takes_part
-            norms = {}
-            for name, learner in learners.items():
-                norm = clip_grad_norm_(learner.model.parameters(), config.optim.max_grad_norm)
-                norms[f"{name}_grad_norm"] = float(whole(norm))
-                if learns:
-                    learner.optimizer.step()
-                learner.optimizer.zero_grad()
-                learner.scheduler.step()
-            means = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum") * scale
-            step = dict(zip(totals, (means / accelerator.num_processes).tolist(), strict=True)) | norms
-            ratio_error = step.pop("ratio_error", None)
-            if num_updates == 0 and ratio_error is not None:
-                first = {"first_ratio_error": ratio_error}
-            for name, value in step.items():
-                sums[name] = sums.get(name, 0.0) + value
-            num_updates += 1
-        return {name: value / num_updates for name, value in sums.items()} | first
-
-    def _policy_losses(
-        self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy's loss in a micro-batch and figures of it, summed over its trained tokens."""
-        with self._autocast():
-            logprobs = response_logprobs(self.policy, batch, temperature=self.config.sampling.temperature)
-        clip_range, trained = self.config.ppo.clip_range, rollouts.trained[rows, columns]
-        old, advantages = rollouts.logprobs[rows, columns], rollouts.advantages[rows, columns]
-        logprobs = torch.where(trained, logprobs, old)  # what is not trained has no gradient, not even 0 times inf
-        loss = clipped_policy_loss(logprobs, old, advantages, clip_range=clip_range)
-        is_off = is_clipped(logprobs.detach(), old, advantages, clip_range=clip_range)
-        ratio_error = torch.expm1(logprobs.detach() - old).abs()
-        parts = {"policy_loss": loss, "clip_fraction": is_off.to(loss), "ratio_error": ratio_error}
-        sums = {name: masked_sum(part, trained) for name, part in parts.items()}
-        return sums["policy_loss"], sums
-
-    def _value_losses(
-        self, rollouts: Rollouts, batch: PrefixBatch, rows: Tensor, columns: Tensor, *, clip_range: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's loss in a micro-batch, summed over its trained tokens."""
-        with self._autocast():
-            values = token_values(self.critic, batch)
-        old, returns = rollouts.values[rows, columns], rollouts.returns[rows, columns]
-        trained = rollouts.trained[rows, columns]
-        values = torch.where(trained, values, old)
-        loss = masked_sum(clipped_value_loss(values, old, returns, clip_range=clip_range), trained)
-        return loss, {"value_loss": loss}
-
-    def _minibatches(self, num_trees: int) -> Iterator[list[int]]:
-        """Trees of each optimizer step on this process."""
-        config = self.config
-        size = config.train.minibatch_size // (config.sampling.num_candidates * self.accelerator.num_processes)
-        for _ in range(config.train.epochs):
-            for start in range(0, num_trees, size):
-                yield list(range(start, min(start + size, num_trees)))
-
-    def _micro_batches(self, rollouts: Rollouts, trees: Sequence[int]) -> Iterator[tuple[PrefixBatch, Tensor, Tensor]]:
-        """Batches of some trees with the table rows and columns of their counted tokens."""
-        budget, device = self.config.train.max_tokens_per_batch, self.accelerator.device
-        split = [(index, part) for index, tree in enumerate(rollouts.trees) for _, part in split_tree(tree, budget)]
-        parts = [part for _, part in split]
-        first = branch_offsets(parts)  # their branches are those of the trees, in the same order
-        asked = set(trees)
-        chosen = [place for place, (index, _) in enumerate(split) if index in asked]
-        for group in micro_batches(chosen, lambda place: parts[place].num_tokens, max_tokens=budget):
-            places = [chosen[index] for index in group]
-            batch = collate([[parts[place]] for place in places]).to(device)
-            rows = branch_rows(places, first, device)
-            yield batch, rows[batch.target_branches], batch.target_offsets
-
-    def _updates_per_iteration(self) -> int:
-        train = self.config.train
-        return train.epochs * (train.batch_size // train.minibatch_size)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 def iteration_seed(seed: int, step: int) -> int:

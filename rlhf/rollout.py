@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from alignment.distributed import most_over_processes
-from alignment.prefix_batch import Branch, PrefixBatch, Tree, collate, micro_batches, split_tree
+from alignment.prefix_batch import Branch, Tree
 from alignment.sampling.protocol import Sample
 from alignment.tensor_ops import masked_mean, masked_var
 from rlhf.rewards import kl_k1, kl_k3
@@ -146,52 +145,3 @@ def sampler_gap(rollouts: Rollouts, drawn: Sequence[Sequence[Sample]]) -> Tensor
     """
     reported = torch.tensor([value for samples in drawn for sample in samples for value in sample.logprobs])
     return (reported - rollouts.logprobs[rollouts.mask].cpu()).abs().mean()
-
-
-def tabulate(
-    trees: Sequence[Tree],
-    measure: Callable[[PrefixBatch], Sequence[Tensor]],
-    *,
-    max_tokens: int,
-    device: torch.device,
-    on_progress: Callable[[int], None] | None = None,
-    collective: Accelerator | None = None,
-) -> list[Float[Tensor, "N T"]]:
-    """Token measurements of all branches as tables, computed in micro-batches without gradients.
-
-    `measure` maps a batch with M counted tokens to tensors of shape (M,); a tree over `max_tokens` comes in parts.
-    `on_progress` hears of trees that are done. `collective` is given where FSDP has split the model: all processes run
-    as many passes as the one that has most.
-    """
-    split = [part for tree in trees for part in split_tree(tree, max_tokens)]
-    parts, begins = [part for _, part in split], [start == 0 for start, _ in split]
-    first = branch_offsets(parts)  # their branches are those of the trees, in the same order
-    longest = max(len(branch.ids) for part in parts for branch in part.branches)
-    tables: list[Tensor] = []
-    groups = list(micro_batches(parts, lambda part: part.num_tokens, max_tokens=max_tokens))
-    count = len(groups) if collective is None else most_over_processes(len(groups), collective)
-    for group in groups + groups[-1:] * (count - len(groups)):  # what is measured again is the same
-        batch = collate([[parts[index]] for index in group]).to(device)
-        with torch.no_grad():
-            measured = measure(batch)
-        if not tables:
-            tables = [torch.zeros(first[-1], longest, device=device) for _ in measured]
-        rows = branch_rows(group, first, device)[batch.target_branches]
-        for table, values in zip(tables, measured, strict=True):
-            table[rows, batch.target_offsets] = values.float()
-        if on_progress:
-            on_progress(sum(begins[index] for index in group))
-    return tables
-
-
-def branch_offsets(trees: Sequence[Tree]) -> list[int]:
-    """Index of the first branch of each tree among all branches, and the number of branches at the end."""
-    offsets = [0]
-    for tree in trees:
-        offsets.append(offsets[-1] + len(tree.branches))
-    return offsets
-
-
-def branch_rows(group: Sequence[int], first: Sequence[int], device: torch.device) -> Tensor:
-    """Table rows of the branches of the trees in `group`, in the order in which a batch of them counts branches."""
-    return torch.tensor([row for index in group for row in range(first[index], first[index + 1])], device=device)

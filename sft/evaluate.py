@@ -15,6 +15,7 @@ from alignment.chat import ChatFormat, decode_response, fit_prompt
 from alignment.data import write_rows
 from alignment.dialogue import Dialogue
 from alignment.distributed import equal_passes, for_all, gather_objects
+from alignment.hardware import autocast_to
 from alignment.line_log import all_lines
 from alignment.logprobs import response_logprobs, unwrap
 from alignment.model_folders import context_length
@@ -66,7 +67,7 @@ def evaluate(
             parts = list(dialogue_batches(examples.encoded, indices[share], **sizes))
             [spare] = dialogue_batches(examples.encoded, indices[:1], **sizes)
             for part, counts in equal_passes(parts, spare, model):
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                with autocast_to(dtype, device):
                     loss, _ = response_loss(model, part.to(device))
                 if counts:
                     total, count = total + loss.item(), count + part.batch.num_targets
@@ -113,7 +114,7 @@ def sample_answers(
     device = next(model.parameters()).device
     with (
         ProgressBar(f"sft: answers {part}", len(fitting), shown=run_dir.writes) as bar,
-        torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+        autocast_to(dtype, device),
     ):
         drawn = sampler.sample([prompts[index] for index in fitting], params, on_progress=bar.advance)
     texts = {index: decode_response(chat, sample.token_ids) for index, [sample] in zip(fitting, drawn, strict=True)}

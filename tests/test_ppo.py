@@ -21,9 +21,10 @@ from alignment.errors import ConfigError, DataError
 from alignment.headlines import one_line
 from alignment.prefix_batch import Branch, Tree, collate
 from alignment.sampling.prompts import Asked
-from rlhf import ppo, ppo_run
+from rlhf import ppo, ppo_run, tree_tables
 from rlhf.config import PPOConfig
 from rlhf.rollout import Rollouts, reward_metrics
+from rlhf.tree_tables import TreeParts
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "ppo.md"
 
@@ -45,13 +46,16 @@ def test_nothing_is_learned_from_masked_answers_and_whitening_leaves_them_out(se
     nowhere = {name: table.masked_fill(~rollouts.trained, math.nan) for name, table in tables.items()}
     rollouts = replace(rollouts, **nowhere)
 
+    updater = trainer.updater
+
     def gradient(rows: list[int]) -> list[torch.Tensor]:
         trainer.policy.zero_grad()
         trainer.critic.zero_grad()
         tokens = 0
-        for batch, table_rows, columns in trainer._micro_batches(rollouts, rows):
+        parts = TreeParts(rollouts.trees, max_tokens=4096)
+        for batch, table_rows, columns in (parts.batch(group, torch.device("cpu")) for group in parts.groups(rows)):
             tokens += rollouts.trained[table_rows, columns].sum()
-            for losses in (trainer._policy_losses, partial(trainer._value_losses, clip_range=0.2)):
+            for losses in (updater.policy_losses, partial(updater.value_losses, clip_range=0.2)):
                 loss, figures = losses(rollouts, batch, table_rows, columns)
                 assert all(torch.isfinite(figure) for figure in figures.values())
                 loss.backward()
@@ -148,7 +152,7 @@ def test_rollouts_of_a_prompt_that_are_over_the_budget_are_computed_in_parts(set
             sizes.append(batch.input_ids.numel())
             return batch
 
-        monkeypatch.setattr(ppo, "collate", counted)
+        monkeypatch.setattr(tree_tables, "collate", counted)
         trainer = trainer_of(settings, "sampling.num_candidates=4", f"train.max_tokens_per_batch={budget}")
         trainer.iterate(prompts, seed=0)
         largest.append(max(sizes))
@@ -183,7 +187,7 @@ def test_on_a_bandit_the_gradient_is_the_analytic_one(settings):
         returns=table,
     )
     batch = collate([rollouts.trees])
-    loss, _ = trainer._policy_losses(rollouts, batch, batch.target_branches, batch.target_offsets)
+    loss, _ = trainer.updater.policy_losses(rollouts, batch, batch.target_branches, batch.target_offsets)
     found = torch.autograd.grad(loss, trained)
     assert max(gradient.abs().max() for gradient in expected) > 1e-2
     for mine, analytic in zip(found, expected, strict=True):
@@ -278,7 +282,7 @@ def test_ppo_in_float32_stays_so_after_a_training_in_bfloat16_in_the_same_proces
 
 def test_what_drops_out_is_decided_by_the_iterations_seed_alone(settings, monkeypatch):
     trainer = trainer_of(settings)
-    monkeypatch.setattr(trainer, "_update", lambda *_, **__: {"drawn": float(torch.rand(()))})
+    monkeypatch.setattr(trainer.updater, "update", lambda *_, **__: {"drawn": float(torch.rand(()))})
 
     def drawn(before: int, *, seed: int) -> float:
         torch.manual_seed(before)

@@ -16,11 +16,13 @@ from alignment.errors import ConfigError
 from alignment.models import load_chat_model, load_reward_model
 from alignment.sampling.prompts import Asked, choose_prompts
 from alignment.tensor_ops import whiten
-from rlhf import ppo, ppo_run
+from rlhf import ppo, ppo_run, updates
 from rlhf.advantages import gae
 from rlhf.config import PPOConfig
 from rlhf.losses import clipped_value_loss
 from rlhf.ppo import PPOTrainer
+from rlhf.tree_tables import TreeParts
+from rlhf.updates import updates_per_iteration
 
 ALL = torch.tensor([True, True, True])
 
@@ -163,8 +165,9 @@ def test_the_policys_clip_is_its_own(settings):
     measured = trainer._measure(TREES, torch.zeros(3), ALL)
     older, ones = measured.logprobs - math.log(1.3), torch.ones_like(measured.advantages)
     rollouts = replace(measured, logprobs=older, advantages=ones)
-    [micro_batch] = trainer._micro_batches(rollouts, [0, 1, 2])
-    loss, figures = trainer._policy_losses(rollouts, *micro_batch)
+    parts = TreeParts(rollouts.trees, max_tokens=4096)
+    [group] = parts.groups()
+    loss, figures = trainer.updater.policy_losses(rollouts, *parts.batch(group, torch.device("cpu")))
     assert loss.item() == pytest.approx(-1.3 * 6, rel=1e-5)
     assert figures["clip_fraction"] == 0
 
@@ -180,7 +183,7 @@ def test_the_critics_clip_is_its_own_and_none_holds_it_back_while_it_learns_alon
         given.add(clip_range)
         return clipped_value_loss(*tensors, clip_range=clip_range)
 
-    monkeypatch.setattr(ppo, "clipped_value_loss", noted)
+    monkeypatch.setattr(updates, "clipped_value_loss", noted)
     trainer.iterate(encoded(), seed=0, critic_only=critic_only)
     assert given == {expected}
 
@@ -190,7 +193,7 @@ def test_losses_are_means_over_the_trained_tokens_alone(settings):
     trainer = trainer_of(settings)
     rollouts = trainer._measure(TREES, torch.tensor([1.0, -1.0, 0.5]), torch.tensor([True, False, True]))
     assert rollouts.trained.sum() == 4 and not rollouts.values.any()
-    figures = trainer._update(rollouts, critic_only=False)
+    figures = trainer.updater.update(rollouts, critic_only=False)
     assert figures["value_loss"] == pytest.approx(0.5 * float(rollouts.returns[rollouts.trained].pow(2).mean()))
 
 
@@ -199,7 +202,7 @@ def test_every_epoch_goes_through_the_minibatches_again(settings):
     trainer.iterate(encoded(), seed=0)
     for learner in trainer.learners.values():
         assert {int(state["step"]) for state in learner.optimizer.state.values()} == {2}
-    assert trainer._updates_per_iteration() == 4  # two epochs of 8 / 4 minibatches
+    assert updates_per_iteration(trainer.config.train) == 4  # two epochs of 8 / 4 minibatches
 
 
 def test_the_optimizers_settings_reach_both_models_and_norms_do_not_decay(settings):

@@ -17,7 +17,8 @@ from reward_models.score import Scorer
 from rlhf.config import PPOConfig
 from rlhf.evaluate import summarize, toy_truth
 from rlhf.judges import RewardModels, check_same_ids, load_scorer
-from rlhf.rollout import Rollouts, branch_offsets, branch_rows, of_all_processes, rollout_metrics, tabulate
+from rlhf.rollout import Rollouts, of_all_processes, rollout_metrics
+from rlhf.tree_tables import TreeParts, tabulate
 
 TREES = [
     Tree([1, 2, 3], [Branch([4, 5, 6, 7]), Branch([8])]),
@@ -64,10 +65,18 @@ def test_tables_hold_each_branchs_values_in_its_own_row(policy, max_tokens):
             row += 1
 
 
-def test_branch_rows_follow_the_order_of_the_trees_asked_for():
-    first = branch_offsets(TREES)
-    assert first == [0, 2, 4, 6]
-    assert branch_rows([2, 0], first, torch.device("cpu")).tolist() == [4, 5, 0, 1]
+@pytest.mark.parametrize("max_tokens", [6, 1000])  # the first tree comes whole, or in two parts
+def test_each_token_of_the_trees_asked_for_has_its_row_and_column(max_tokens):
+    parts, table = TreeParts(TREES, max_tokens=max_tokens), torch.zeros(6, 4, dtype=torch.long)
+    assert parts.shape == (6, 4) and len(parts.parts) == (5 if max_tokens == 6 else 3)
+    groups = parts.groups([0, 2])
+    for group in groups:
+        batch, rows, columns = parts.batch(group, torch.device("cpu"))
+        table[rows, columns] = batch.target_ids
+    assert table.tolist() == [
+        [4, 5, 6, 7], [8, 0, 0, 0], [0] * 4, [0] * 4, [17, 18, 0, 0], [19, 0, 0, 0]
+    ]  # fmt: skip
+    assert sum(parts.num_trees(group) for group in groups) == 2
 
 
 def test_figures_of_rollouts_by_hand():
