@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from alignment.chat import ChatFormat, chat_format
+from alignment.chat import ChatFormat
+from alignment.chat_formats import chat_format
 from alignment.demo_model import DEMO_MODEL, make_demo_model
 from alignment.errors import ModelError
 from alignment.sources import cached_folder, find_model

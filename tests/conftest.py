@@ -239,7 +239,7 @@ def write_file(tmp_path: Path) -> Callable[[str, str], Path]:
 @pytest.fixture
 def reward_folder(tmp_path: Path, make_reward_model: Callable[..., Any], make_tokenizer: Callable[..., Any]) -> str:
     """A tiny reward model on disk whose pad token is, as in many published tokenizers, its end of turn."""
-    from alignment.chat import CHATML
+    from alignment.chat_formats import CHATML
 
     tokenizer = make_tokenizer(template=CHATML, pad="<|im_end|>")
     model = make_reward_model(len(tokenizer))

@@ -17,12 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignment.chat import (
-    CHATML,
     ChatFormat,
     EncodedDialogue,
-    JinjaFormat,
-    Llama2Format,
-    chat_format,
     decode_response,
     drop_oldest_turns,
     encode_dialogue,
@@ -31,6 +27,7 @@ from alignment.chat import (
     has_system_turn,
     preview,
 )
+from alignment.chat_formats import CHATML, JinjaFormat, Llama2Format, chat_format
 from alignment.config import PromptSection
 from alignment.dialogue import Dialogue, Message, Messages, PreferencePair, Prompt
 from alignment.errors import DataError, ModelError

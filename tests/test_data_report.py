@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from alignment.chat import CHATML
+from alignment.chat_formats import CHATML
 from alignment.cli.data import app
 from alignment.data import write_rows
 from alignment.data_report import FileReport, check_files, lengths, some

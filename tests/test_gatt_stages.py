@@ -13,7 +13,8 @@ import torch
 from scripted import COMMON, PROMPTS, Interrupted, ScriptedSpeaker, distil_config, gatt_config, scored_by_length
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alignment.chat import CHATML, chat_format, decode_response, encode_prompt, has_system_turn
+from alignment.chat import decode_response, encode_prompt, has_system_turn
+from alignment.chat_formats import CHATML, chat_format
 from alignment.cli import distil
 from alignment.cli.main import run_stage
 from alignment.cli.pipeline import load_pipeline

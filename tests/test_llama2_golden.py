@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers import LlamaTokenizer
 
-from alignment.chat import Llama2Format, chat_format, encode_dialogue, encode_prompt, preview
+from alignment.chat import encode_dialogue, encode_prompt, preview
+from alignment.chat_formats import Llama2Format, chat_format
 from alignment.dialogue import Dialogue, Message
 from sft.examples import make_examples
 from sft.ghost_attention import first_turn, training_dialogue

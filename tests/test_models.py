@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from alignment import models
-from alignment.chat import CHATML
+from alignment.chat_formats import CHATML
 from alignment.config import LoraSection
 from alignment.errors import ModelError
 from alignment.logprobs import branch_scores, response_logprobs

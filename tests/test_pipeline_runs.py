@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from alignment import hardware, manifests
-from alignment.chat import CHATML
+from alignment.chat_formats import CHATML
 from alignment.cli import pipeline as pipelines
 from alignment.cli import pipeline_stages
 from alignment.cli.main import run_pipeline, run_stage

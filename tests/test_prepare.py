@@ -6,7 +6,7 @@ import pytest
 from pairs import configured, pair, prepared, write
 from typer.testing import CliRunner
 
-from alignment.chat import CHATML
+from alignment.chat_formats import CHATML
 from alignment.cli.main import app
 from alignment.errors import DataError, RunError
 from alignment.training import FEW_STEPS, warn_of_few_steps

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from alignment.chat import chat_format, encode_prompt
+from alignment.chat import encode_prompt
+from alignment.chat_formats import chat_format
 from alignment.config import PromptSection, SamplingSection
 from alignment.data import Loaded, SourceReport
 from alignment.dialogue import Message, Prompt

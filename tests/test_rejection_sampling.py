@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from judged import candidate, config_of, judged_by
 
-from alignment.chat import chat_format
+from alignment.chat_formats import chat_format
 from alignment.config import PromptSection
 from alignment.dialogue import Candidate, Message
 from alignment.errors import ConfigError, DataError, ModelError

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from alignment.chat import CHATML, chat_format, encode_prompt
+from alignment.chat import encode_prompt
+from alignment.chat_formats import CHATML, chat_format
 from alignment.dialogue import Message, PreferencePair
 from alignment.errors import DataError, ModelError
 from alignment.models import LoadedModel, load_reward_model

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alignment.chat import chat_format
+from alignment.chat_formats import chat_format
 from alignment.config import ModelSection
 from alignment.dialogue import Candidate, Message, Prompt
 from alignment.errors import ModelError

@@ -324,7 +324,7 @@ def test_nothing_is_said_where_no_prompt_is_cut(reward_folder, pairs):
 
 
 def test_a_wrong_model_leaves_nothing_behind(responses, tmp_path, make_llama, make_tokenizer):
-    from alignment.chat import CHATML
+    from alignment.chat_formats import CHATML
 
     tokenizer = make_tokenizer(template=CHATML)
     make_llama(len(tokenizer)).save_pretrained(tmp_path / "chat")

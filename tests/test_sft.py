@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from alignment.chat import CHATML, EncodedDialogue, chat_format, encode_dialogue
+from alignment.chat import EncodedDialogue, encode_dialogue
+from alignment.chat_formats import CHATML, chat_format
 from alignment.cli.summary import print_result
 from alignment.config import load_config
 from alignment.data import load_dialogues

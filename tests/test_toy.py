@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
 from alignment import toy
-from alignment.chat import ChatFormat, chat_format, decode_response, encode_dialogue, encode_prompt
+from alignment.chat import ChatFormat, decode_response, encode_dialogue, encode_prompt
+from alignment.chat_formats import chat_format
 from alignment.data import load_dialogues, load_pairs, load_prompts
 from alignment.dialogue import RATINGS, Dialogue, Message, Messages
 from alignment.errors import DataError

@@ -11,7 +11,7 @@ import trl
 from parity import open_parity_run, steps_in_order
 from transformers import TrainingArguments
 
-from alignment.chat import CHATML, chat_format
+from alignment.chat_formats import CHATML, chat_format
 from alignment.dialogue import Message, PreferencePair
 from alignment.runs import Run
 from alignment.training import use_run

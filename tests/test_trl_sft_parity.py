@@ -11,7 +11,8 @@ import torch
 import trl
 from parity import open_parity_run, steps_in_order
 
-from alignment.chat import CHATML, EncodedDialogue, chat_format
+from alignment.chat import EncodedDialogue
+from alignment.chat_formats import CHATML, chat_format
 from alignment.dialogue import Dialogue, Message
 from alignment.runs import Run
 from alignment.training import use_run

@@ -15,7 +15,8 @@ from merging import merged_copy
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from alignment.chat import CHATML, encode_prompt
+from alignment.chat import encode_prompt
+from alignment.chat_formats import CHATML
 from alignment.config import LoraSection, ModelSection, SamplingSection
 from alignment.dialogue import Message
 from alignment.errors import SamplerError
