@@ -211,6 +211,12 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, default: Callab
     return count
 
 
+def conversation_of(row: Row) -> Messages:
+    """The turns of a demonstration or prompt, and of a pair or candidate those before the response."""
+    messages = row.prompt if isinstance(row, PreferencePair | Candidate) else row.messages
+    return messages.messages if isinstance(messages, Prompt) else messages
+
+
 def first_user_message(messages: Messages) -> str:
     """The text by which a conversation is told from others when data is split."""
     return next(message.content for message in messages if message.role == "user")
@@ -226,9 +232,7 @@ def split_by_prompt(rows: Sequence[Row], *, valid_fraction: float, seed: int) ->
 
 def split_point(row: Row, seed: int) -> float:
     """In [0, 1), by the row's first user message: larger fractions hold it out."""
-    messages = row.prompt if isinstance(row, PreferencePair | Candidate) else row.messages
-    messages = messages.messages if isinstance(messages, Prompt) else messages
-    key = f"{seed}:{first_user_message(messages)}".encode()
+    key = f"{seed}:{first_user_message(conversation_of(row))}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64
 
 

@@ -239,6 +239,9 @@ class PPOEvaluation(Section):
     prompts: DataSources = []
     """Prompts that nothing is trained on; without any there is no evaluation."""
 
+    not_in: DataSources = []
+    """As `prompts.not_in`."""
+
     max_prompts: PositiveInt = 64
     """Use at most this many, chosen by the seed, with the training prompts' `safety_share`. Where that is null half of
     those chosen are safety prompts, whatever their share in training."""
@@ -255,7 +258,8 @@ class PPOEvaluation(Section):
 
     def as_prompts(self, section: PromptSection) -> PromptSection:
         """These prompts with the lengths of the training prompts."""
-        return section.model_copy(update={"prompts": self.prompts, "max_prompts": self.max_prompts})
+        own = {"prompts": self.prompts, "not_in": self.not_in, "max_prompts": self.max_prompts}
+        return section.model_copy(update=own)
 
 
 class PPOConfig(StageConfig):

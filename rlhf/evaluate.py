@@ -11,7 +11,8 @@ from rich.table import Column, Table
 
 from alignment import toy
 from alignment.chat import ChatFormat
-from alignment.data import Loaded, load_prompts, write_rows
+from alignment.data import Loaded, write_rows
+from alignment.decontamination import load_prompts_of
 from alignment.dialogue import Candidate, Prompt
 from alignment.errors import DataError
 from alignment.hardware import process_state
@@ -130,7 +131,7 @@ def _read(
 
     Raises what can be known before anything is sampled.
     """
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    data = load_prompts_of(config.prompts)
     others = [prompt for prompt in data.rows if config.truth == "toy" and not toy.is_asked(prompt.messages)]
     if others:
         raise DataError(

@@ -12,7 +12,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from alignment.chat import ChatFormat
-from alignment.data import Loaded, load_prompts
+from alignment.data import Loaded
+from alignment.decontamination import load_prompts_of
 from alignment.dialogue import Prompt
 from alignment.distributed import check_split, is_split
 from alignment.errors import ConfigError
@@ -150,8 +151,8 @@ def _read(
 
     Raises what can be known beforehand.
     """
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
-    held_out = load_prompts(config.evaluation.prompts, on_error=config.prompts.on_error)
+    data = load_prompts_of(config.prompts)
+    held_out = load_prompts_of(config.evaluation.as_prompts(config.prompts))
     sections = judges_of(config.rewards)
     guard = {} if config.evaluation.guard is None else {"evaluation.guard": config.evaluation.guard}
     judges = judges_context(sections, untrained=untrained)

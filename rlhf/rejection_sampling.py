@@ -12,7 +12,8 @@ from typing import Any
 from accelerate import PartialState
 
 from alignment.chat import ChatFormat
-from alignment.data import Loaded, load_prompts, load_rows, write_rows
+from alignment.data import Loaded, load_rows, write_rows
+from alignment.decontamination import load_prompts_of
 from alignment.dialogue import Candidate, Messages, Prompt, RowError, as_response
 from alignment.errors import ConfigError, DataError
 from alignment.files import write_json
@@ -118,7 +119,7 @@ def _read(
     """
     check_is_chat_model(config.model.path)
     chat, context = load_chat_of(config.model.path, config.model.chat_template)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    data = load_prompts_of(config.prompts)
     sections = judges_of(config.rewards)
     judges = read_judges(sections, config.sampling)
     scored_anew = _readable(Candidate.from_json, judges.values())

@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from alignment.chat import ChatFormat, drop_oldest_turns, has_system_turn
-from alignment.data import Loaded, load_prompts, write_rows
+from alignment.data import Loaded, write_rows
+from alignment.decontamination import load_prompts_of
 from alignment.dialogue import Dialogue, Message, Messages, Prompt, parse_messages
 from alignment.errors import DataError
 from alignment.hardware import process_state
@@ -74,7 +75,7 @@ def run(
     is counted as `unscored`: its chat format may refuse a prompt, or make more tokens of an answer.
     """
     state = process_state(config.run.device)
-    data = load_prompts(config.prompts.prompts, on_error=config.prompts.on_error)
+    data = load_prompts_of(config.prompts)
     run_dir = open_run(config, resume=resume, state=state)
     run_dir.note_sources(data.sources)
     drawn = _drawn(config, data)

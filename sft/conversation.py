@@ -14,6 +14,7 @@ import torch
 from alignment.chat import ChatFormat, can_be_a_turn, decode_response, encode_prompt, has_system_turn
 from alignment.config import ModelSection, PromptSection, SamplingSection
 from alignment.data import Loaded, load_rows
+from alignment.decontamination import without_seen
 from alignment.dialogue import Dialogue, Messages, PreferencePair, Prompt
 from alignment.errors import DataError
 from alignment.headlines import by_part
@@ -47,7 +48,8 @@ def load_seeds(section: PromptSection) -> Loaded[Prompt]:
 
     Raises DataError with every bad row.
     """
-    return load_rows(section.prompts, as_prompt, on_error=section.on_error)
+    data = load_rows(section.prompts, as_prompt, on_error=section.on_error)
+    return without_seen(data, section.not_in, on_error=section.on_error)
 
 
 def load_own(instructions: GattInstructions) -> Loaded[PoolRow]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from alignment.data import load_prompts
+from alignment.decontamination import load_prompts_of
 from alignment.dialogue import Messages, RowError
 from alignment.distributed import for_all, map_over_processes
 from alignment.isolation import isolated
@@ -39,7 +39,7 @@ def check(config: DistilConfig, *, untrained: Collection[str] = ()) -> str:
     check_is_chat_model(config.model.path)
     model, prompts, sampling = config.model, config.prompts, config.sampling
     chat, limit = format_and_limit(model, prompts.max_prompt_length, sampling, judges)
-    data = load_prompts(prompts.prompts, on_error=prompts.on_error)
+    data = load_prompts_of(prompts)
     found = context_distillation.why_not_asked(config, data, chat, limit=limit)
     count, others = describe_asked(found, "prompts", model, prompts, sampling, judges)
     return f"{count} prompts.{others}"

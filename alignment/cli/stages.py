@@ -68,8 +68,13 @@ class Stage:
 
 _DIALOGUES = dict.fromkeys(("data.train", "data.valid"), "alignment.dialogue:Dialogue.from_json")
 _PAIRS = dict.fromkeys(("data.train", "data.valid", "data.mix_in"), "alignment.dialogue:PreferencePair.from_json")
-_PROMPTS = {"prompts.prompts": "alignment.dialogue:Prompt.from_json"}
-_GATT = {"prompts.prompts": "sft.conversation:as_prompt", "instructions.own": "sft.instructions:PoolRow.from_json"}
+_ANY = "alignment.data_report:parse_row"
+_PROMPTS = {"prompts.prompts": "alignment.dialogue:Prompt.from_json", "prompts.not_in": _ANY}
+_GATT = {
+    "prompts.prompts": "sft.conversation:as_prompt",
+    "prompts.not_in": _ANY,
+    "instructions.own": "sft.instructions:PoolRow.from_json",
+}
 
 STAGES = {
     stage.name: stage
@@ -133,7 +138,11 @@ STAGES = {
             "rlhf.ppo_run:check",
             makes="chat model",
             files=("answers-*.jsonl",),
-            rows={**_PROMPTS, "evaluation.prompts": "alignment.dialogue:Prompt.from_json"},
+            rows={
+                **_PROMPTS,
+                "evaluation.prompts": "alignment.dialogue:Prompt.from_json",
+                "evaluation.not_in": _ANY,
+            },
         ),
         Stage(
             "eval",

@@ -188,6 +188,10 @@ class PromptSection(Section):
     prompts: Annotated[DataSources, Field(min_length=1)]
     """Files, names in ALIGN_DATA_DIR, Hub ids, or `toy:` names with prompt rows; one or a list."""
 
+    not_in: DataSources = []
+    """Files of rows of any kind: prompts that share a user message with one, but for case and spaces, are left out and
+    counted. Name what is trained on, so that an evaluation is of unseen prompts."""
+
     max_prompts: PositiveInt | None = None
     """Use at most this many prompts, chosen by the seed."""
 

@@ -187,11 +187,12 @@ def describe_fitting(
 
 
 def prompts_left_out(counts: Mapping[str, int] | None, sources: Sequence[SourceReport]) -> dict[str, int]:
-    """For the result: prompts left out by reason, those unreadable in their files included, and those cut; no zeros.
+    """For the result: prompts left out by reason, those left out of their files included, and those cut; no zeros.
 
     `counts` are those of `fit_all_formats`, or of the manifest; None where nothing was asked.
     """
-    reasons = {"unreadable": sum(sum(source.dropped.values()) for source in sources), **(counts or {})}
+    of_files = {name: sum(source.dropped.get(name, 0) for source in sources) for name in ("unreadable", "seen")}
+    reasons = {**of_files, **(counts or {})}
     return {name: count for name, count in reasons.items() if count and name != "used"}
 
 
