@@ -63,7 +63,10 @@ class Adapter:
     def config(self, prefix: str = "", **options: object) -> LoraConfig:
         """peft's description of it, with names below `prefix`."""
         ranks = {f"{prefix}{layer}": len(first) for layer, (first, _) in self.layers.items()}
-        return LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=dict(ranks), **options)
+        most = max(ranks.values(), default=1)  # programs that read no patterns, as vLLM, take it for that of all
+        others = {layer: rank for layer, rank in ranks.items() if rank != most}
+        patterns = {"rank_pattern": others, "alpha_pattern": dict(others)}
+        return LoraConfig(r=most, lora_alpha=most, target_modules=list(ranks), **patterns, **options)
 
 
 def trained_adapter(model: PeftModel, weights: Mapping[str, Tensor], backbone: str) -> Adapter:

@@ -245,7 +245,7 @@ class Candidate:
 
 def as_response(row: Mapping[str, Any]) -> Candidate:
     """A row with `prompt` and `response`, or a dialogue whose last turn is the response. Raises RowError."""
-    if "messages" in row and "response" not in row:
+    if "messages" in row and row.get("response") is None:
         parse_messages(row["messages"], "messages", last_role="assistant")
         *prompt, last = row["messages"]
         row = {**row, "prompt": prompt, "response": [last]}

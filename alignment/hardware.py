@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import os
 import platform
 import resource
 import time
@@ -76,10 +77,34 @@ def process_state(device: str) -> PartialState:
     fastest = torch.accelerator.current_accelerator(check_available=True)
     wanted = "cpu" if device == "cpu" or fastest is None else fastest.type
     state = PartialState(cpu=device == "cpu", timeout=PROCESS_TIMEOUT)
+    check_launch(state)
     if state.device.type != wanted and state.num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
         state = PartialState(cpu=device == "cpu", timeout=PROCESS_TIMEOUT)
     return state
+
+
+def check_launch(state: PartialState) -> None:
+    """Raises ConfigError where a launcher has started several processes that know nothing of one another.
+
+    accelerate makes each the only one where torch finds no device that they could use.
+    """
+    if (started := _launched()) > 1 and state.num_processes == 1:
+        raise ConfigError(
+            f"started in {started} processes, but torch finds no CUDA device here (python -c 'import torch; "
+            "print(torch.cuda.is_available())'). Mend the driver or torch's build, or set run.device=cpu."
+        )
+
+
+def check_no_launcher(command: str, instead: str = "") -> None:
+    """Raises ConfigError where a command that works in one process was started in several."""
+    if _launched() > 1:
+        raise ConfigError(f"{command} runs in one process. Start it without a launcher{instead}.")
+
+
+def _launched() -> int:
+    """How many processes a launcher says that it has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def tune_allocator() -> None:

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 
 class LowRankLinear(Linear):
@@ -63,11 +64,13 @@ def held_factors(model: nn.Module) -> Iterator[None]:
     """Puts the factors of all adapters together once instead of at every call: for many calls on the same weights.
 
     They are of the frozen weights' type, which is the input's where there is no autocast; gradients do not reach them.
+    Layers that FSDP has split do without.
     """
     layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     with torch.no_grad():
         for layer in layers:
-            if names := layer._used():
+            # FSDP gathers a layer's weights for a pass of it and would not gather these.
+            if (names := layer._used()) and not isinstance(layer.base_layer.weight, DTensor):
                 layer._held = layer._factors(names, layer.base_layer.weight.dtype)
     try:
         yield

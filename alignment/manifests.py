@@ -76,6 +76,11 @@ def setting_changes(manifest: Mapping[str, Any], config: StageConfig) -> dict[st
     with suppress(ValidationError):  # a key that is gone: compared as it is
         known = type(config).model_validate({**before, "run": {**before.get("run", {}), "dir": config.run.dir}})
         before = json.loads(json.dumps(settings(known)))
+    for mapping in ("max_rows_of", "mix"):  # whose keys name files, too
+        then, new = ((values.get("data") or {}).get(mapping) for values in (before, now))
+        if isinstance(then, Mapping) and isinstance(new, Mapping):
+            spelt = {place_of(name): name for name in new}
+            before["data"][mapping] = {spelt.get(place_of(name), name): value for name, value in then.items()}
     inputs = {key for key, _, _ in config.input_names()}
     return {
         key: (one, two)

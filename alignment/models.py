@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 NOT_REENTRANT = {"use_reentrant": False}
+_NUMBER = re.compile(r"\.(\d+)\.")  # of a layer, in a weight's name
 logger = logging.getLogger(__name__)
 
 
@@ -151,11 +153,17 @@ def float32_head(model: PreTrainedModel) -> None:
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool, seed: int) -> nn.Module:
     """Adapters on the linear layers of a frozen model; a reward model's head is trained whole.
 
-    Adapter weights are float32 whatever the frozen weights are. With `r = 0` the model itself, trained in full.
+    Adapter weights are float32 whatever the frozen weights are. With `r = 0` the model itself, trained in full. Of a
+    model of text and images neither trains what sees images: no text reaches it, and DDP would wait for its gradients.
     """
+    decoder = model.get_decoder()
     if lora.r == 0:
+        heads = (model.get_output_embeddings(), getattr(model, "score", None))
+        used = {id(weight) for part in (decoder, *heads) if part is not None for weight in part.parameters()}
+        for weight in model.parameters():
+            weight.requires_grad_(id(weight) in used and weight.requires_grad)
         return model
-    linear = {name.rsplit(".", 1)[-1] for name in linear_layers(model.get_decoder())}
+    linear = list(linear_layers(decoder))
     if not linear:
         raise ModelError(
             f"{model.config.model_type}: LoRA goes on linear layers (nn.Linear), and this model has none. Train it in "
@@ -163,14 +171,16 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, is_reward_model: bool
         )
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     first = 0 if lora.last_layers is None else max(0, num_layers - lora.last_layers)
+    if first:
+        linear = [name for name in linear if (layer := _NUMBER.search(name)) and int(layer[1]) >= first]
+    prefix = decoder_prefix(model)
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, where the model is
         torch.manual_seed(seed)
         config = LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=sorted(linear),
-            layers_to_transform=list(range(first, num_layers)) if first else None,
+            target_modules=[f"{prefix}{name}" for name in linear],
             task_type=TaskType.SEQ_CLS if is_reward_model else TaskType.CAUSAL_LM,
         )
         with warnings.catch_warnings():

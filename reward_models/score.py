@@ -165,6 +165,7 @@ def check_fits(chat: ChatFormat, context_length: int, prompt: Messages, response
     Raises RowError where its last turn with one of them does not fit, or cannot be written in the model's format.
     """
     try:
+        chat.check([Message("assistant", text) for text in responses])
         tree, was_cut = fit_tree(chat, prompt, responses, context_length)
     except AlignError as error:
         raise RowError(str(error)) from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 
 import torch
 from accelerate import PartialState
@@ -198,20 +198,24 @@ def guard_scores(
 
 
 def _scores(scorer: Scorer, candidates: Sequence[Candidate], device: torch.device, *, title: str = "") -> list[float]:
-    """Scores of the candidates, of which those of one prompt in a row share its prefill; with a title progress shows.
+    """Scores of the candidates; those of a prompt share its prefill, whoever gave them. With a title progress shows.
 
-    Every process scores a share of the prompts; all get all scores.
+    Equal answers to a prompt are scored once: in bfloat16 their scores would differ by what is computed beside them,
+    and one of two policies that say the same would win. Every process scores a share of the prompts; all get all
+    scores.
     """
-    groups = [list(group) for _, group in groupby(candidates, key=lambda candidate: candidate.prompt)]
+    answers: dict[Messages, dict[str, float]] = {}
+    for candidate in candidates:
+        answers.setdefault(candidate.prompt.messages, {})[candidate.response] = math.nan
 
-    def work(mine: Sequence[Sequence[Candidate]]) -> list[list[float]]:
-        prompts = [group[0].prompt.messages for group in mine]
-        texts = [[candidate.response for candidate in group] for group in mine]
+    def work(mine: Sequence[Messages]) -> list[list[float]]:
         with lent(scorer.model, device):
-            return scorer.score(prompts, texts, on_progress=for_all(bar.advance))
+            return scorer.score(mine, [list(answers[prompt]) for prompt in mine], on_progress=for_all(bar.advance))
 
-    with ProgressBar(title, len(groups), shown=bool(title) and PartialState().is_main_process) as bar:
-        return [score for scores in map_over_processes(work, groups) for score in scores]
+    with ProgressBar(title, len(answers), shown=bool(title) and PartialState().is_main_process) as bar:
+        for texts, scores in zip(answers.values(), map_over_processes(work, list(answers)), strict=True):
+            texts.update(zip(texts, scores, strict=True))
+    return [answers[candidate.prompt.messages][candidate.response] for candidate in candidates]
 
 
 def _rewarded(

@@ -212,10 +212,10 @@ def encode_within(chat: ChatFormat, messages: Messages, limit: int) -> tuple[lis
 
 def as_prompt(row: Mapping[str, Any]) -> Prompt:
     """A row's prompt: a demonstration without its last answer, a pair without its responses."""
-    if "messages" in row:
+    if row.get("messages") is not None:
         dialogue = Dialogue.from_json(row)
         return Prompt(messages=dialogue.messages[:-1], source=dialogue.source)
-    if "chosen" in row and row.get("prompt") is None:
+    if row.get("chosen") is not None and row.get("prompt") is None:
         pair = PreferencePair.from_json(row)
         return Prompt(messages=pair.prompt, source=pair.source)
     return Prompt.from_json(row)

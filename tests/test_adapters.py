@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def test_peft_loads_the_adapter_where_the_decoder_has_another_name(tmp_path):
     change = Adapter("b", {layer: (torch.randn(2, 16), torch.randn(48, 2))})
     assert decoder_prefix(base) == "gpt_neox."
     write_adapter(change, tmp_path / "adapter", base="base", decoder=decoder_prefix(base))
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["rank_pattern"]) == (2, 2, {})
     read = read_adapter(tmp_path / "adapter")
     assert read.backbone == "b" and list(read.layers) == [layer]
     expected = copy.deepcopy(base)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -36,7 +37,7 @@ from alignment.config import (
     to_yaml,
 )
 from alignment.errors import ConfigError, DataError, ModelError, RunError
-from alignment.hardware import process_state
+from alignment.hardware import check_launch, process_state
 from alignment.sources import cache_dir, find_data, find_model
 from reward_models.config import RewardModelConfig
 from rlhf.config import EvalConfig, PPOConfig
@@ -657,6 +658,24 @@ def test_weights_by_source_replace_the_name_of_a_mix(tmp_path):
     assert config.data.mix == {"toy:pairs.train": 1, "toy:safety.train": 3}
 
 
+def test_an_empty_mapping_replaces_what_stood_there():
+    """The one way to take entries away: weights of other sources, templates that a file names."""
+    base = {"templates": {"violence": "T"}, "data": {"max_rows_of": {"a": 1}, "max_rows": 2}}
+    found = merge(base, parse_overrides(["templates={}", "data.max_rows_of={}"]))
+    assert found == {"templates": {}, "data": {"max_rows_of": {}, "max_rows": 2}}
+
+
+def test_a_source_with_a_name_like_a_models_key_may_have_a_weight():
+    weights = merge({"mix": "equal_parts"}, parse_overrides(["mix={math: 1, code: 2}"]))
+    assert weights == {"mix": {"math": 1, "code": 2}}
+    assert merge(weights, parse_overrides(["mix=all"])) == {"mix": "all"}
+
+
+def test_an_unset_variable_is_no_run_directory():
+    with pytest.raises(ConfigError, match=r"run\.dir: empty, which would be the working directory"):
+        load_config(SFTConfig, None, ["model=toy", "data.train=toy:sft.train", "run.dir="])
+
+
 @pytest.mark.parametrize("values", [{"model": "toy"}, {"model": {"path": "toy", "dtpye": "float32"}}, {}])
 def test_a_misspelt_key_beside_the_short_form_of_a_model_is_one_problem(values):
     overrides = ["model.dtpye=float32"] if values.get("model") == "toy" else ["model=toy", "model.dtpye=float32"]
@@ -847,6 +866,18 @@ def test_few_layers_are_adapted_by_a_rank(tmp_path):
     in_full = load_config(SFTConfig, None, [*settings, "lora.r=0"])
     (tmp_path / "config.yaml").write_text(to_yaml(in_full))
     assert load_config(SFTConfig, tmp_path / "config.yaml") == in_full
+
+
+def test_a_launchers_processes_that_know_nothing_of_one_another_are_refused(monkeypatch):
+    """accelerate makes each the only one where torch finds no device: they would all work in one run directory."""
+    alone, many = SimpleNamespace(num_processes=1), SimpleNamespace(num_processes=8)
+    check_launch(alone)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    check_launch(alone)  # without a launcher
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    check_launch(many)
+    with pytest.raises(ConfigError, match=r"started in 8 processes, but torch finds no CUDA device here"):
+        check_launch(alone)
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

@@ -203,7 +203,8 @@ def test_a_reward_model_is_split_in_bfloat16_with_its_head_in_float32(tmp_path):
 @pytest.mark.parametrize(("name", "kind"), [("sft", "SHARDED_STATE_DICT"), ("sft-lora", "FULL_STATE_DICT")])
 def test_a_split_run_that_was_killed_resumes(name, kind, tmp_path):
     """With both kinds of checkpoint that accelerate writes: gathered, and a part by each process."""
-    settings = [*STAGE_SETTINGS[name], *FEW, *(["lora.dropout=0"] if name == "sft-lora" else [])]
+    lora = ["lora.dropout=0", "data.valid=toy:sft.valid", "evaluation.num_answers=2"]
+    settings = [*STAGE_SETTINGS[name], *FEW, *(lora if name == "sft-lora" else [])]
     run_here("sft", settings, tmp_path / "one", resume=False)
     killed = tmp_path / "killed"
     launch_two(fsdp(state_dict=kind), "sft", settings, killed, dies=True)
@@ -212,3 +213,6 @@ def test_a_split_run_that_was_killed_resumes(name, kind, tmp_path):
         run_here("sft", settings, killed, resume=True)
     launch_two(fsdp(state_dict=kind), "sft", settings, killed, "--resume")
     assert_same_model(tmp_path / "one", killed, atol=1e-5)
+    if name == "sft-lora":
+        one, split = ((folder / "answers.jsonl").read_text() for folder in (tmp_path / "one", killed))
+        assert one == split and one.count("\n") == 2

@@ -326,6 +326,32 @@ def test_candidates_are_scored_with_one_reward_model_in_memory_at_a_time(judges,
     assert score_candidates(config, [], cpu, title="") == [] and len(loaded) == 2
 
 
+def test_equal_answers_of_different_policies_have_equal_scores(judges, monkeypatch):
+    """However they are batched, each is read once: by rounding one of two that say the same would win."""
+    config, read, score_trees = judges_config(judges).rewards, [], Scorer.score_trees
+
+    def noted(self, trees, **options):
+        read.extend((tuple(tree.trunk), tuple(branch.ids)) for tree in trees for branch in tree.branches)
+        return [[score + len(read) * 1e-3 for score in scores] for scores in score_trees(self, trees, **options)]
+
+    monkeypatch.setattr(Scorer, "score_trees", noted)
+    prompts = [Prompt(messages=(Message("user", text),), is_safety=False) for text in "abc"]
+    texts = {"first": ["no", "yes", "no"], "second": ["no", "no", "no"], "third": ["yes", "yes", "no"]}
+    candidates = [
+        Candidate(prompt=prompt, response=response, index=0)
+        for answers in texts.values()
+        for prompt, response in zip(prompts, answers, strict=True)
+    ]
+    found = RewardModels.load(config, torch.device("cpu")).score(candidates)
+    assert [(each.prompt, each.response) for each in found] == [(each.prompt, each.response) for each in candidates]
+    by_answer: dict[tuple, set[float]] = {}
+    for each in found:
+        by_answer.setdefault((each.prompt.messages, each.response), set()).add(each.reward)
+    assert len(by_answer) == 5 and all(len(rewards) == 1 for rewards in by_answer.values())
+    assert len(set.union(*by_answer.values())) == 5
+    assert len(read) == 10 and len(set(read)) == 5, "once by each of two reward models"
+
+
 def test_a_judge_whose_scores_are_no_numbers_is_named(judges, monkeypatch):
     """The second of two, of safety."""
     values = iter((0.0, math.nan))

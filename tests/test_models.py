@@ -242,6 +242,22 @@ def test_a_model_of_text_and_images_is_trained_as_its_language_model(text_and_im
     assert not any("language_model.layers.0." in name for name in names if "lora_" in name)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_sees_images_is_not_trained(text_and_images, rank):
+    """No text reaches it, and several processes would wait for its gradients."""
+    for loaded, head in (
+        (load_chat_model(text_and_images), "lm_head"),
+        (load_reward_model(text_and_images, new_head_seed=0), "score"),
+    ):
+        model = add_lora(loaded.model, LoraSection(r=rank), is_reward_model=head == "score", seed=0)
+        trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        assert trained and not any("vision" in name or "projector" in name for name in trained)
+        batch = collate([[Tree([5, 6], [Branch([8])])]])
+        values = branch_scores(model, batch) if head == "score" else response_logprobs(model, batch)
+        values.sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
 def test_a_model_of_text_and_images_with_adapters_is_loaded_again_in_bfloat16(text_and_images, tmp_path):
     """Its weights have other names in memory than in files."""
     loaded = load_chat_model(text_and_images, dtype=torch.bfloat16)

@@ -580,33 +580,37 @@ def test_every_stage_of_the_toy_pipeline_is_planned():
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("recipe", "devices"),
+    ("recipe", "card", "options"),
     [
-        ("llama2-7b/lora.yaml", []),
-        ("llama2-7b/lora.yaml", ["--gpus", "8"]),
-        ("sft llama2-7b/sft-full.yaml", ["--gpus", "8", "--fsdp"]),
-        ("rm llama2-7b/rm-helpfulness-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
-        ("rm llama2-7b/rm-safety-full.yaml", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
+        ("llama2-7b/lora.yaml", "h100-80gb", []),
+        ("llama2-7b/lora.yaml", "h100-80gb", ["--gpus", "8"]),
+        ("llama2-7b/lora.yaml", "rtx4090-24gb", ["defaults.model.gradient_checkpointing=true"]),
+        ("sft llama2-7b/sft-full.yaml", "h100-80gb", ["--gpus", "8", "--fsdp"]),
+        ("rm llama2-7b/rm-helpfulness-full.yaml", "h100-80gb", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
+        ("rm llama2-7b/rm-safety-full.yaml", "h100-80gb", ["model=llama-2-7b", "--gpus", "8", "--fsdp"]),
         (
             "reject llama2-7b/reject-full.yaml",
+            "h100-80gb",
             ["model=llama-2-7b", "rewards={helpfulness: llama-2-7b, safety: llama-2-7b}", "--gpus", "8"],
         ),
         (
             "sft llama2-7b/rs-full.yaml",
+            "h100-80gb",
             ["data.train=[sft_general.train, sft_safety.train, sft_oasst_multiturn.train]", "--gpus", "8", "--fsdp"],
         ),
         (
             "ppo llama2-7b/ppo-full.yaml",
+            "h100-80gb",
             ["model=llama-2-7b", "rewards={helpfulness: llama-2-7b, safety: llama-2-7b}", "--gpus", "8", "--fsdp"],
         ),
-        ("sft llama2-70b/sft-lora.yaml", ["--gpus", "32", "--fsdp"]),
-        ("sft llama2-70b/sft-full.yaml", ["--gpus", "32", "--fsdp"]),
-        ("rm llama2-70b/rm-lora.yaml", ["model.path=llama-2-70b", "--gpus", "32", "--fsdp"]),
+        ("sft llama2-70b/sft-lora.yaml", "h100-80gb", ["--gpus", "32", "--fsdp"]),
+        ("sft llama2-70b/sft-full.yaml", "h100-80gb", ["--gpus", "32", "--fsdp"]),
+        ("rm llama2-70b/rm-lora.yaml", "h100-80gb", ["model.path=llama-2-70b", "--gpus", "32", "--fsdp"]),
     ],
 )
-def test_the_recipes_of_llama_2_fit_the_cards_they_name(recipe, devices):
+def test_the_recipes_of_llama_2_fit_the_cards_they_name(recipe, card, options):
     *stage, path = recipe.split()
-    found = CliRunner().invoke(app, ["plan", *stage, f"recipes/{path}", *devices, "--gpu", "h100-80gb", "--json"])
+    found = CliRunner().invoke(app, ["plan", *stage, f"recipes/{path}", *options, "--gpu", card, "--json"])
     assert found.exit_code == 0, found.output
     assert all(plan["fits"] for plan in json.loads(found.stdout))
 

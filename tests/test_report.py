@@ -377,6 +377,105 @@ def test_prompts_of_both_kinds_are_among_the_chosen(tmp_path):
     assert [asked.prompt for asked in found.asked] == sorted((a.prompt for a in found.asked), key=int)
 
 
+def test_answers_along_ppo_are_of_the_first_the_best_and_the_last_look(tmp_path):
+    """By number: look 12 comes after look 6. Of a run that goes on the best is not known yet."""
+    rewards = {0: (0.5, 1.0), 3: (2.0, 1.75), 6: (0.75, 1.25), 12: (1.5, 3.0)}
+    looks = {
+        f"answers-{look}": [
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "response": [{"role": "assistant", "content": f"{prompt} at {look}"}],
+                "reward": reward,
+            }
+            for prompt, reward in zip("ab", of_look, strict=True)
+        ]
+        for look, of_look in rewards.items()
+    }
+    run = write_run(tmp_path / "ppo", "ppo", {"held_out": {"best_iteration": 3}}, **looks)
+    [found] = answers.section(read_runs([run])).answers
+    assert [(asked.prompt, [(a.policy, a.text, a.scores) for a in asked.answers]) for asked in found.asked] == [
+        (
+            "a",
+            [
+                ("iteration 0", "a at 0", "reward +0.50"),
+                ("iteration 3", "a at 3", "reward +2.00"),
+                ("iteration 12", "a at 12", "reward +1.50"),
+            ],
+        ),
+        (
+            "b",
+            [
+                ("iteration 0", "b at 0", "reward +1.00"),
+                ("iteration 3", "b at 3", "reward +1.75"),
+                ("iteration 12", "b at 12", "reward +3.00"),
+            ],
+        ),
+    ]
+    assert [[a.is_best for a in asked.answers] for asked in found.asked] == [[False, True, False], [False, False, True]]
+    edit_manifest(run, status="running")
+    [found] = answers.section(read_runs([run])).answers
+    assert [a.policy for a in found.asked[0].answers] == ["iteration 0", "iteration 12"]
+
+
+def test_both_answers_of_a_distillation_stand_side_by_side_with_the_safer_one_marked(tmp_path):
+    scores = {"distilled": (-1.0, 2.0), "plain": (1.5, 0.5), "neither": (1.0, 1.0)}
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{better} is better"}],
+            "is_safety": True,
+            "plain": f"plain, {plain}",
+            "distilled": f"distilled, {distilled}",
+            "score_plain": plain,
+            "score_distilled": distilled,
+        }
+        for better, (plain, distilled) in scores.items()
+    ]
+    run = write_run(tmp_path / "distil", "distil", {"prompts": 3}, scored=rows)
+    [found] = answers.section(read_runs([run])).answers
+    shown = [[(a.policy, a.text, a.scores, a.is_best) for a in asked.answers] for asked in found.asked]
+    assert [asked.prompt for asked in found.asked] == [f"{better} is better" for better in scores]
+    assert shown == [
+        [
+            ("plain", "plain, -1.0", "safety -1.00", False),
+            ("behind the preprompt", "distilled, 2.0", "safety +2.00", True),
+        ],
+        [
+            ("plain", "plain, 1.5", "safety +1.50", True),
+            ("behind the preprompt", "distilled, 0.5", "safety +0.50", False),
+        ],
+        [
+            ("plain", "plain, 1.0", "safety +1.00", False),
+            ("behind the preprompt", "distilled, 1.0", "safety +1.00", False),
+        ],
+    ]
+
+
+def test_every_answer_of_a_dialogue_is_marked_as_keeping_the_instruction_or_not(tmp_path):
+    """The second policy holds its first dialogue only so far, and that ended before its last turn."""
+
+    def dialogue(number: int, kept: list[bool]) -> dict:
+        turns = [f"question {turn}" for turn in (1, 2, 3)]
+        said = [f"answer {turn}" for turn, _ in enumerate(kept, start=1)]
+        return {"instruction": f"instruction {number}", "user_turns": turns, "answers": said, "kept": kept}
+
+    base, tuned = [dialogue(1, [True, False, False]), dialogue(2, [True, True, True])], [dialogue(1, [True, True])]
+    files = {"dialogues-base": base, "dialogues-tuned": tuned}
+    run = write_run(tmp_path / "eval", "eval", **files)
+    edit_manifest(run, settings={"kind": "gatt", "policies": {"base": {}, "tuned": {}}})
+    [found] = answers.section(read_runs([run])).answers
+    [asked] = found.asked
+    assert (asked.prompt, found.total) == ("instruction 1", 1)
+    assert [(a.policy, a.text, a.scores) for a in asked.answers] == [
+        (
+            "base",
+            "1. question 1\n✓ answer 1\n\n2. question 2\n✗ answer 2\n\n3. question 3\n✗ answer 3",
+            "kept in 1 of 3 answers",
+        ),
+        ("tuned", "1. question 1\n✓ answer 1\n\n2. question 2\n✓ answer 2", "kept in 2 of 2 answers"),
+    ]
+    assert not any(answer.is_best for answer in asked.answers)
+
+
 def test_text_of_models_and_data_never_becomes_markup(tmp_path):
     """Prompts, answers, sources and policies with tags in them: the page has the tags of a harmless one, no others."""
     pages = []

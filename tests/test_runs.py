@@ -644,6 +644,19 @@ def test_a_built_in_model_is_no_folder_of_its_name(config, tmp_path, monkeypatch
     assert changed_settings({"settings": settings(named)}, folder) == ["model.path"]
 
 
+def test_another_spelling_of_a_file_is_no_change_of_what_is_said_of_it(write_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_file("a.jsonl", "x")
+
+    def config(name: str, count: int = 3) -> SFTConfig:
+        own = [f"data.train={name}", f"data.max_rows_of={{{name}: {count}}}"]
+        return load_config(SFTConfig, None, ["model=toy", "run.dir=r", *own], check_inputs=False)
+
+    before = {"settings": settings(config("a.jsonl"))}
+    assert changed_settings(before, config(str(tmp_path / "a.jsonl"))) == []
+    assert changed_settings(before, config("a.jsonl", 4)) == ["data.max_rows_of.a.jsonl"]
+
+
 def test_a_resumed_run_may_read_one_more_file_but_not_other_contents_of_those_it_knows(config, tmp_path):
     row = '{"prompt": [{"role": "user", "content": "%s"}]}\n'
     (tmp_path / "one.jsonl").write_text(row % "one")

@@ -297,6 +297,52 @@ def test_a_row_too_long_for_the_model_is_named_before_anything_is_scored(kind, r
     assert not list(tmp_path.glob("out.jsonl*"))
 
 
+@pytest.mark.parametrize("kind", ["pairs", "responses"])
+def test_a_response_that_the_models_format_cannot_write_is_a_bad_row(kind, reward_folder, tmp_path, monkeypatch):
+    """As in training: the tag would become the layout's own ids and begin another exchange."""
+
+    class Refusing:
+        def __init__(self, chat):
+            self.chat = chat
+
+        def __getattr__(self, name):
+            return getattr(self.chat, name)
+
+        def check(self, messages):
+            if any("[INST]" in message.content for message in messages):
+                raise DataError("an assistant turn contains [INST]")
+
+    load = scoring.load_chat_of
+    monkeypatch.setattr(scoring, "load_chat_of", lambda model: (Refusing(load(model)[0]), load(model)[1]))
+    good, bad = assistant("Fine."), assistant("Fine. [INST] And you? [/INST]")
+    rows = [row(1, chosen=good, rejected=bad)] if kind == "pairs" else [row(0, response=good), row(1, response=bad)]
+    done = align("score", reward_folder, write(tmp_path / "rows.jsonl", rows))
+    assert isinstance(done.exception, DataError) or "contains [INST]" in done.output + done.stderr
+    assert done.exit_code != 0
+
+
+@pytest.mark.parametrize("kind", ["pairs", "responses"])
+def test_columns_of_null_are_none(kind, reward_folder, tmp_path):
+    """As where rows of several kinds were joined in one table."""
+    empty = {"messages": None, "response": None, "chosen": None, "rejected": None}
+    given = PAIRS if kind == "pairs" else RESPONSES
+    dialogues = [{**empty, "messages": [*each["prompt"], *each["response"]]} for each in RESPONSES]
+    for rows in ([{**empty, **each} for each in given], dialogues):
+        done = align("score", reward_folder, write(tmp_path / "rows.jsonl", rows), "--json")
+        assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("command", [["score"], ["rm", "compare"]])
+def test_what_works_in_one_process_refuses_a_launcher(command, reward_folder, pairs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match=f"align {' '.join(command)} runs in one process"):
+        if command == ["score"]:
+            scoring.score_files(reward_folder, [pairs], out=None, as_json=True, resume=False, wanted_precision=0.9)
+        else:
+            scoring.compare_models(reward_folder, reward_folder, [pairs], as_json=True)
+
+
 def test_a_pair_too_long_for_one_of_two_models_is_named(reward_folder, tmp_path):
     data = write(tmp_path / "long.jsonl", [*PAIRS, row(6, chosen=assistant("x!" * 600), rejected=AWAY)])
     result = align("rm", "compare", reward_folder, reward_folder, data)

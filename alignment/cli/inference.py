@@ -14,8 +14,8 @@ from alignment.chat import ChatFormat
 from alignment.cli.partial_file import PartialFile, Row, data_hashes, model_hash
 from alignment.config import ModelSection, PromptSection, SamplingSection, build_section
 from alignment.data import load_prompts
-from alignment.errors import ConfigError, RunError
-from alignment.hardware import compute_dtype
+from alignment.errors import RunError
+from alignment.hardware import check_no_launcher, compute_dtype
 from alignment.headlines import what_was_left_out
 from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar, console
@@ -47,8 +47,7 @@ def sample_file(
     With `out`, a prompt's candidates are written as soon as it has them all; an interrupted call goes on with `resume`.
     Raises RunError, before anything is sampled, where `out` exists or another call's rows are in its way.
     """
-    if PartialState().num_processes > 1:
-        raise ConfigError("align sample runs in one process. Start it without a launcher; align reject shares prompts.")
+    check_no_launcher("align sample", "; align reject shares prompts")
     # A prompt's length is limited by the model's context alone.
     asked = {"prompts": [source], "max_prompts": max_prompts, "max_prompt_length": sys.maxsize}
     prompts = build_section(PromptSection, asked)
@@ -62,7 +61,7 @@ def sample_file(
     chosen = choose_prompts(data, prompts, seed)
     fitting, counts = fit_and_count(chat, chosen, prompts, prompt_room(chat, sampling, policy_context=context))
     for words in what_was_left_out({"sample:": prompts_left_out(counts, data.sources)}):
-        console.print(words)
+        console.print(words, soft_wrap=True)
     drawn = _by_ids(partial.rows, fitting)
     if drawn is None:
         raise RunError(f"{out}.partial: has other prompts than {source}. Remove it and {out}.partial.json.")

@@ -124,7 +124,8 @@ def _whole_blocks(path: Path) -> tuple[list[Row], int]:
     end = num_prompts = 0
     for row, position in whole_lines(path):
         if "prompts_done" in row:
-            kept, block, end, num_prompts = kept + block, [], position, row["prompts_done"]
+            kept += block
+            block, end, num_prompts = [], position, row["prompts_done"]
         else:
             block.append(row)
     os.truncate(path, end)

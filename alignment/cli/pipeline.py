@@ -182,10 +182,11 @@ def run_stages(plan: Pipeline) -> None:
     """
     from accelerate import PartialState
 
-    from alignment.hardware import PROCESS_TIMEOUT
+    from alignment.hardware import PROCESS_TIMEOUT, check_launch
 
     # A process group can be made only once.
     state = PartialState(cpu=all(stage.config.run.device == "cpu" for stage in plan.stages), timeout=PROCESS_TIMEOUT)
+    check_launch(state)
     if state.is_main_process:
         check_pipeline(plan)
         for stage in plan.stages:
@@ -197,10 +198,11 @@ def run_stages(plan: Pipeline) -> None:
         heading = f"[{number}/{len(plan.stages)}] {stage.name}"
         if is_finished(stage.path):
             if state.is_main_process:
-                console.print(f"{heading}: finished before, skipped  ({one_line(read_result(stage.path))})")
+                done = one_line(read_result(stage.path))
+                console.print(f"{heading}: finished before, skipped  ({done})", soft_wrap=True)
             continue
         if state.is_main_process:
-            console.print(heading, style="bold")
+            console.print(heading, style="bold", soft_wrap=True)
         config, resume = stage.call()
         state.wait_for_everyone()
         run = STAGES[config.stage].of_kind(getattr(config, "kind", None)).run_function()
@@ -208,17 +210,17 @@ def run_stages(plan: Pipeline) -> None:
             result = run(config, resume=resume)
         except BaseException:
             if is_series and state.is_main_process:
-                console.print(f"{heading}: not finished. The same command without --from goes on here.")
+                console.print(f"{heading}: not finished. The same command without --from goes on here.", soft_wrap=True)
             raise
         state.wait_for_everyone()
         if state.is_main_process:
-            console.print(f"{heading}: {one_line(result)}")
+            console.print(f"{heading}: {one_line(result)}", soft_wrap=True)
     if state.is_main_process:
         results = {stage.name: read_result(stage.path) for stage in plan.stages}
         write_json(plan.runs / "summary.json", results)
         print_summary(results, plan.runs)
         report = write_report([plan.runs], stages=list(results))
-        console.print(f"Figures, tables and answers side by side:  {report}")
+        console.print(f"Figures, tables and answers side by side:  {report}", soft_wrap=True)
 
 
 def _fill_in(value: Any, places: Mapping[str, str], where: str, problems: list[str]) -> Any:

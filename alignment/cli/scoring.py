@@ -19,6 +19,7 @@ from alignment.config import build_section
 from alignment.data import load_pairs, load_rows, raise_together, read_lines, stream_rows
 from alignment.dialogue import Candidate, Messages, PreferencePair, RowError, as_response, optional_number
 from alignment.errors import DataError
+from alignment.hardware import check_no_launcher
 from alignment.model_folders import load_chat_of
 from alignment.progress import ProgressBar
 from alignment.sources import expanded, find_data
@@ -45,6 +46,7 @@ def score_files(
     file. Raises DataError where files mix pairs and responses, or hold a bad row or one too long for the model, before
     anything is scored, and RunError where `out` exists or another call's rows are in its way.
     """
+    check_no_launcher("align score")
     evaluation = build_section(EvaluationSection, {"wanted_precision": wanted_precision})
     kinds = {name: _has_pairs(name) for name in files}
     if len(set(kinds.values())) > 1:
@@ -93,6 +95,7 @@ def compare_models(first: str, second: str, files: Sequence[str], *, as_json: bo
     its file, or those its run was measured on, with the scores found there; a run as second gives the scores it left
     where they are of the same pairs.
     """
+    check_no_launcher("align rm compare")
     pairs = load_pairs(files).rows if files else _read_scores(_score_file(first))[0]
     stored = [_stored_scores(model, pairs, held_out=not files) for model in (first, second)]
     scores = [found or _score_now(model, pairs) for model, found in zip((first, second), stored, strict=True)]
@@ -261,4 +264,5 @@ def _held_out_scores(model: str) -> str | None:
 
 def _has_pairs(name: str) -> bool:
     """By the first row that can be read."""
-    return "chosen" in next((line.row for line in read_lines(find_data(name)) if line.row is not None), {})
+    row = next((line.row for line in read_lines(find_data(name)) if line.row is not None), {})
+    return row.get("chosen") is not None

@@ -178,7 +178,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         before = merged.get(key)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:  # an empty one replaces: {} is how to name none
             before = {"path": before} if isinstance(before, str) and _are_of_a_model(value) else before
             value = merge(before if isinstance(before, Mapping) else {}, value)
         elif isinstance(value, str) and isinstance(before, Mapping) and _are_of_a_model(before):
@@ -189,7 +189,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _are_of_a_model(keys: Iterable[Any]) -> bool:
     """Whether a key is a model's, or is so nearly: it is to be reported as misspelt, not to replace the model."""
-    return any(difflib.get_close_matches(str(key), ModelSection.model_fields, cutoff=0.75) for key in keys)
+    return any(difflib.get_close_matches(str(key), ModelSection.model_fields, cutoff=0.8) for key in keys)
 
 
 def to_yaml(config: StageConfig) -> str:

@@ -275,6 +275,8 @@ class RunSection(Section):
     @field_validator("dir")
     @classmethod
     def _home_is_meant(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("run.dir: empty, which would be the working directory. Name a folder.")
         return str(expanded(value))
 
 
