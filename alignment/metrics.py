@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,26 @@ def wilson_interval(num_successes: float, count: int) -> Interval:
     center = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2)) / (1 + z2 / count)
     return Interval(rate, max(0.0, center - half), min(1.0, center + half), count)
+
+
+def design_effect(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """How many times as large the variance of a mean is where values of one cluster go together; 1 at least.
+
+    The sums of residuals by cluster (Kish 1965) against independent values. Where all values are the same nothing says
+    how far they go together: then a cluster counts once. Of few clusters it is too small, as all such estimates are.
+    """
+    count = len(values)
+    sums: dict[Hashable, float] = {}
+    mean = math.fsum(values) / max(1, count)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    if len(sums) == count:
+        return 1.0
+    spread = math.fsum((value - mean) ** 2 for value in values)
+    if len(sums) == 1 or spread == 0:
+        return count / len(sums)
+    between = math.fsum(total**2 for total in sums.values()) * len(sums) / (len(sums) - 1)
+    return min(float(count), max(1.0, between / spread))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

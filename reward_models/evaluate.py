@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from alignment.dialogue import RATINGS, PreferencePair, safety_bin
-from alignment.metrics import Interval, mean_interval, paired_rate_interval, wilson_interval
+from alignment.metrics import Interval, design_effect, mean_interval, paired_rate_interval, wilson_interval
 from reward_models.calibration import histogram, length_bias, reliability
 from reward_models.unsafe_detection import repeated_labels, unsafe_detection
 
 WANTED_PRECISION = 0.9
 
 
-def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> Interval:
-    """Share of pairs whose chosen response scores higher; a tie counts half. Llama 2 Sec. 3.2.2, Table 7."""
+def pair_accuracy(
+    chosen: Sequence[float], rejected: Sequence[float], prompts: Sequence[Hashable] | None = None
+) -> Interval:
+    """Share of pairs whose chosen response scores higher; a tie counts half. Llama 2 Sec. 3.2.2, Table 7.
+
+    With the pairs' prompts Wilson's interval is that of as many pairs as tell as much without sharing any.
+    """
     wins = [win(*both) for both in zip(chosen, rejected, strict=True)]
-    return wilson_interval(sum(wins), len(wins))
+    return _rate(wins, range(len(wins)) if prompts is None else prompts)
+
+
+def _rate(wins: Sequence[float], prompts: Sequence[Hashable]) -> Interval:
+    effect = design_effect(wins, prompts)
+    return replace(wilson_interval(sum(wins) / effect, len(wins) / effect), count=len(wins))
 
 
 def label_accuracy(scores: Sequence[float], labels: Sequence[bool | None]) -> Interval:
@@ -36,10 +47,11 @@ def evaluate_pairs(
 ) -> dict[str, Any]:
     """The whole report on scored pairs, JSON-ready.
 
-    Accuracy overall, per source, per rating (Table 8) and per safety bin, each with Wilson's 95 % interval; the rules
+    Accuracy overall, per source, per rating (Table 8) and per safety bin, each with a 95 % interval; the rules
     "longer wins" and "shorter wins" (characters) beside it; correlation of score and length; calibration of
     P(chosen) = sigmoid(difference); histograms; and, where responses carry safety labels, how well P(safe) finds the
-    unsafe ones. Intervals take pairs as independent, which pairs that share a prompt are not quite.
+    unsafe ones. Intervals of accuracy are wider where pairs share prompts and these go together (`design_effect`), and
+    `prompts` counts these; all others take responses as independent.
 
     Args:
         pairs: N of them.
@@ -56,12 +68,13 @@ def evaluate_pairs(
     if wrong := sum(not math.isfinite(score) for score in scores):
         raise ValueError(f"{wrong} of {len(scores)} scores are no finite numbers. Look at the model's training.")
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    longer = pair_accuracy([c for c, _ in lengths], [r for _, r in lengths])
-    shorter = pair_accuracy([-c for c, _ in lengths], [-r for _, r in lengths])
+    prompts = [pair.prompt for pair in pairs]
+    longer = pair_accuracy([c for c, _ in lengths], [r for _, r in lengths], prompts)
+    shorter = pair_accuracy([-c for c, _ in lengths], [-r for _, r in lengths], prompts)
     report: dict[str, Any] = {
         "pairs": len(pairs),
         "max_length": max_length,
-        "accuracy": pair_accuracy(chosen, rejected).to_json(),
+        "accuracy": _accuracy(pairs, chosen, rejected, range(len(pairs))),
         "by_source": _by(pairs, chosen, rejected, lambda pair: pair.source or "unknown"),
         "by_rating": _by(pairs, chosen, rejected, lambda pair: pair.rating or "unrated", order=RATINGS),
         "by_safety_bin": _by(pairs, chosen, rejected, safety_bin),
@@ -101,9 +114,9 @@ def compare(
 ) -> dict[str, Any]:
     """Two models on the same pairs: accuracy of each, and second minus first, pair by pair, with a 95 % interval.
 
-    The interval is Agresti and Min's or, where scores of a pair tie, the normal one of the mean difference. `p_value`
-    is McNemar's exact test on the pairs that only one of them gets right, two-sided (ties left out). Both take pairs as
-    independent, which pairs that share a prompt are not quite.
+    The interval is Agresti and Min's or, where scores of a pair tie, the normal one of the mean difference, wider where
+    pairs share prompts and these go together (`design_effect`). `p_value` is McNemar's exact test on the pairs that
+    only one of them gets right, two-sided (ties left out); it takes pairs as independent.
 
     Args:
         pairs: N of them.
@@ -120,10 +133,12 @@ def compare(
             difference = mean_interval([b - a for a, b in zip(ours, theirs, strict=True)])
         else:
             difference = paired_rate_interval([each == 1 for each in theirs], [each == 1 for each in ours])
+        prompts = [pairs[index].prompt for index in indices]
+        wider = math.sqrt(design_effect([b - a for a, b in zip(ours, theirs, strict=True)], prompts))
         return {
-            "first": wilson_interval(sum(ours), len(ours)).to_json(),
-            "second": wilson_interval(sum(theirs), len(theirs)).to_json(),
-            "difference": difference.to_json(),
+            "first": _rate(ours, prompts).to_json(),
+            "second": _rate(theirs, prompts).to_json(),
+            "difference": _widened(difference, wider).to_json(),
             "p_value": mcnemar_p_value(only_first, only_second),
         }
 
@@ -155,9 +170,24 @@ def _by(
     groups = _groups(pairs, key)
     rank = {name: position for position, name in enumerate(order)}
     return {
-        name: pair_accuracy([chosen[i] for i in groups[name]], [rejected[i] for i in groups[name]]).to_json()
+        name: _accuracy(pairs, chosen, rejected, groups[name])
         for name in sorted(groups, key=lambda name: (rank.get(name, len(rank)), name))
     }
+
+
+def _accuracy(
+    pairs: Sequence[PreferencePair], chosen: Sequence[float], rejected: Sequence[float], indices: Sequence[int]
+) -> dict[str, Any]:
+    """Of some pairs, with the number of their different prompts."""
+    prompts = [pairs[i].prompt for i in indices]
+    found = pair_accuracy([chosen[i] for i in indices], [rejected[i] for i in indices], prompts)
+    return {**found.to_json(), "prompts": len(set(prompts))}
+
+
+def _widened(interval: Interval, factor: float) -> Interval:
+    """The interval of a difference of rates, `factor` times as wide."""
+    low, high = (interval.value + (bound - interval.value) * factor for bound in (interval.low, interval.high))
+    return replace(interval, low=max(-1.0, low), high=min(1.0, high))
 
 
 def _groups(pairs: Sequence[PreferencePair], key: Callable[[PreferencePair], str]) -> dict[str, list[int]]:

@@ -53,7 +53,9 @@ def _accuracy(report: Report, title: str) -> Table:
     if label := report.get("safety_label_accuracy"):
         rows.append(("(safety label right)", label))
     for name, entry in rows:
-        table.add_row(Text(name), show(entry), f"{entry['low']:.3f} - {entry['high']:.3f}", str(entry["count"]))
+        count, prompts = entry["count"], entry.get("prompts")
+        number = f"{count} of {prompts} prompts" if prompts is not None and prompts < count else str(count)
+        table.add_row(Text(name), show(entry), f"{entry['low']:.3f} - {entry['high']:.3f}", number)
     return table
 
 

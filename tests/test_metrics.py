@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from alignment.errors import RunError
-from alignment.metrics import Interval, MetricsLog, mean_interval, paired_rate_interval, show, wilson_interval
+from alignment.metrics import (
+    Interval,
+    MetricsLog,
+    design_effect,
+    mean_interval,
+    paired_rate_interval,
+    show,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_of_eight_in_ten_worked_by_hand():
@@ -35,6 +44,37 @@ def test_wilson_interval_of_no_success_starts_at_zero_and_is_not_empty():
 
 def test_wilson_interval_takes_half_a_success_for_a_tie():
     assert wilson_interval(2.5, 5).value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "expected"),
+    [
+        ([1, 1, 0, 0], "abcd", 1.0),
+        ([1, 1, 0, 0], "aabb", 4.0),  # two clusters that each say one thing: sums of residuals 1 and -1, 2 * 2 / 1
+        ([1, 0, 1, 0], "aabb", 1.0),  # sums 0: less than if independent, which is not claimed
+        ([1, 1, 1, 0, 0, 0], "aaabbc", 3.5),  # sums 1.5, -1 and -0.5: 3.5 * 3/2, of 6 * 0.25
+        ([1, 1, 1, 1], "aabb", 2.0),
+        ([1, 0, 1, 0], "aaaa", 4.0),
+        ([], "", 1.0),
+    ],
+)
+def test_the_design_effect_worked_by_hand(values, clusters, expected):
+    assert design_effect(values, clusters) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=20))
+def test_the_design_effect_is_that_of_the_clustered_variance(rows):
+    """Against the sandwich estimator of a mean, computed with matrices."""
+    values, clusters = np.array([float(value) for value, _ in rows]), [cluster for _, cluster in rows]
+    names = sorted(set(clusters))
+    member = np.array([[cluster == name for name in names] for cluster in clusters], dtype=float)
+    residuals = values - values.mean()
+    found = design_effect(values.tolist(), clusters)
+    if 1 < len(names) < len(rows) and residuals.any():
+        robust = len(names) / (len(names) - 1) * residuals @ (member @ member.T) @ residuals
+        expected = min(len(rows), max(1.0, robust / (residuals @ residuals)))
+        assert found == pytest.approx(expected)
+    assert 1 <= found <= len(rows)
 
 
 def test_wilson_interval_of_nothing_says_nothing():

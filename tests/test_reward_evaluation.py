@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from alignment.cli.summary import print_result
 from alignment.dialogue import Message, PreferencePair
 from alignment.headlines import one_line
+from alignment.metrics import wilson_interval
 from reward_models.calibration import histogram, length_bias, reliability, sigmoid
 from reward_models.evaluate import compare, evaluate_pairs, label_accuracy, mcnemar_p_value, pair_accuracy
 from reward_models.tables import comparison_table, report_tables
@@ -30,6 +32,38 @@ def pair(**changes: Any) -> PreferencePair:
 def test_a_tie_counts_half_in_the_accuracy():
     # Won, lost, tied, tied: (1 + 0 + 0.5 + 0.5) / 4.
     assert pair_accuracy([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]).value == 0.5
+
+
+def test_pairs_that_share_prompts_tell_less_than_as_many_that_do_not():
+    """Ten pairs of two prompts, one of which is always right: as two observations, and ten where both are mixed."""
+    won, lost = ([1.0] * 5, [0.0] * 5), ([0.0] * 5, [1.0] * 5)
+    chosen, rejected = won[0] + lost[0], won[1] + lost[1]
+    alone = pair_accuracy(chosen, rejected)
+    apart = pair_accuracy(chosen, rejected, ["a"] * 5 + ["b"] * 5)
+    mixed = pair_accuracy(chosen, rejected, ["a", "b"] * 5)
+    as_one = wilson_interval(0.5, 1)  # 2 * (2.5^2 + 2.5^2) / 2.5 = 10: the ten are worth one
+    assert (apart.value, apart.low, apart.high, apart.count) == (0.5, as_one.low, as_one.high, 10)
+    assert mixed == alone and alone.low > apart.low
+
+
+def test_reports_count_prompts_and_widen_what_they_share():
+    pairs = [pair(source="a", prompt=(Message("user", str(number // 5)),)) for number in range(10)]
+    right, wrong = [1.0] * 5 + [-1.0] * 5, [-1.0] * 10
+    report = evaluate_pairs(pairs, right, [0.0] * 10, max_length=512)
+    assert report["accuracy"]["count"] == 10 and report["accuracy"]["prompts"] == 2
+    expected = pair_accuracy(right, [0.0] * 10, [each.prompt for each in pairs])
+    assert report["by_source"]["a"] == {**expected.to_json(), "prompts": 2}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report_tables(report, "held out"))
+    assert "10 of 2 prompts" in console.export_text()
+    single = compare(
+        [pair(prompt=(Message("user", str(n)),)) for n in range(10)], (wrong, [0.0] * 10), (right, [0.0] * 10)
+    )
+    shared = compare(pairs, (wrong, [0.0] * 10), (right, [0.0] * 10))
+    assert single["difference"]["value"] == shared["difference"]["value"] == 0.5
+    assert (
+        shared["difference"]["low"] < single["difference"]["low"] and shared["second"]["low"] < single["second"]["low"]
+    )
 
 
 def test_label_accuracy_looks_at_labelled_responses_only():
@@ -231,7 +265,7 @@ def test_log_odds_undo_the_sigmoid():
 
 def test_a_comparison_looks_at_each_pair():
     """The first model gets pairs 1 and 2 right, the second 2, 3 and 4: differences -1, 0, 1, 1."""
-    pairs = [pair(source=name) for name in "aabb"]
+    pairs = [pair(source=name, prompt=(Message("user", str(n)),)) for n, name in enumerate("aabb")]
     report = compare(pairs, ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]), ([0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]))
     assert (report["first"]["value"], report["second"]["value"]) == (0.5, 0.75)
     assert report["difference"]["value"] == 0.25
@@ -243,7 +277,7 @@ def test_a_comparison_looks_at_each_pair():
 
 def test_the_interval_of_a_comparison_with_ties_is_that_of_the_mean():
     """As above, but that the second model finds both responses of the third pair alike: differences -1, 0, 0.5, 1."""
-    pairs = [pair() for _ in range(4)]
+    pairs = [pair(prompt=(Message("user", str(number)),)) for number in range(4)]
     report = compare(pairs, ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]), ([0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0]))
     assert report["difference"]["value"] == 0.125
     # Sample variance: (1.125^2 + 0.125^2 + 0.375^2 + 0.875^2) / 3 = 2.1875 / 3.
@@ -252,7 +286,9 @@ def test_the_interval_of_a_comparison_with_ties_is_that_of_the_mean():
 
 def test_a_few_pairs_that_both_models_get_right_do_not_prove_them_equal():
     both = ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
-    difference = compare([pair() for _ in range(3)], both, both)["difference"]
+    difference = compare([pair(prompt=(Message("user", str(number)),)) for number in range(3)], both, both)[
+        "difference"
+    ]
     assert difference["value"] == 0 and difference["low"] < -0.3 and difference["high"] > 0.3
 
 
