@@ -9,7 +9,9 @@ are real ones of 50 to 350 tokens, sampled at temperature 1 from the whole distr
 limit. `generate` gets prompts sorted by length, so that its batches hold little padding. The mean number of
 tokens and the mean log-probability must agree, for all sample from the same distribution. Between our row counts the
 samples that rounding in bfloat16 changed are counted. vLLM runs in the environment of the interpreter named, eager,
-without what compiling might gain, and with prefix caching; its memory holds a cache of 2 GiB.
+without what compiling might gain, and with prefix caching; its memory holds a cache of 2 GiB. It runs in one process,
+whose memory is measured, in two ways: as it is, and with Intel's OpenMP preloaded (`vllm-omp`), as vLLM does for workers
+of its own. Such workers (`vllm-workers`) are bound to cores too; their memory is not measured.
 """
 
 from __future__ import annotations
@@ -28,24 +30,30 @@ from harness import Side, machine_line, peak_memory_gb, run_in_turn
 
 sys.path.remove(str(Path(__file__).resolve().parent))
 MODEL = "smollm2-135m-instruct"
-NAMES = {"generate": "transformers, generate, {} rows", "vllm": "vLLM (eager), {} rows", "align": "ours, {} rows"}
+NAMES = {
+    "generate": "transformers, generate, {} rows",
+    "vllm": "vLLM (eager), {} rows",
+    "vllm-omp": "vLLM, Intel OpenMP, {} rows",
+    "vllm-workers": "vLLM, own workers, {} rows",
+    "align": "ours, {} rows",
+}
 
 
 def main() -> None:
     """Runs the children in turn and prints the table."""
     options = _arguments()
     if options.side:
-        sides = {"align": _sample_with_align, "generate": _sample_with_generate, "vllm": _sample_with_vllm}
-        sys.stdout.write("\n" + json.dumps(sides[options.side](options)) + "\n")
+        sides = {"align": _sample_with_align, "generate": _sample_with_generate}
+        sys.stdout.write("\n" + json.dumps(sides.get(options.side, _sample_with_vllm)(options)) + "\n")
         return
     sides: list[Side] = [("generate", rows) for rows in options.generate_rows]
-    sides += [("vllm", rows) for rows in options.vllm_rows if options.vllm_python]
+    sides += [(way, rows) for way in options.vllm for rows in options.vllm_rows if options.vllm_python]
     sides += [("align", rows) for rows in options.rows]
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.json"
         inputs.write_text(json.dumps(_inputs(options)), encoding="utf-8")
         arguments = [f"--k={options.k}", f"--max-new-tokens={options.max_new_tokens}", f"--inputs={inputs}"]
-        pythons = {"vllm": options.vllm_python} if options.vllm_python else {}
+        pythons = dict.fromkeys(options.vllm, options.vllm_python) if options.vllm_python else {}
         found = run_in_turn(
             __file__, sides, arguments, rounds=options.rounds, figure="samples_per_second", pythons=pythons
         )
@@ -86,7 +94,7 @@ def _print_ratios(found: dict[Side, dict[str, float]]) -> None:
     ours = max((row for side, row in found.items() if side[0] == "align"), key=lambda row: row["samples_per_second"])
     print(f"\nrunning prompts takes {ours['prefill_seconds'] / ours['seconds']:.0%} of our time")
     for name, shown in (("generate", "generate"), ("vllm", "vLLM (eager)")):
-        theirs = [row["samples_per_second"] for side, row in found.items() if side[0] == name]
+        theirs = [row["samples_per_second"] for side, row in found.items() if side[0].startswith(name)]
         if theirs:
             print(
                 f"against the fastest of {shown}: {ours['samples_per_second'] / max(theirs):.2f}x the samples a second"
@@ -188,7 +196,15 @@ def _sample_with_generate(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _sample_with_vllm(options: argparse.Namespace) -> dict[str, float]:
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, whose memory is measured
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if options.side == "vllm-omp" and str(openmp) not in os.environ.get(
+        "LD_PRELOAD", ""
+    ):  # read where a process begins
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "LD_PRELOAD": str(openmp)})
+    if options.side == "vllm-workers":
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # it would keep one of the cores for its scheduler
+    else:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, whose memory is measured
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
@@ -221,7 +237,8 @@ def _sample_with_vllm(options: argparse.Namespace) -> dict[str, float]:
     found = sample(inputs["prompts"])
     seconds = time.perf_counter() - start
     logprob = sum(one.cumulative_logprob for one in found)
-    return _figures([len(one.token_ids) for one in found], logprob, seconds, peak_memory_gb())
+    memory = float("nan") if options.side == "vllm-workers" else peak_memory_gb()
+    return _figures([len(one.token_ids) for one in found], logprob, seconds, memory)
 
 
 def _figures(lengths: list[int], logprob: float | None, seconds: float, memory: float) -> dict[str, float]:
@@ -249,6 +266,7 @@ def _arguments() -> argparse.Namespace:
     found.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256], help="our max_rows")
     found.add_argument("--generate-rows", type=int, nargs="*", default=[32, 64, 128, 256], help="rows of a batch")
     found.add_argument("--vllm-rows", type=int, nargs="+", default=[64, 256], help="vLLM's max_num_seqs")
+    found.add_argument("--vllm", nargs="+", choices=["vllm", "vllm-omp", "vllm-workers"], default=["vllm", "vllm-omp"])
     found.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
     found.add_argument("--rounds", type=int, default=1)
     found.add_argument("--side", choices=list(NAMES), help=argparse.SUPPRESS)
