@@ -10,8 +10,8 @@ limit. `generate` gets prompts sorted by length, so that its batches hold little
 tokens and the mean log-probability must agree, for all sample from the same distribution. Between our row counts the
 samples that rounding in bfloat16 changed are counted. vLLM runs in the environment of the interpreter named, eager,
 without what compiling might gain, and with prefix caching; its memory holds a cache of 2 GiB. It runs in one process,
-whose memory is measured, in two ways: as it is, and with Intel's OpenMP preloaded (`vllm-omp`), as vLLM does for workers
-of its own. Such workers (`vllm-workers`) are bound to cores too; their memory is not measured.
+whose memory is measured, in two ways: as it is, and with Intel's OpenMP preloaded (`vllm-omp`), as vLLM does for
+workers of its own. Such workers (`vllm-workers`) are bound to cores too; their memory is not measured.
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ def _sample_with_vllm(options: argparse.Namespace) -> dict[str, float]:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "LD_PRELOAD": str(openmp)})
     if options.side == "vllm-workers":
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # it would keep one of the cores for its scheduler
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # this script cannot be imported again
     else:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, whose memory is measured
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from alignment.config import load_config
 from alignment.errors import ConfigError, DataError
 from alignment.headlines import one_line
 from alignment.prefix_batch import Branch, Tree, collate
-from alignment.sampling.prompts import Asked
-from rlhf import ppo, ppo_run, tree_tables
+from alignment.sampling.prompts import Asked, as_candidate
+from rlhf import held_out, ppo, ppo_run, tree_tables
 from rlhf.config import PPOConfig
 from rlhf.rollout import Rollouts, reward_metrics
 from rlhf.tree_tables import TreeParts
@@ -363,8 +364,13 @@ def answers(folder: Path, iteration: int) -> list[dict]:
 
 def test_held_out_prompts_are_answered_before_now_and_then_and_after(evaluated, monkeypatch):
     """And trackers are told of all looks, the first one too."""
-    told = []
+    told, count = [], itertools.count()
     monkeypatch.setattr(Accelerator, "log", lambda _, values, step=None, **__: told.append((step, values)))
+
+    def two_of_three_end(*arguments, **options):  # of the toy model's answers none would
+        return replace(as_candidate(*arguments, **options), finish_reason="stop" if next(count) % 3 else "length")
+
+    monkeypatch.setattr(held_out, "as_candidate", two_of_three_end)
     result, rows, folder = evaluated()
     assert [step for step, values in told if "ppo/held_out_reward" in values] == [0, 2, 4]
     with_look = {row["step"]: row for row in rows if "ppo/held_out_reward" in row}
@@ -388,8 +394,8 @@ def test_held_out_prompts_are_answered_before_now_and_then_and_after(evaluated, 
         for new, old in zip(last, first, strict=True)
         if new["finish_reason"] == old["finish_reason"] == "stop"
     ]
-    assert result["held_out"]["guard_gain_ended"]["count"] == len(ended)
-    assert not ended or result["held_out"]["guard_gain_ended"]["value"] == pytest.approx(sum(ended) / len(ended))
+    assert result["held_out"]["guard_gain_ended"]["count"] == len(ended) == 3
+    assert result["held_out"]["guard_gain_ended"]["value"] == pytest.approx(sum(ended) / 3)
     assert result["saved_iteration"] == 4 and result["stopped"] is None
     explained = DOCUMENTATION.read_text(encoding="utf-8")
     for name in with_look[4].keys() - {"step", "stage"}:
