@@ -20,5 +20,7 @@ STAGE_SETTINGS = {
 
 
 def run_here(stage: str, settings: list[str], run_dir: Path, *, resume: bool) -> None:
-    config = load_config(STAGES[stage].config_class(), None, [*settings, f"run.dir={run_dir}"])
-    STAGES[stage].run_function()(config, resume=resume)
+    kinds = [setting.removeprefix("kind=") for setting in settings if setting.startswith("kind=")]
+    found = STAGES[stage].of_kind(kinds[0] if kinds else None)
+    config = load_config(found.config_class(), None, [*settings, f"run.dir={run_dir}"])
+    found.run_function()(config, resume=resume)

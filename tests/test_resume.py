@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from short_runs import COMMON, STAGE_SETTINGS, run_here
 
 from alignment.cli.pipeline import load_pipeline, run_stages
 from alignment.cli.stages import STAGES
+from alignment.data import write_rows
 from alignment.errors import RunError
 from alignment.headlines import one_line
 from alignment.models import load_reward_model
 from alignment.runs import Run
 from reward_models.score import Scorer
+from rlhf import evaluate
 
 pytestmark = pytest.mark.e2e
 
@@ -202,8 +204,10 @@ def chat_model(tmp_path_factory) -> Path:
 
 
 def sampling_settings(stage: str, chat_model: Path, reward_model: Path) -> list[str]:
+    """For an evaluation of policies with a guard; of `eval-gatt` for one of Ghost Attention."""
     safety = [f"safety.path={reward_model}", "safety.dtype=float32"]
-    policies = [f"policies.a.path={chat_model}", "policies.a.dtype=float32"]
+    policies = [f"policies={{a: {{path: {chat_model}, dtype: float32}}, b: {{path: toy, dtype: float32}}}}"]
+    guard = [f"guard.path={reward_model}", "guard.dtype=float32"]
     extra = {
         "gatt": ["instructions.kinds=[hobby]", "prompts.turns=3"],
         "distil": safety,
@@ -213,9 +217,10 @@ def sampling_settings(stage: str, chat_model: Path, reward_model: Path) -> list[
             "sampling.temperature_grid=[0.7, 1.0]",
             "sampling.temperature_prompts=6",
         ],
-        "eval": [*reward_settings(reward_model), *policies],
+        "eval": [*reward_settings(reward_model), *guard, *policies],
+        "eval-gatt": ["kind=gatt", "prompts.turns=3", "sampling.temperature=1", *policies],
     }[stage]
-    model = [] if stage == "eval" else [f"model.path={chat_model}", "model.dtype=float32"]
+    model = [] if stage.startswith("eval") else [f"model.path={chat_model}", "model.dtype=float32"]
     return [
         *model, "run.device=cpu", "run.seed=3", "prompts.prompts=toy:prompts.train", "prompts.max_prompts=24",
         "prompts.max_prompt_length=400", "sampling.max_new_tokens=24", *extra,
@@ -227,7 +232,9 @@ SAMPLED = {
     "distil": ("answers.jsonl", "distilled.jsonl"),
     "reject": ("sft.jsonl",),
     "eval": (),
+    "eval-gatt": ("dialogues-a.jsonl", "dialogues-b.jsonl"),
 }
+SCORED = {"distil": ("scored.jsonl",), "reject": ("candidates.jsonl",), "eval": ("answers-a.jsonl", "answers-b.jsonl")}
 
 
 @pytest.mark.parametrize("stage", ["gatt", "distil", "reject"])
@@ -247,6 +254,35 @@ def test_killed_sampling_resumes_with_the_same_rows(stage, chat_model, reward_mo
     run_here(stage, settings, killed, resume=True)
     for name in (*SAMPLED[stage], *(("candidates.jsonl", "potential.json") if stage == "reject" else ())):
         assert (killed / name).read_text() == (whole / name).read_text()
+
+
+def test_an_evaluation_killed_between_its_last_rows_ends_with_the_same_answers_and_figures(
+    chat_model, reward_model, tmp_path, monkeypatch
+):
+    """The first policy's answers are there with their scores, the second's as they were sampled."""
+    settings = sampling_settings("eval", chat_model, reward_model)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    run_here("eval", settings, whole, resume=False)
+    written: list[str] = []
+
+    def write_three(path: Path, rows: Iterable[dict]) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_rows(path, rows)
+        written.append(path.name)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "write_rows", write_three)
+        run_here("eval", settings, killed, resume=False)
+    assert written == ["answers-a.jsonl", "answers-b.jsonl", "answers-a.jsonl"]
+    first, second = SCORED["eval"]
+    assert (killed / first).read_text() == (whole / first).read_text()
+    assert "reward" not in (killed / second).read_text()
+    monkeypatch.setattr(evaluate, "_sample_answers", lambda *_, **__: pytest.fail("sampled again"))
+    run_here("eval", settings, killed, resume=True)
+    for name in (first, second):
+        assert (killed / name).read_text() == (whole / name).read_text()
+    assert figures(killed) == figures(whole)
 
 
 def test_dialogues_killed_between_turns_go_on_after_the_last_whole_one(chat_model, reward_model, tmp_path):
@@ -389,19 +425,31 @@ def assert_held_out_scores_are_of_their_pairs(one: Path, two: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("stage", SAMPLED)
-def test_two_processes_sample_and_score_the_same_as_one(stage, chat_model, reward_model, tmp_path):
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_two_processes_sample_and_score_the_same_as_one(kind, chat_model, reward_model, tmp_path):
     """Each samples and scores a share of the prompts, of which some are equal."""
-    settings = sampling_settings(stage, chat_model, reward_model)
+    stage, settings = kind.split("-")[0], sampling_settings(kind, chat_model, reward_model)
     run_here(stage, settings, tmp_path / "one", resume=False)
     run_in_two_processes(stage, settings, tmp_path / "two")
-    for name in SAMPLED[stage]:
+    for name in SAMPLED[kind]:
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    for name in SCORED.get(kind, ()):
+        assert_same_rows(tmp_path / "one" / name, tmp_path / "two" / name)
     assert flat(figures(tmp_path / "two")) == pytest.approx(flat(figures(tmp_path / "one")), abs=1e-5)
+
+
+def assert_same_rows(one: Path, two: Path) -> None:
+    """The same texts in the same order, with the same scores but for the order of sums."""
+    first, second = (list(map(json.loads, path.open(encoding="utf-8"))) for path in (one, two))
+    assert first and len(first) == len(second)
+    for expected, found in zip(first, second, strict=True):
+        assert flat(found) == pytest.approx(flat(expected), abs=1e-5)
 
 
 def flat(result: object, name: str = "") -> dict[str, object]:
     """Nested figures by their path."""
+    if isinstance(result, list):
+        result = dict(enumerate(result))
     if isinstance(result, dict):
         return {key: value for part in result for key, value in flat(result[part], f"{name}.{part}").items()}
     return {name: result}

@@ -121,7 +121,7 @@ def _distilled(run: RunFolder) -> Answers | None:
 
 
 def _dialogues(run: RunFolder) -> Answers | None:
-    """Whole dialogues, one policy beside the other, a mark behind every answer that keeps the instruction."""
+    """Whole dialogues, one policy beside the other, a mark before every answer, whether it keeps the instruction."""
     names = run.settings.get("policies", {})
     by_policy = {name: rows for name in names if (rows := run.rows(f"dialogues-{name}.jsonl"))}
     if not by_policy:
