@@ -419,6 +419,9 @@ def test_documented_stages_run(words, toy_runs):
     if words[0] == "distil":  # answers that the toy's safety model can tell apart
         words.remove(given)
         words.append("prompts.prompts=toy:prompts.train")
+    if any(word.startswith("prompts.not_in=") for word in words):  # the toy task has few prompts, all trained on
+        (toy_runs / "unrelated.jsonl").write_text('{"prompt": [{"role": "user", "content": "unrelated"}]}\n')
+        words.append("prompts.not_in=unrelated.jsonl")
     place = ["run.dir=made", "run.device=cpu", "run.num_threads=1"]
     template = ["model.chat_template=auto"] if "model.chat_template=llama2" in words else []
     run([*words, *SMALL[words[0]], *template, *place])
