@@ -317,8 +317,7 @@ def test_a_response_that_the_models_format_cannot_write_is_a_bad_row(kind, rewar
     good, bad = assistant("Fine."), assistant("Fine. [INST] And you? [/INST]")
     rows = [row(1, chosen=good, rejected=bad)] if kind == "pairs" else [row(0, response=good), row(1, response=bad)]
     done = align("score", reward_folder, write(tmp_path / "rows.jsonl", rows))
-    assert isinstance(done.exception, DataError) or "contains [INST]" in done.output + done.stderr
-    assert done.exit_code != 0
+    assert isinstance(done.exception, DataError) and "contains [INST]" in str(done.exception)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "responses"])
